@@ -1,0 +1,291 @@
+"""What a deployed model costs: bytes in its file, operators, work, and the time they take on a device.
+
+A deployed model is split in two: the six matrices of every block, each of which a plan may store in its own way
+(`matrix_cost`), and everything else (`deployed_fixed_cost`). Both count the `exact` convention at batch 1, and together
+they are the whole: dense matrices plus fixed part equal `model_cost(spec, "exact")`.
+
+Symbols: N tokens, D width, L blocks, H hidden width, K kept classes, n x m a matrix, r rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from kind_edge.budget.formulas import Storage, matrix_macs, matrix_weights, tailor_macs
+from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.whole_model import CostBreakdown, model_cost
+from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec
+
+Role = Literal["matmul", "float"]
+"""`matmul`: a product with a constant matrix, which int8 quantizes; `float`: all that stays in floating point."""
+
+SCALE_BYTES = 4
+ZERO_POINT_BYTES = 1
+
+_VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 4}
+"""Bytes of an activation, a bias and a table entry: an int8 file keeps all of these in fp32."""
+
+_PRODUCT_OPERATORS = {"fp32": 1, "fp16": 1, "int8": 2}
+"""int8: one operator quantizes the activations, one multiplies."""
+
+
+def linear_weight_bytes(outputs: int, inputs: int, precision: Precision) -> int:
+    """Bytes of one constant matrix: per-channel int8 adds a scale and a zero point per output."""
+    if precision == "int8":
+        return outputs * (inputs + SCALE_BYTES + ZERO_POINT_BYTES)
+    return outputs * inputs * _VALUE_BYTES[precision]
+
+
+@dataclass(frozen=True)
+class MatrixCost:
+    """One block matrix of a plan, without its bias. `activation_bytes` are read and written in one evaluation."""
+
+    params: int
+    flops: int
+    weight_bytes: int
+    weight_bytes_read: int
+    activation_bytes: int
+    operators: int
+
+
+def matrix_cost(
+    spec: ModelSpec,
+    matrix: MatrixShape,
+    storage: Storage,
+    learngene_rank: int,
+    tailor_rank: int,
+    num_tailors: int,
+    precision: Precision,
+) -> MatrixCost:
+    """Cost of one matrix: a learngene stored as `storage`, and `num_tailors` tailors as gathered thin factors.
+
+    One image sees one tailor, so all of them take room but one takes time. int8 tailors hold one scale per component
+    and side and are widened after the gather. Forms without tailors pass 0 for them, and their rank as
+    `learngene_rank`, which counts only where `storage` is factored.
+    """
+    n, m, tokens = matrix.outputs, matrix.inputs, spec.tokens
+    value_bytes = _VALUE_BYTES[precision]
+    params = matrix_weights(n, m, storage, learngene_rank)
+    flops = 2 * matrix_macs(tokens, n, m, storage, learngene_rank)
+    weight_bytes = operators = activations = 0
+    if params and storage == "dense":
+        weight_bytes = linear_weight_bytes(n, m, precision)
+        operators, activations = _PRODUCT_OPERATORS[precision], tokens * (n + m)
+    elif params:
+        weight_bytes = linear_weight_bytes(learngene_rank, m, precision) + linear_weight_bytes(
+            n, learngene_rank, precision
+        )
+        operators, activations = 2 * _PRODUCT_OPERATORS[precision], tokens * (n + m + 2 * learngene_rank)
+    weight_bytes_read = weight_bytes
+    if num_tailors and tailor_rank:
+        one = (n + m) * tailor_rank
+        one_bytes = one + 2 * tailor_rank * SCALE_BYTES if precision == "int8" else one * value_bytes
+        params, weight_bytes = params + num_tailors * one, weight_bytes + num_tailors * one_bytes
+        # The gather reads the factors and writes them, widened, for the products to read again.
+        weight_bytes_read += one_bytes + 2 * one * value_bytes
+        flops += 2 * tailor_macs(tokens, n, m, tailor_rank)
+        activations += tokens * (
+            m + 2 * tailor_rank + 3 * n
+        )  # x, the thin product twice, the tailor's output and the sum
+        operators += 9 if precision == "int8" else 5  # gathers (of scales too), widenings, two products, one sum
+    return MatrixCost(params, flops, weight_bytes, weight_bytes_read, activations * value_bytes, operators)
+
+
+@dataclass(frozen=True)
+class OperatorGroup:
+    """Operators of one kind, summed over all blocks, for one evaluation at batch 1.
+
+    `weight_bytes` is what the file holds, `weight_bytes_read` what one evaluation reads of it (of a table: one row);
+    `activation_bytes` what it reads and writes besides.
+    """
+
+    name: str
+    role: Role
+    params: int
+    flops: int
+    weight_bytes: int
+    weight_bytes_read: int
+    activation_bytes: int
+    operators: int
+
+
+@dataclass(frozen=True)
+class FixedCost:
+    """Everything of a deployed model but its block matrices."""
+
+    groups: tuple[OperatorGroup, ...]
+    activation_bytes_peak: int
+    precision: Precision
+
+    @property
+    def params(self) -> int:
+        return sum(group.params for group in self.groups)
+
+    @property
+    def flops(self) -> int:
+        return sum(group.flops for group in self.groups)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(group.weight_bytes for group in self.groups)
+
+    @property
+    def operators(self) -> int:
+        return sum(group.operators for group in self.groups)
+
+
+def baked_table_values(spec: ModelSpec, evaluations: int, labels: int = 1) -> int:
+    """Values of a baked modulation table: one row of 6 L D + 2 D for each sampler evaluation.
+
+    With a label embedding modulation depends on the label too: `labels` is then the number of kept classes, null
+    included.
+    """
+    return evaluations * labels * (6 * spec.depth + 2) * spec.width
+
+
+def deployed_fixed_cost(
+    spec: ModelSpec, num_classes_kept: int, evaluations: int, baked: bool, precision: Precision
+) -> FixedCost:
+    """Everything but the block matrices, as one file holds and one evaluation runs it.
+
+    `evaluations` is the number of different timesteps that the sampler visits; it and `num_classes_kept` size the baked
+    table (or, unbaked, the label embedding). In an int8 file only matrices of products are int8: the patch
+    convolution, tables and biases stay fp32.
+    """
+    groups = tuple(_groups(spec, num_classes_kept, evaluations, baked, precision))
+    return FixedCost(groups, peak_activation_bytes(spec, precision), precision)
+
+
+def peak_activation_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
+    """The most activations alive at once: in the attention (q, k, v, residual, scores before and after softmax), or in
+    the MLP (residual and the hidden layer before and after GELU), plus the modulation row."""
+    tokens, width = spec.tokens, spec.width
+    attention = 4 * tokens * width + 2 * spec.heads * tokens**2
+    mlp = 2 * tokens * width + 2 * tokens * spec.hidden_width
+    row = baked_table_values(spec, 1)
+    return batch * (max(attention, mlp) + row) * _VALUE_BYTES[precision]
+
+
+def _groups(
+    spec: ModelSpec, num_classes_kept: int, evaluations: int, baked: bool, precision: Precision
+) -> Iterator[OperatorGroup]:
+    whole = model_cost(spec, "exact")
+    row = baked_table_values(spec, 1)
+    labels = num_classes_kept + 1 if spec.label_embedding else 1
+    if baked:
+        table = baked_table_values(spec, evaluations, labels)
+        values = _VALUE_BYTES[precision]
+        # A gather, and a split of the row per block and for the final layer.
+        yield OperatorGroup("table", "float", table, 0, table * values, row * values, row * values, spec.depth + 2)
+    else:
+        yield from _conditioning(spec, whole, labels if spec.label_embedding else 0, precision)
+    yield from _token_groups(spec, whole, precision)
+
+
+def _conditioning(spec: ModelSpec, whole: CostBreakdown, labels: int, precision: Precision) -> Iterator[OperatorGroup]:
+    """Timestep, label and adaLN networks: they run on one row, so reading their weights is what takes the time."""
+    width, depth, values = spec.width, spec.depth, _VALUE_BYTES[precision]
+    products = _PRODUCT_OPERATORS[precision]
+    layers = {
+        "timestep": (((width, FREQUENCY_WIDTH, 1), (width, width, 1)), 8),  # features: 5 operators; SiLU: 2, then 1 sum
+        "adaln": (((6 * width, width, depth),), depth),  # a split per block
+        "final_adaln": (((2 * width, width, 1),), 1),
+    }
+    for name, (shapes, extra) in layers.items():
+        part = whole.part(name)
+        weights = sum(count * linear_weight_bytes(n, m, precision) for n, m, count in shapes)
+        weights += sum(count * n for n, _, count in shapes) * values
+        moved = sum(count * (n + m) for n, m, count in shapes) * values
+        operators = sum(count for *_, count in shapes) * products + extra
+        yield OperatorGroup(name, "matmul", part.params, part.flops, weights, weights, moved, operators)
+    if labels:
+        table = labels * width
+        yield OperatorGroup(
+            "label", "float", table, whole.part("label").flops, table * values, width * values, 3 * width * values, 2
+        )
+
+
+def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -> Iterator[OperatorGroup]:
+    """What runs on every token besides the block matrices."""
+    depth, tokens = spec.depth, spec.tokens
+    elements, hidden = tokens * spec.width, tokens * spec.hidden_width
+    scores = spec.heads * tokens**2
+    outputs = sum(matrix.outputs for matrix in spec.matrices())
+    final = tokens * spec.patch_values
+    image = spec.channels * spec.image_size**2
+    # name: (values read and written, operators)
+    floats = {
+        "patch": (image + 3 * elements, 3),  # convolution, transpose, reshape
+        "position": (2 * elements, 1),
+        "norms": ((2 * depth + 1) * 2 * elements, 2 * depth + 1),
+        "modulation": ((2 * depth + 1) * 4 * elements, 2 * (2 * depth + 1)),
+        "products": (depth * (12 * elements + 2 * scores), 10 * depth),  # two products, four transposes and reshapes
+        "softmax": (depth * 4 * scores, 2 * depth),  # scale, softmax
+        "activation": (depth * 2 * hidden, depth),
+        "biases": (2 * tokens * outputs, 6 * depth),
+        "residuals": (depth * 2 * 5 * elements, 4 * depth),  # gate, add
+    }
+    values = _VALUE_BYTES[precision]
+    for name, (moved, operators) in floats.items():
+        part = whole.part(name)
+        # A factored spec counts the biases of its matrices as well, so the parts of both kinds of spec are the same.
+        weights = part.params * values
+        yield OperatorGroup(name, "float", part.params, part.flops, weights, weights, moved * values, operators)
+    part = whole.part("final")
+    weights = linear_weight_bytes(spec.patch_values, spec.width, precision) + spec.patch_values * values
+    operators = _PRODUCT_OPERATORS[precision] + 4  # bias, reshape, transpose, reshape
+    moved = (elements + 5 * final) * values
+    yield OperatorGroup("final", "matmul", part.params, part.flops, weights, weights, moved, operators)
+
+
+def operator_latency_s(
+    flops: float,
+    weight_bytes: float,
+    activation_bytes: float,
+    profile: DeviceProfile,
+    unit: Unit,
+    precision: Precision,
+    sustained: bool = True,
+    operators: int = 1,
+) -> float:
+    """Roofline: the longer of computing and of moving weights and activations, plus the start of `operators`.
+
+    Raises `UsageError` where the profile has no figure for that unit and precision.
+    """
+    compute_s = flops / profile.throughput(unit, precision, sustained)
+    memory_s = (weight_bytes + activation_bytes) / profile.memory_bytes_per_s.value
+    return max(compute_s, memory_s) + operators * profile.unit(unit).overhead_us.value * 1e-6
+
+
+def matrix_latency_s(
+    cost: MatrixCost, profile: DeviceProfile, unit: Unit, precision: Precision, sustained: bool = True
+) -> float:
+    """Seconds of one block matrix in one evaluation at batch 1."""
+    return operator_latency_s(
+        cost.flops, cost.weight_bytes_read, cost.activation_bytes, profile, unit, precision, sustained, cost.operators
+    )
+
+
+def fixed_latency_s(cost: FixedCost, profile: DeviceProfile, unit: Unit, sustained: bool = True) -> float:
+    """Seconds of everything else in one evaluation at batch 1: the groups run one after another.
+
+    Of an int8 file, what is not quantized runs in fp32, on an NPU in fp16 (NPUs have no fp32 figure).
+    """
+    float_precision: Precision = cost.precision
+    if cost.precision == "int8":
+        float_precision = "fp16" if unit == "npu" else "fp32"
+    return sum(
+        operator_latency_s(
+            group.flops,
+            group.weight_bytes_read,
+            group.activation_bytes,
+            profile,
+            unit,
+            cost.precision if group.role == "matmul" else float_precision,
+            sustained,
+            group.operators,
+        )
+        for group in cost.groups
+    )

@@ -1,0 +1,121 @@
+"""The plan: everything the solver decided, as a value that can be stored, read and replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kind_edge.errors import InputError, nearest
+from kind_edge.model.spec import FORMS, Form
+
+SCHEMA_VERSION = 1
+
+Storage = Literal["dense", "factored", "dropped"]
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """How one matrix is stored. *switch* has `learngene_rank` and `tailor_rank`; *single* and *union* have `rank`."""
+
+    storage: Storage
+    precision: str
+    learngene_rank: int | None = None
+    tailor_rank: int | None = None
+    rank: int | None = None
+
+    @property
+    def shared_rank(self) -> int:
+        """Rank of the part that every image sees."""
+        return (self.learngene_rank if self.rank is None else self.rank) or 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`flops` and `evaluation_latency_s` are one evaluation at batch 1; `*image_latency_s` one image, the whole pipeline.
+
+    `limits` are what was asked for, in the solver's units; `binding` those that kept the plan from being better.
+    `dense` holds the same figures of the dense fp32 model of the same shape: what percentages refer to.
+    """
+
+    model: str
+    checkpoint_sha256: str
+    profile: str
+    unit: str
+    form: Form
+    classes: tuple[str, ...]
+    precision: str
+    sampler: str
+    steps: int
+    guidance: float
+    evaluations_per_step: int
+    modulation: Literal["baked", "network"]
+    truncation: Literal["whitened", "plain"]
+    calibration: str
+    params: int
+    flops: int
+    weight_bytes: int
+    peak_memory_bytes: int
+    evaluation_latency_s: float
+    image_latency_s: float
+    sustained_image_latency_s: float
+    retained_energy: float
+    limits: Mapping[str, float]
+    binding: tuple[str, ...]
+    optimality_gap: float
+    dense: Mapping[str, float]
+    matrices: Mapping[str, MatrixPlan]
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values["matrices"] = {name: matrix.to_dict() for name, matrix in self.matrices.items()}
+        values |= {"classes": list(self.classes), "binding": list(self.binding)}
+        return {"schema_version": SCHEMA_VERSION, **values}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str) -> Plan:
+        """Parse strictly; anything unknown, missing or of the wrong type is an `InputError`."""
+        if not isinstance(values, Mapping) or values.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(f"{where}: not a plan of schema version {SCHEMA_VERSION}; make it anew with kind-edge plan")
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = {key: value for key, value in values.items() if key != "schema_version"}
+        for key in given:
+            if key not in known:
+                raise InputError(f"{where}: unknown key {key!r}; nearest known: {nearest(key, known)}")
+        if missing := sorted(known - set(given)):
+            raise InputError(f"{where}: missing {', '.join(missing)}")
+        if given["form"] not in FORMS:
+            raise InputError(f"{where}: form {given['form']!r}, want one of {', '.join(FORMS)}")
+        try:
+            matrices = {name: MatrixPlan(**matrix) for name, matrix in given["matrices"].items()}
+        except (TypeError, AttributeError) as error:
+            raise InputError(f"{where}: matrices: {error}") from error
+        return cls(**{**given, "matrices": matrices, "classes": tuple(given["classes"]), "binding": tuple(given["binding"])})
+
+
+def read_plan(path: Path) -> Plan:
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: cannot read the plan: {error}") from error
+    return Plan.from_dict(values, str(path))
+
+
+def full_rank(plan: Plan, ranks: Mapping[str, tuple[int, int]]) -> Plan:
+    """The same plan with every matrix at the ranks (learngene, tailor) of the checkpoint: what merge is checked at."""
+    matrices = {}
+    for name, matrix in plan.matrices.items():
+        learngene, tailor = ranks[name]
+        if plan.form == "switch":
+            change: dict[str, int] = {"learngene_rank": learngene, "tailor_rank": tailor}
+        else:
+            change = {"rank": learngene + tailor * len(plan.classes)}
+        storage: Storage = "factored" if matrix.storage == "dropped" else matrix.storage
+        matrices[name] = dataclasses.replace(matrix, storage=storage, **change)
+    return dataclasses.replace(plan, matrices=matrices)

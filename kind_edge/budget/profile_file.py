@@ -1,0 +1,246 @@
+"""The TOML file of a device profile: strict reading, and the derivation of what the file leaves out.
+
+    title = "..."   os = "..."   execution_providers = ["..."]
+    [memory]            kind = "LPDDR5X"   bandwidth_gb_per_s, ram_gib, app_limit_gib = FIGURE
+    [cpu] [gpu] [npu]   peak_gflops, efficiency = { fp32 = FIGURE, fp16 = FIGURE, int8 = FIGURE }
+                        sustained_share, overhead_us = FIGURE
+    [cpu.cores]         mark, source, clusters = [{ count, name, ghz, fp32_lanes, little = false }]
+
+with FIGURE = { value = 76.8, mark = "3P", source = "where it comes from" }. Only title, os, execution_providers,
+memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer operations.
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from kind_edge.budget.profile import MARKS, PRECISIONS, UNITS, ComputeUnit, DeviceProfile, Figure, Precision, Unit
+from kind_edge.errors import InputError, nearest
+
+T = TypeVar("T")
+Table = Mapping[str, Any]
+
+TOP_KEYS = ("title", "os", "execution_providers", "memory", *UNITS)
+MEMORY_KEYS = ("kind", "bandwidth_gb_per_s", "ram_gib", "app_limit_gib")
+UNIT_KEYS = ("peak_gflops", "efficiency", "sustained_share", "overhead_us")
+CORES_KEYS = ("mark", "source", "clusters")
+CLUSTER_KEYS = ("count", "name", "ghz", "fp32_lanes", "little")
+FIGURE_KEYS = ("value", "mark", "source")
+
+# Megatransfers per second where a file names only the memory's generation: the slowest that is common in devices.
+_MEGATRANSFERS = {"LPDDR4X": 4267, "LPDDR5": 6400, "LPDDR5X": 7500}
+_BUS_BYTES = 8
+_APP_SHARE = 0.35
+
+_EFFICIENCY: Mapping[Unit, tuple[float, str]] = {
+    "cpu": (0.5, "derived: a DiT's matrix products reach about half of the peak of a phone's CPU"),
+    "gpu": (0.7, "derived: on-device diffusion reached about 0.7 of the GPU's peak"),
+    "npu": (0.12, "derived: on-device diffusion reached 7-18 % of the NPU's nominal peak"),
+}
+_OVERHEAD_US: Mapping[Unit, float] = {"cpu": 5.0, "gpu": 20.0, "npu": 10.0}
+_SUSTAINED_DEFAULT = 0.5
+
+
+class Cluster(NamedTuple):
+    """Equal CPU cores; `fp32_lanes` multiply-adds per cycle and core."""
+
+    count: int
+    name: str
+    ghz: float
+    fp32_lanes: int
+    little: bool = False
+
+
+def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
+    """The profile that a TOML text describes, complete with derived figures.
+
+    Raises `InputError`, which names `where` and the key: for text that is not TOML, a key that is not known (with the
+    nearest known one), a missing or a malformed value.
+    """
+    try:
+        top = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not TOML ({error})") from error
+    _check_keys(top, TOP_KEYS, where)
+    memory = _table(top, "memory", where)
+    _check_keys(memory, MEMORY_KEYS, f"{where}: memory")
+    ram = _required(_figure(memory, "ram_gib", f"{where}: memory", 2**30), f"{where}: memory.ram_gib")
+    present = [unit for unit in UNITS if unit in top]
+    tables = {unit: _table(top, unit, where) for unit in present}
+    shares = [_share(table, "sustained_share", f"{where}: {unit}") for unit, table in tables.items()]
+    units = [_unit(unit, table, _lowest(shares), f"{where}: {unit}") for unit, table in tables.items()]
+    if not units:
+        raise InputError(f"{where}: no compute unit; at least one of [{'], ['.join(UNITS)}] is needed")
+    return DeviceProfile(
+        name=name,
+        title=_text(top, "title", where),
+        os=_text(top, "os", where),
+        execution_providers=tuple(_texts(top, "execution_providers", where)),
+        units={unit.name: unit for unit in units},
+        memory_bytes_per_s=_figure(memory, "bandwidth_gb_per_s", f"{where}: memory", 1e9) or _bandwidth(memory, where),
+        ram_bytes=ram,
+        app_memory_limit_bytes=_figure(memory, "app_limit_gib", f"{where}: memory", 2**30) or _app_limit(ram),
+    )
+
+
+def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> ComputeUnit:
+    _check_keys(table, (*UNIT_KEYS, "cores") if name == "cpu" else UNIT_KEYS, where)
+    peaks_table = _optional_table(table, "peak_gflops", where)
+    efficiency_table = _optional_table(table, "efficiency", where)
+    for inner, key in ((peaks_table, "peak_gflops"), (efficiency_table, "efficiency")):
+        _check_keys(inner, PRECISIONS, f"{where}.{key}")
+    given = {p: _figure(peaks_table, p, f"{where}.peak_gflops", 1e9) for p in PRECISIONS}
+    peaks = _derive_peaks(name, {p: figure for p, figure in given.items() if figure}, _clusters(table, where), where)
+    value, source = _EFFICIENCY[name]
+    default = Figure(value, "E", source)
+    return ComputeUnit(
+        name=name,
+        peak_flops_per_s=peaks,
+        efficiency={p: _share(efficiency_table, p, f"{where}.efficiency") or default for p in peaks},
+        sustained_share=_share(table, "sustained_share", where) or sustained_default,
+        overhead_us=_figure(table, "overhead_us", where)
+        or Figure(_OVERHEAD_US[name], "E", "derived: usual cost of starting one operator"),
+    )
+
+
+def _derive_peaks(
+    name: Unit, given: Mapping[Precision, Figure], clusters: Sequence[Cluster], where: str
+) -> dict[Precision, Figure]:
+    """What the file says, completed by the usual ratios between precisions; in the order of PRECISIONS."""
+    peaks = dict(given)
+    if name == "cpu" and "fp32" not in peaks and clusters:
+        peaks["fp32"] = _cores_peak(clusters)
+    rules: tuple[tuple[Unit, Precision, Precision, float, str], ...] = (
+        ("cpu", "fp16", "fp32", 2.0, "twice fp32: vectors hold twice as many"),
+        ("cpu", "int8", "fp32", 4.0, "four times fp32: dot-product instructions"),
+        ("gpu", "fp16", "fp32", 2.0, "twice fp32: packed half precision"),
+        ("npu", "fp16", "int8", 0.5, "half of int8"),
+    )
+    for unit, target, base, factor, why in rules:
+        if unit == name and target not in peaks and base in peaks:
+            peaks[target] = Figure(peaks[base].value * factor, "E", f"derived: {why}")
+    if not peaks:
+        raise InputError(f"{where}: no peak_gflops; leave the table out where no figure is known")
+    return {precision: peaks[precision] for precision in PRECISIONS if precision in peaks}
+
+
+def _cores_peak(clusters: Sequence[Cluster]) -> Figure:
+    """fp32 FLOP/s: cores x 2 x lanes x clock. Little cores are left out: an even split of a product waits for them."""
+    gflops = sum(c.count * 2 * c.fp32_lanes * c.ghz for c in clusters if not c.little)
+    return Figure(gflops * 1e9, "E", "derived: cores x 2 x lanes x GHz, little cores left out")
+
+
+def _bandwidth(memory: Table, where: str) -> Figure:
+    kind = memory.get("kind")
+    rate = _MEGATRANSFERS.get(kind) if isinstance(kind, str) else None
+    if rate is None:
+        known = ", ".join(_MEGATRANSFERS)
+        raise InputError(f"{where}: memory: missing bandwidth_gb_per_s, or a kind to derive it from ({known})")
+    return Figure(rate * 1e6 * _BUS_BYTES, "E", f"derived: {kind} at {rate} MT/s on a 64-bit bus")
+
+
+def _app_limit(ram: Figure) -> Figure:
+    """iOS ends an ordinary app at about 2.8 of 8 GB; Android names no limit, but kills large apps first."""
+    return Figure(ram.value * _APP_SHARE, "E", "derived: 0.35 of RAM, the share that iOS grants")
+
+
+def _lowest(shares: Iterable[Figure | None]) -> Figure:
+    known = [share.value for share in shares if share]
+    if known:
+        return Figure(min(known), "E", "derived: lowest sustained share of the device's other units")
+    return Figure(_SUSTAINED_DEFAULT, "E", "derived: usual for passively cooled devices")
+
+
+def _clusters(table: Table, where: str) -> list[Cluster]:
+    if "cores" not in table:
+        return []
+    cores, where = _table(table, "cores", where), f"{where}.cores"
+    _check_keys(cores, CORES_KEYS, where)
+    _mark(cores, where), _text(cores, "source", where)
+    clusters = cores.get("clusters")
+    if not isinstance(clusters, list) or not clusters:
+        raise InputError(f"{where}.clusters: want a list of tables with {', '.join(CLUSTER_KEYS)}")
+    return [_cluster(cluster, f"{where}.clusters[{index}]") for index, cluster in enumerate(clusters)]
+
+
+def _cluster(table: object, where: str) -> Cluster:
+    if not isinstance(table, dict):
+        raise InputError(f"{where}: got {table!r}, want a table with {', '.join(CLUSTER_KEYS)}")
+    _check_keys(table, CLUSTER_KEYS, where)
+    numbers = {key: _positive(table, key, where) for key in ("count", "ghz", "fp32_lanes")}
+    little = table.get("little", False)
+    if not isinstance(little, bool):
+        raise InputError(f"{where}.little: got {little!r}, want true or false")
+    count, lanes = int(numbers["count"]), int(numbers["fp32_lanes"])
+    return Cluster(count, _text(table, "name", where), numbers["ghz"], lanes, little)
+
+
+def _figure(table: Table, key: str, where: str, scale: float = 1.0) -> Figure | None:
+    """The figure under `key` times `scale`, or None where the key is absent."""
+    if key not in table:
+        return None
+    entry, where = _table(table, key, where), f"{where}.{key}"
+    _check_keys(entry, FIGURE_KEYS, where)
+    mark = _mark(entry, where)
+    return Figure(_positive(entry, "value", where) * scale, mark, _text(entry, "source", where))
+
+
+def _share(table: Table, key: str, where: str) -> Figure | None:
+    figure = _figure(table, key, where)
+    if figure and figure.value > 1:
+        raise InputError(f"{where}.{key}.value: got {figure.value}, want a share of at most 1")
+    return figure
+
+
+def _mark(table: Table, where: str) -> Any:
+    mark = table.get("mark")
+    if mark not in MARKS:
+        raise InputError(f"{where}.mark: got {mark!r}, want one of {', '.join(MARKS)}")
+    return mark
+
+
+def _positive(table: Table, key: str, where: str) -> float:
+    value = table.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        raise InputError(f"{where}.{key}: got {value!r}, want a number above zero")
+    return float(value)
+
+
+def _text(table: Table, key: str, where: str) -> str:
+    value = table.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}.{key}: got {value!r}, want some text")
+    return value
+
+
+def _texts(table: Table, key: str, where: str) -> list[str]:
+    values = table.get(key)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise InputError(f"{where}.{key}: got {values!r}, want a list of texts")
+    return values
+
+
+def _table(table: Table, key: str, where: str) -> Table:
+    value = table.get(key)
+    if not isinstance(value, dict):
+        raise InputError(f"{where}.{key}: got {value!r}, want a table")
+    return value
+
+
+def _optional_table(table: Table, key: str, where: str) -> Table:
+    return _table(table, key, where) if key in table else {}
+
+
+def _required(value: T | None, where: str) -> T:
+    if value is None:
+        raise InputError(f"{where}: missing")
+    return value
+
+
+def _check_keys(table: Table, known: Sequence[str], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise InputError(f"{where}: unknown key {key!r}; nearest known: {nearest(key, known)}")

@@ -1,0 +1,45 @@
+"""What each matrix is worth: the share of its output energy that every rank retains, for the kept classes.
+
+The only module of `budget` that needs torch: it looks at weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kind_edge.model.calibration import Calibration
+from kind_edge.model.checkpoint import Checkpoint
+from kind_edge.model.spec import Form
+from kind_edge.model.truncation import SortedFactors, fold_matrix
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Retained energy of one matrix by rank, as shares of the active matrix's: shared[0] = 0 ... shared[-1] +
+    tailor[-1] = 1. `shared` [k + 1] is the learngene (in single and union: the folded product); `tailor` [N_T + 1] is
+    the mean over kept classes."""
+
+    shared: NDArray[np.float64]
+    tailor: NDArray[np.float64]
+
+
+def spectra(
+    checkpoint: Checkpoint, classes: list[int], form: Form, calibration: Calibration | None
+) -> dict[str, Spectrum]:
+    """The spectrum of every factored matrix, whitened where there is calibration."""
+    result = {}
+    for shape in checkpoint.spec.matrices():
+        folded = fold_matrix(checkpoint, shape.name, classes, form, calibration)
+        shared = _retained(folded.shared)
+        tailor = np.mean([_retained(t) for t in folded.tailors], axis=0) if folded.tailors else np.zeros(1)
+        total = (shared[-1] + tailor[-1]) or 1.0
+        result[shape.name] = Spectrum(shared / total, tailor / total)
+    return result
+
+
+def _retained(factors: SortedFactors) -> NDArray[np.float64]:
+    energy: NDArray[np.float64] = factors.s.square().numpy()
+    return np.concatenate([[0.0], np.cumsum(energy)])

@@ -1,0 +1,258 @@
+"""What a bundle says about itself: `manifest.json`, parsed once into frozen values. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from kind_edge.errors import InputError, nearest
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+T = TypeVar("T")
+_WANTED = {str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list"}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """An input or output of a model file; a dimension is a number, or the name of a dynamic one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One model file of the bundle; `path` is relative to the bundle, with forward slashes."""
+
+    path: str
+    role: str
+    precision: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(tensor.name for tensor in self.inputs)
+
+
+@dataclass(frozen=True)
+class SamplerTables:
+    """One row per network evaluation: d_i = p x + q prediction; x' = a x + b d_i + c d_{i-1}, with d_{-1} = 0."""
+
+    timestep: tuple[float, ...]
+    p: tuple[float, ...]
+    q: tuple[float, ...]
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.timestep)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How noise becomes an image; `null_index` is the class index of the unconditional branch, if the model has one."""
+
+    kind: str
+    steps: int
+    guidance: float
+    null_index: int | None
+    tables: SamplerTables
+    prediction_channels: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether every row of the tables costs two evaluations: class and null."""
+        return self.null_index is not None and self.guidance != 1.0
+
+
+@dataclass(frozen=True)
+class ImageSize:
+    channels: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A validated manifest; `raw` is all of it as read (plan, verification, latency, tools, licence, source)."""
+
+    name: str
+    classes: tuple[str, ...]
+    image: ImageSize
+    models: Mapping[str, ModelEntry]
+    default_model: str
+    sampler: Sampler
+    files: Mapping[str, FileEntry]
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str = MANIFEST_NAME) -> Manifest:
+        """Parse; a wrong version, a missing key or a wrong type is an `InputError` that names the key."""
+        root = _Section(_of_type(values, dict, where), where)
+        version = root.take("schema_version", int)
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"{where}: schema_version {version}, but this kind-edge reads {SCHEMA_VERSION}; "
+                + ("update kind-edge" if version > SCHEMA_VERSION else "export the bundle again")
+            )
+        models = root.section("models")
+        files = root.section("files")
+        manifest = cls(
+            name=root.take("name", str),
+            classes=root.items("classes", str),
+            image=_image(root.section("image")),
+            models={path: _model(models.section(path), path) for path in models.values},
+            default_model=root.take("default_model", str),
+            sampler=_sampler(root.section("sampler")),
+            files={path: _file(files.section(path)) for path in files.values},
+            raw=root.values,
+        )
+        _check(manifest, where)
+        return manifest
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str = MANIFEST_NAME) -> Manifest:
+        return cls.from_dict(parse_json(content, where), where)
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """JSON without NaN and infinities, which JavaScript could not read either."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not readable as JSON ({error})") from error
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether `path` is plain and stays inside the bundle on every system: relative, forward slashes, no `..`."""
+    parts = PurePosixPath(path).parts
+    clean = "/".join(parts) == path and not path.startswith("/") and ".." not in parts
+    return bool(parts) and clean and not any(character in path for character in "\\:\0")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle that is a folder; `InputError` if there is none or it is not one."""
+    path = folder / MANIFEST_NAME
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{folder}: not a kind-edge bundle: cannot read {MANIFEST_NAME} ({error.strerror})") from error
+    return Manifest.from_bytes(content, str(path))
+
+
+class _Section:
+    """An object of the manifest with the way to it, so that every refusal says where."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def take(self, key: str, kind: type[T]) -> T:
+        if key not in self.values:
+            raise InputError(f"{self.where}: missing key {key!r}; the nearest there is: {nearest(key, self.values)}")
+        return _of_type(self.values[key], kind, f"{self.where}: {key}")
+
+    def optional(self, key: str, kind: type[T]) -> T | None:
+        return None if self.values.get(key) is None else self.take(key, kind)
+
+    def section(self, key: str) -> _Section:
+        return _Section(self.take(key, dict), f"{self.where}: {key}")
+
+    def items(self, key: str, kind: type[T]) -> tuple[T, ...]:
+        return tuple(_of_type(item, kind, f"{self.where}: {key}[{i}]") for i, item in enumerate(self.take(key, list)))
+
+    def sections(self, key: str, parse: Callable[[_Section], T]) -> tuple[T, ...]:
+        return tuple(
+            parse(_Section(_of_type(item, dict, f"{self.where}: {key}[{i}]"), f"{self.where}: {key}[{i}]"))
+            for i, item in enumerate(self.take(key, list))
+        )
+
+
+def _of_type(value: Any, kind: type[T], where: str) -> T:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise InputError(f"{where}: got {value!r:.60}, want {_WANTED.get(kind, kind.__name__)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{where}: got {value}, want a finite number")
+    return value
+
+
+def _image(section: _Section) -> ImageSize:
+    return ImageSize(section.take("channels", int), section.take("height", int), section.take("width", int))
+
+
+def _file(section: _Section) -> FileEntry:
+    return FileEntry(section.take("bytes", int), section.take("sha256", str))
+
+
+def _model(section: _Section, path: str) -> ModelEntry:
+    return ModelEntry(
+        path=path,
+        role=section.take("role", str),
+        precision=section.take("precision", str),
+        inputs=section.sections("inputs", _tensor),
+        outputs=section.sections("outputs", _tensor),
+    )
+
+
+def _tensor(section: _Section) -> TensorInfo:
+    shape = section.take("shape", list)
+    if any(isinstance(size, bool) or not isinstance(size, int | str) for size in shape):
+        raise InputError(f"{section.where}: shape: got {shape!r}, want integers and names")
+    return TensorInfo(section.take("name", str), section.take("dtype", str), tuple(shape))
+
+
+def _sampler(section: _Section) -> Sampler:
+    rows = section.section("tables")
+    tables = SamplerTables(*(rows.items(column, float) for column in SamplerTables.__dataclass_fields__))
+    lengths = {column: len(getattr(tables, column)) for column in SamplerTables.__dataclass_fields__}
+    if len(set(lengths.values())) != 1 or not len(tables):
+        raise InputError(
+            f"{rows.where}: lengths {lengths}; want one row per evaluation, the same number in every table"
+        )
+    return Sampler(
+        kind=section.take("kind", str),
+        steps=section.take("steps", int),
+        guidance=section.take("guidance", float),
+        null_index=section.optional("null_index", int),
+        tables=tables,
+        prediction_channels=section.take("prediction_channels", int),
+    )
+
+
+def _check(manifest: Manifest, where: str) -> None:
+    """What no single key can say."""
+    if not manifest.classes or len(set(manifest.classes)) != len(manifest.classes):
+        raise InputError(f"{where}: classes: got {list(manifest.classes)}, want at least one, each once")
+    if manifest.default_model not in manifest.models:
+        raise InputError(f"{where}: default_model {manifest.default_model!r} is not one of {sorted(manifest.models)}")
+    for path in manifest.files:
+        if not is_safe_path(path) or path == MANIFEST_NAME:
+            raise InputError(f"{where}: files: {path!r} is not a plain relative path inside the bundle")
+    for path in manifest.models:
+        # A Core ML package is a folder: its files stand below the path.
+        if path not in manifest.files and not any(name.startswith(f"{path}/") for name in manifest.files):
+            raise InputError(f"{where}: models: {path!r} is not among the files")
+    null_index = manifest.sampler.null_index
+    if null_index is not None and null_index != len(manifest.classes):
+        raise InputError(
+            f"{where}: sampler: null_index {null_index}; want the number of classes, {len(manifest.classes)}"
+        )

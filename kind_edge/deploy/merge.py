@@ -1,0 +1,116 @@
+"""Merge: checkpoint + plan -> a truncated checkpoint, and the plain model folded from it.
+
+Two steps, each a pure function. `truncate` changes the function and is judged as quality; its result is an ordinary
+checkpoint, whose gated forward is the reference of every artefact. `fold` must not change the function at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.deploy.plain import Dense, ModulationNetwork, ModulationTable, PlainDiT, PlainLinear, Tailors, Thin
+from kind_edge.errors import InputError, unknown
+from kind_edge.model.calibration import Calibration
+from kind_edge.model.checkpoint import Checkpoint
+from kind_edge.model.dit import DiT
+from kind_edge.model.spec import Ranks
+from kind_edge.model.truncation import SortedFactors, fold_matrix
+
+
+def class_indices(checkpoint: Checkpoint, classes: tuple[str, ...]) -> list[int]:
+    """Positions of class names in the checkpoint; an unknown name is refused with the nearest known ones."""
+    for name in classes:
+        if name not in checkpoint.class_names:
+            raise unknown("class", name, checkpoint.class_names)
+    return [checkpoint.class_names.index(name) for name in classes]
+
+
+def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> Checkpoint:
+    """The checkpoint with the plan's classes and ranks. `checkpoint` is not changed.
+
+    Ensures: an ordinary checkpoint of K classes in the plan's order. In *single* and *union* the folded product is its
+    learngene and its tailors are empty. A matrix that keeps its full rank keeps its factors, bit for bit.
+    """
+    kept = class_indices(checkpoint, plan.classes)
+    tensors = {name: t for name, t in checkpoint.tensors.items() if ".learngene." not in name and ".tailors." not in name}
+    if checkpoint.spec.label_embedding:
+        tensors["y_embed.weight"] = checkpoint.tensors["y_embed.weight"][[*kept, checkpoint.spec.num_classes]]
+    ranks: dict[str, Ranks] = {}
+    for shape in checkpoint.spec.matrices():
+        if shape.name not in plan.matrices:
+            raise InputError(f"the plan has no matrix {shape.name}; it was made for another model: solve again")
+        chosen = plan.matrices[shape.name]
+        factors = _factors(checkpoint, shape.name, kept, plan, chosen, calibration)
+        tensors |= {f"{shape.name}.{key}": value.float() for key, value in factors.items()}
+        ranks[shape.name] = Ranks(factors["learngene.s"].shape[-1], factors["tailors.s"].shape[-1])
+    spec = dataclasses.replace(checkpoint.spec, num_classes=len(kept), matrix_ranks=ranks)
+    float_tensors = {name: t.float() for name, t in tensors.items()}
+    return Checkpoint(spec, plan.classes, float_tensors, {"truncated_from": plan.checkpoint_sha256})
+
+
+def _factors(
+    checkpoint: Checkpoint, name: str, kept: list[int], plan: Plan, chosen: MatrixPlan, calibration: Calibration | None
+) -> dict[str, Tensor]:
+    """Learngene and tailor factors of one matrix after truncation, by the names of the checkpoint contract."""
+    full = checkpoint.spec.ranks(name)
+    own = {part: checkpoint.tensors[f"{name}.learngene.{part}"].double() for part in "UsV"}
+    tails = {part: checkpoint.tensors[f"{name}.tailors.{part}"].double()[kept] for part in "UsV"}
+    if plan.form != "switch":  # the kept tailors move into the shared part, side by side
+        own = {part: torch.cat([own[part], *tails[part].unbind()], -1) for part in "UsV"}
+        tails = {part: t[..., :0] for part, t in tails.items()}
+        full = Ranks(full.learngene + len(kept) * full.tailor, 0)
+    wanted = Ranks(chosen.shared_rank, chosen.tailor_rank or 0)
+    if wanted.learngene > full.learngene or wanted.tailor > full.tailor:
+        raise InputError(f"{name}: the plan wants ranks {tuple(wanted)}, the checkpoint has {tuple(full)}; solve again")
+    if wanted != full:
+        folded = fold_matrix(checkpoint, name, kept, plan.form, calibration)
+        if wanted.learngene < full.learngene:
+            own = _parts(folded.shared.cut(wanted.learngene))
+        if wanted.tailor < full.tailor:
+            cut = [_parts(tailor.cut(wanted.tailor)) for tailor in folded.tailors]
+            tails = {part: torch.stack([c[part] for c in cut]) for part in "UsV"}
+    return {f"learngene.{part}": own[part] for part in "UsV"} | {f"tailors.{part}": tails[part] for part in "UsV"}
+
+
+def _parts(factors: SortedFactors) -> dict[str, Tensor]:
+    return {"U": factors.U, "s": factors.s, "V": factors.V}
+
+
+def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
+    """The plain model of a truncated checkpoint, storage as planned; `timesteps` [S] are baked if the plan says so.
+
+    Requires: `truncated` comes from `truncate` with the same plan. Ensures: the same function, up to rounding.
+    """
+    spec, t = truncated.spec, truncated.tensors
+    source = truncated.model()
+    linears: dict[str, nn.Module] = {}
+    for shape in spec.matrices():
+        name, chosen = shape.name, plan.matrices[shape.name]
+        u, s, v = (t[f"{name}.learngene.{part}"].double() for part in "UsV")
+        tu, ts, tv = (t[f"{name}.tailors.{part}"].double() for part in "UsV")
+        shared: Thin | Dense | None = None
+        if chosen.storage == "dense":
+            shared = Dense((v * s @ u.T).float())
+        elif chosen.shared_rank:
+            shared = Thin((v * s).float(), u.T.float().contiguous())
+        tailors = None
+        if ts.shape[-1]:
+            tailors = Tailors((tv * ts.unsqueeze(1)).float(), tu.mT.float().contiguous())
+        linears[name] = PlainLinear(shared, tailors, t[f"{name}.bias"].float())
+    modulation = bake(source, timesteps) if plan.modulation == "baked" else ModulationNetwork(source)
+    plain = PlainDiT(spec, source, linears, modulation, plan.form == "switch")
+    return plain.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def bake(model: DiT, timesteps: Tensor) -> ModulationTable:
+    """One row of modulation values per timestep [S]: the adaLN and timestep networks are then not needed any more."""
+    if model.spec.label_embedding:
+        raise InputError("modulation depends on the label here; a table per step alone cannot hold it")
+    c = model.condition(timesteps.float(), torch.zeros(len(timesteps), dtype=torch.long))
+    layers = [*(block.adaln for block in model.blocks), model.final.adaln]
+    return ModulationTable(torch.cat([layer(c) for layer in layers], -1))

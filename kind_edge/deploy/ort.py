@@ -1,0 +1,47 @@
+"""The one door to ONNX Runtime: says what to install where it is missing, and refuses two copies of it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from types import ModuleType
+
+from kind_edge.errors import UsageError
+
+DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu")
+"""Both unpack into the same folder `onnxruntime/`: with both installed, the one unpacked last decides what runs."""
+
+
+def require_onnxruntime() -> ModuleType:
+    """The module `onnxruntime`, imported now.
+
+    Raises UsageError, with the pip command that mends it, if no distribution of it is installed, or both are.
+    """
+    pip = f"{sys.executable} -m pip"
+    installed = [name for name in DISTRIBUTIONS if _is_installed(name)]
+    if len(installed) > 1:
+        raise UsageError(
+            f"{' and '.join(installed)} are both installed and overwrite one another's files; keep one: "
+            f"{pip} uninstall -y {' '.join(installed)} && {pip} install onnxruntime   (or onnxruntime-gpu)"
+        )
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        if installed:
+            raise UsageError(
+                f"{installed[0]} is installed but cannot be imported ({error}); put it in again: "
+                f"{pip} install --force-reinstall --no-deps {installed[0]}"
+            ) from error
+        raise UsageError(
+            f"ONNX Runtime is not installed; one of the two is needed: "
+            f"{pip} install onnxruntime   (or onnxruntime-gpu for NVIDIA GPUs)"
+        ) from error
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

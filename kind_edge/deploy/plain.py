@@ -1,0 +1,128 @@
+"""The deployed model: plain dense linear algebra. No gate, no s, nothing of training is left in it.
+
+Symbols: B batch, N tokens, D width, L blocks, K kept classes, S sampler evaluations, n outputs, m inputs, r rank.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kind_edge.model.dit import Block, DiT, assemble, patchify, unpatchify
+from kind_edge.model.spec import ModelSpec
+
+
+class Pick(NamedTuple):
+    """Which tailor each image uses: `index` [B] in 0..K-1, and `open` [B, 1, 1], 0 for the null class."""
+
+    index: Tensor
+    open: Tensor
+
+    @classmethod
+    def of(cls, class_index: Tensor, kept: int) -> Pick:
+        return cls(class_index.clamp(0, kept - 1), (class_index < kept).to(torch.float32).reshape(-1, 1, 1))
+
+
+class Thin(nn.Module):
+    """A low-rank layer stored as two thin weights: x [.., m] -> (x V) U, V m x r, U r x n."""
+
+    def __init__(self, v: Tensor, u: Tensor) -> None:
+        super().__init__()
+        self.v, self.u = nn.Parameter(v), nn.Parameter(u)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.v @ self.u
+
+
+class Dense(nn.Module):
+    """One weight, stored m x n as it is multiplied."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+class Tailors(nn.Module):
+    """Thin factors of every kept class, picked by the class index: V K x m x r, U K x r x n."""
+
+    def __init__(self, v: Tensor, u: Tensor) -> None:
+        super().__init__()
+        self.v, self.u = nn.Parameter(v), nn.Parameter(u)
+
+    def forward(self, x: Tensor, pick: Pick) -> Tensor:
+        return (x @ self.v[pick.index] * pick.open) @ self.u[pick.index]
+
+
+class PlainLinear(nn.Module):
+    """x [B, N, m] -> [B, N, n]: bias, the shared weight if any rank is left, the picked tailor if there are any."""
+
+    def __init__(self, shared: Thin | Dense | None, tailors: Tailors | None, bias: Tensor) -> None:
+        super().__init__()
+        self.shared, self.tailors, self.bias = shared, tailors, nn.Parameter(bias)
+
+    def forward(self, x: Tensor, pick: Pick | None) -> Tensor:
+        parts = [self.shared(x)] if self.shared is not None else []
+        if self.tailors is not None and pick is not None:
+            parts.append(self.tailors(x, pick))
+        return sum(parts[1:], parts[0]) + self.bias if parts else self.bias.expand(*x.shape[:2], -1)
+
+
+class ModulationTable(nn.Module):
+    """adaLN and timestep networks, evaluated once at the sampler's steps: table [S, L*6D + 2D]."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = nn.Parameter(table)
+
+    def forward(self, step_index: Tensor, class_index: Tensor | None) -> Tensor:
+        return self.table[step_index]
+
+
+class ModulationNetwork(nn.Module):
+    """The same networks kept as they are, for models whose modulation depends on the label too."""
+
+    def __init__(self, source: DiT) -> None:
+        super().__init__()
+        self.t_embed, self.y_embed = source.t_embed, source.y_embed
+        self.adaln = nn.ModuleList([*(block.adaln for block in source.blocks), source.final.adaln])
+
+    def forward(self, timestep: Tensor, class_index: Tensor | None) -> Tensor:
+        c = self.t_embed(timestep)
+        if self.y_embed is not None and class_index is not None:
+            c = c + self.y_embed(class_index)
+        c = F.silu(c)
+        return torch.cat([layer(c) for layer in self.adaln], -1)
+
+
+class PlainDiT(nn.Module):
+    """What is exported. `step` is `step_index` int32 [B] with a table, `timestep` float32 [B] with the network."""
+
+    def __init__(
+        self, spec: ModelSpec, source: DiT, linears: dict[str, nn.Module], modulation: nn.Module, switches: bool
+    ) -> None:
+        super().__init__()
+        self.spec, self.switches, self.modulation = spec, switches, modulation
+        self.patch_embed, self.final = source.patch_embed, source.final.linear
+        self.pos_embed = nn.Parameter(source.pos_embed.clone())
+        self.blocks = nn.ModuleList(Block(*assemble(linears, i, spec.heads)) for i in range(spec.depth))
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        step = "step_index" if isinstance(self.modulation, ModulationTable) else "timestep"
+        return ("sample", step, "class_index") if self.switches else ("sample", step)
+
+    def forward(self, sample: Tensor, step: Tensor, class_index: Tensor | None = None) -> Tensor:
+        """sample [B, ch, H, W], step [B], class_index [B] in 0..K (K: null) -> prediction [B, ch_out, H, W]."""
+        pick = None if class_index is None else Pick.of(class_index, self.spec.num_classes)
+        width = 6 * self.spec.width
+        modulation = self.modulation(step, class_index)  # [B, L*6D + 2D]
+        x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
+        for i, block in enumerate(self.blocks):
+            x = block(x, modulation[:, i * width : (i + 1) * width], pick)
+        return unpatchify(x, modulation[:, len(self.blocks) * width :], self.final, self.spec)

@@ -1,0 +1,79 @@
+"""Opening a model file in ONNX Runtime, on the unit that was asked for and on no other. Needs onnxruntime alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from kind_edge.deploy.ort import require_onnxruntime
+from kind_edge.errors import InputError, UsageError, unknown
+
+CPU = "CPUExecutionProvider"
+PROVIDERS: Mapping[str, str] = MappingProxyType({
+    "cpu": CPU,
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "directml": "DmlExecutionProvider",
+    "nnapi": "NnapiExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "qnn": "QNNExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+    "xnnpack": "XnnpackExecutionProvider",
+})  # fmt: skip
+"""Short names of ONNX Runtime's execution providers; the long names are understood as well."""
+
+
+def resolve_provider(provider: str) -> str:
+    """ONNX Runtime's name of a provider; `UsageError` if it is unknown or not in the installed onnxruntime."""
+    name = PROVIDERS.get(provider.lower(), provider)
+    if provider.lower() not in PROVIDERS and not provider.endswith("ExecutionProvider"):
+        raise unknown("provider", provider, PROVIDERS)
+    available = require_onnxruntime().get_available_providers()
+    if name not in available:
+        short = {long: key for key, long in PROVIDERS.items()}
+        listed = ", ".join(short.get(other, other) for other in available)
+        raise UsageError(f"provider {provider!r} is not in the installed onnxruntime; available here: {listed}")
+    return name
+
+
+def open_session(
+    path: Path | str, threads: int | None = None, provider: str = "cpu", profile_prefix: str | None = None
+) -> Any:
+    """An `onnxruntime.InferenceSession` of a `.onnx` or `.ort` file.
+
+    `threads` None leaves the number to ONNX Runtime (one per physical core). Idle threads sleep instead of spinning:
+    on shared cores spinning slows everything down, our own timings included. With `profile_prefix` the session records
+    what runs where. Raises `InputError` for a file that is not a model, `UsageError` if the provider cannot start.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads: got {threads}, want at least 1")
+    runtime = require_onnxruntime()
+    name = resolve_provider(provider)
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such model file")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 3  # errors only: they come to us as exceptions, the rest is no news to a user
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile_prefix
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=[name])
+    except runtime_errors(runtime) as error:
+        raise InputError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+    if name not in session.get_providers():
+        raise UsageError(
+            f"provider {provider!r} could not start, ONNX Runtime fell back to {', '.join(session.get_providers())}; "
+            "check its driver and libraries, or name that provider"
+        )
+    return session
+
+
+def runtime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; its exceptions have no common base of their own."""
+    state = runtime.capi.onnxruntime_pybind11_state
+    found = [value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception)]
+    return (*found, ValueError)

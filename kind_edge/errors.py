@@ -1,0 +1,54 @@
+"""Every error that kind-edge raises on purpose, each with the exit code of the command line.
+
+A message says what was wrong, where, what was expected and what to do next.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class KindEdgeError(Exception):
+    """Base of the tree. Anything else that reaches the command line is a bug of ours (exit code 70)."""
+
+    exit_code = 70
+
+
+class GateError(KindEdgeError):
+    """A check of the result failed: parity, size or latency."""
+
+    exit_code = 1
+
+
+class UsageError(KindEdgeError):
+    """The request cannot be understood or contradicts itself."""
+
+    exit_code = 2
+
+
+class NoPlanError(KindEdgeError):
+    """No plan fits the budget."""
+
+    exit_code = 3
+
+
+class InputError(KindEdgeError):
+    """A file is missing, unreadable, corrupt, or not what it claims to be."""
+
+    exit_code = 4
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names closest to `name`, as ", "-joined text for a message; all of them if none is close."""
+    candidates = list(known)
+    lowered = {candidate.lower(): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
+    return ", ".join(lowered[match] for match in close) if close else ", ".join(candidates)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
+    """The refusal of a name that is not known, with the nearest names that are."""
+    candidates = list(known)
+    suggestion = nearest(name, candidates)
+    return UsageError(f"unknown {kind} {name!r}; did you mean: {suggestion}?" if candidates else f"unknown {kind} {name!r}")

@@ -1,0 +1,133 @@
+"""Input covariances of every factored matrix: what makes truncation minimise the error of a layer's *output*.
+
+E[x x^T] over images, tokens and timesteps, once pooled over the classes and once with every gate closed (the null
+branch). Stored as fp16 lower triangles of the covariance over its mean diagonal, and that scale in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kind_edge.errors import InputError
+from kind_edge.model.checkpoint import Checkpoint, read_tensors, write_tensors
+from kind_edge.model.diffusion import add_noise, draw_timesteps
+from kind_edge.model.dit import DiT
+from kind_edge.model.gated_linear import ClassGate, GatedLinear
+from kind_edge.model.sampling import sample
+from kind_edge.model.spec import ModelSpec
+
+RIDGE = 1e-3
+"""Added to the diagonal, as a share of its mean: keeps the whitening finite where calibration saw little."""
+
+Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
+"""(network input [B, ch, H, W], timestep [B], class index [B])"""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Covariances [m, m] by matrix name. `source` says what they were measured on."""
+
+    pooled: Mapping[str, Tensor]
+    null: Mapping[str, Tensor]
+    source: str
+
+
+def covariances(model: DiT, batches: Batches) -> dict[str, Tensor]:
+    """E[x x^T] of the input of every factored matrix over all batches, float64, ridge added."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if not isinstance(module, GatedLinear):
+            continue
+
+        def collect(_: object, inputs: tuple[Tensor, ClassGate], name: str = name) -> None:
+            x = inputs[0].flatten(0, -2).double()
+            sums[name] = sums.get(name, 0.0) + x.T @ x
+            counts[name] = counts.get(name, 0) + len(x)
+
+        hooks.append(module.register_forward_pre_hook(collect))
+    try:
+        with torch.no_grad():
+            for sample_, timestep, classes in batches:
+                model(sample_, timestep, classes)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: _with_ridge(total / counts[name]) for name, total in sums.items()}
+
+
+def _with_ridge(covariance: Tensor) -> Tensor:
+    return covariance + RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+
+
+def calibrate_on_images(model: DiT, images: Tensor, labels: Tensor, seed: int = 0) -> Calibration:
+    """Covariances over noised training images [n, ch, H, W] in [-1, 1] at random timesteps."""
+    spec = model.spec
+
+    def batches(null: bool) -> Batches:
+        generator = torch.Generator().manual_seed(seed)
+        for x, classes in zip(images.split(64), labels.split(64), strict=True):
+            timestep = draw_timesteps(spec.objective, len(x), generator)
+            noised, _ = add_noise(spec.objective, x, torch.randn(x.shape, generator=generator), timestep)
+            yield noised, timestep, torch.full_like(classes, spec.num_classes) if null else classes
+
+    return Calibration(covariances(model, batches(False)), covariances(model, batches(True)), "training images")
+
+
+def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0) -> Calibration:
+    """Covariances over the model's own sampling trajectories: for checkpoints that come without calibration."""
+    spec = model.spec
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def record(x: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
+        seen.append((x, timestep, classes))
+        return model(x, timestep, classes)
+
+    for classes in torch.arange(spec.num_classes).repeat(per_class).split(64):
+        generator = torch.Generator().manual_seed(seed + len(seen))
+        noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
+        sample(record, noise, classes, spec.objective, steps)
+    null = [(x, timestep, torch.full_like(classes, spec.num_classes)) for x, timestep, classes in seen]
+    return Calibration(covariances(model, seen), covariances(model, null), "own sampling trajectories")
+
+
+def save_calibration(path: Path, calibration: Calibration) -> None:
+    tensors: dict[str, Tensor] = {}
+    for branch in ("pooled", "null"):
+        for name, covariance in getattr(calibration, branch).items():
+            scale = covariance.diagonal().mean()
+            rows, columns = torch.tril_indices(len(covariance), len(covariance))
+            tensors[f"{name}.{branch}.covariance"] = (covariance / scale)[rows, columns].half()
+            tensors[f"{name}.{branch}.scale"] = scale.float().reshape(1)
+    write_tensors(path, tensors, {"source": calibration.source})
+
+
+def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
+    """Read covariances back; a file of another model is an `InputError`."""
+    tensors = read_tensors(path)
+    branches: dict[str, dict[str, Tensor]] = {"pooled": {}, "null": {}}
+    for branch, out in branches.items():
+        for shape in spec.matrices():
+            packed, scale = (tensors.get(f"{shape.name}.{branch}.{part}") for part in ("covariance", "scale"))
+            wanted = shape.inputs * (shape.inputs + 1) // 2
+            if packed is None or scale is None or len(packed) != wanted:
+                got = "nothing" if packed is None else f"{len(packed)} values"
+                raise InputError(f"{path}: {shape.name}.{branch}: file has {got}, model wants {wanted} values")
+            rows, columns = torch.tril_indices(shape.inputs, shape.inputs)
+            covariance = torch.zeros(shape.inputs, shape.inputs, dtype=torch.float64)
+            covariance[rows, columns] = packed.double() * scale.double()
+            out[shape.name] = covariance + covariance.tril(-1).T
+    return Calibration(branches["pooled"], branches["null"], "stored with the checkpoint")
+
+
+def calibration_of(checkpoint: Checkpoint, stored: Path | None) -> Calibration:
+    """The stored covariances, or new ones from the model's own samples."""
+    if stored is not None and stored.exists():
+        return load_calibration(stored, checkpoint.spec)
+    return calibrate_on_samples(checkpoint.model())

@@ -1,0 +1,182 @@
+"""The diffusion transformer. Symbols: B batch, N tokens, D width, L blocks, C classes, P patch side.
+
+Source: Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), adaLN-Zero variant.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kind_edge.model.gated_linear import ClassGate, GatedLinear
+from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec
+
+
+def sincos_position_table(side: int, width: int) -> Tensor:
+    """Fixed 2-D sine-cosine table [side*side, width] (MAE / DiT): half the channels for rows, half for columns."""
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * omega  # [side, D/4]
+    axis = torch.cat([angles.sin(), angles.cos()], 1)  # [side, D/2]
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], 1).float()
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal features of the timestep, then a two-layer MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(FREQUENCY_WIDTH, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        """timestep [B] -> [B, D]."""
+        half = FREQUENCY_WIDTH // 2
+        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=timestep.device) / half)
+        angles = timestep[:, None].float() * frequencies
+        return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], -1))))
+
+
+class DenseLinear(nn.Linear):
+    """An ordinary layer in the place of a `GatedLinear`; the gate changes nothing."""
+
+    def forward(self, x: Tensor, gate: ClassGate | None = None) -> Tensor:
+        return super().forward(x)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int, q: nn.Module, k: nn.Module, v: nn.Module, o: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.q, self.k, self.v, self.o = heads, q, k, v, o
+
+    def forward(self, x: Tensor, gate: object) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        q, k, v = (part(x, gate).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), gate)  # [B, H, N, D/H] each
+
+
+class Mlp(nn.Module):
+    def __init__(self, fc1: nn.Module, fc2: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = fc1, fc2
+
+    def forward(self, x: Tensor, gate: object) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x, gate), approximate="tanh"), gate)
+
+
+class Block(nn.Module):
+    """One transformer block. `modulation` [B, 6D]: shift, scale, gate of attention, then of the MLP."""
+
+    def __init__(self, attn: Attention, mlp: Mlp) -> None:
+        super().__init__()
+        self.attn, self.mlp = attn, mlp
+
+    def forward(self, x: Tensor, modulation: Tensor, gate: object) -> Tensor:
+        """x [B, N, D] -> [B, N, D]."""
+        width = x.shape[-1:]
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, -1)  # [B, 1, D] each
+        x = x + gate1 * self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate)
+        return x + gate2 * self.mlp(modulate(F.layer_norm(x, width, eps=1e-6), shift2, scale2), gate)
+
+
+class ModulatedBlock(Block):
+    """A block with its own adaLN network, as it is learned."""
+
+    def __init__(self, attn: Attention, mlp: Mlp, width: int) -> None:
+        super().__init__(attn, mlp)
+        self.adaln = nn.Linear(width, 6 * width)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.adaln = nn.Linear(spec.width, 2 * spec.width)
+        self.linear = nn.Linear(spec.width, spec.patch_values)
+
+
+def patchify(patch_embed: nn.Conv2d, pos_embed: Tensor, sample: Tensor) -> Tensor:
+    """sample [B, ch, H, W] -> tokens [B, N, D]."""
+    return patch_embed(sample).flatten(2).transpose(1, 2) + pos_embed
+
+
+def unpatchify(tokens: Tensor, modulation: Tensor, linear: nn.Linear, spec: ModelSpec) -> Tensor:
+    """tokens [B, N, D], modulation [B, 2D] -> prediction [B, ch_out, H, W]; token values are ordered (ch, P, P)."""
+    shift, scale = modulation.unsqueeze(1).chunk(2, -1)
+    values = linear(modulate(F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6), shift, scale))  # [B, N, ch*P*P]
+    side = spec.image_size // spec.patch_size
+    return F.pixel_shuffle(values.transpose(1, 2).unflatten(2, (side, side)), spec.patch_size)
+
+
+def make_linear(spec: ModelSpec, shape: MatrixShape) -> nn.Module:
+    if spec.factored:
+        return GatedLinear(shape, spec.ranks(shape.name), spec.num_classes)
+    return DenseLinear(shape.inputs, shape.outputs)
+
+
+def assemble(linears: dict[str, nn.Module], block: int, heads: int) -> tuple[Attention, Mlp]:
+    """Attention and MLP of one block from linear layers by full name ("blocks.0.attn.q")."""
+    part = f"blocks.{block}."
+    attention = Attention(heads, *(linears[f"{part}attn.{name}"] for name in "qkvo"))
+    return attention, Mlp(linears[f"{part}mlp.fc1"], linears[f"{part}mlp.fc2"])
+
+
+class DiT(nn.Module):
+    """The gated model (or, with `spec.factored` false, the ordinary dense one)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        width = spec.width
+        linears = {shape.name: make_linear(spec, shape) for shape in spec.matrices()}
+        self.patch_embed = nn.Conv2d(spec.channels, width, spec.patch_size, stride=spec.patch_size)
+        self.register_buffer("pos_embed", sincos_position_table(spec.image_size // spec.patch_size, width))
+        self.t_embed = TimestepEmbedder(width)
+        self.y_embed = nn.Embedding(spec.num_classes + 1, width) if spec.label_embedding else None
+        self.blocks = nn.ModuleList(
+            ModulatedBlock(*assemble(linears, block, spec.heads), width) for block in range(spec.depth)
+        )
+        self.final = FinalLayer(spec)
+
+    def condition(self, timestep: Tensor, class_index: Tensor) -> Tensor:
+        """What the adaLN networks see: timestep [B] (and, with a label embedding, class [B]) -> [B, D]."""
+        c = self.t_embed(timestep)
+        return F.silu(c if self.y_embed is None else c + self.y_embed(class_index))
+
+    def forward(self, sample: Tensor, timestep: Tensor, classes: Tensor | ClassGate) -> Tensor:
+        """sample [B, ch, H, W], timestep [B], classes [B] in 0..C (C: null, all gates closed) -> [B, ch_out, H, W]."""
+        gate = classes if isinstance(classes, ClassGate) else ClassGate.of(classes, self.spec.num_classes)
+        c = self.condition(timestep, gate.class_index)  # [B, D]
+        x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
+        for block in self.blocks:
+            x = block(x, block.adaln(c), gate)  # [B, N, D]
+        return unpatchify(x, self.final.adaln(c), self.final.linear, self.spec)
+
+
+def initialise(model: DiT, seed: int) -> DiT:
+    """Weights of a fresh model: DiT's initialisation, with factored matrices dealt from random SVDs. In place."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, GatedLinear):
+                module.initialise(generator)
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight, generator=generator)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(model.patch_embed.weight.flatten(1), generator=generator)
+        nn.init.zeros_(model.patch_embed.bias)
+        for layer in (model.t_embed.fc1, model.t_embed.fc2):
+            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        if model.y_embed is not None:
+            nn.init.normal_(model.y_embed.weight, std=0.02, generator=generator)
+        zeroed = [block.adaln for block in model.blocks] + [model.final.adaln, model.final.linear]
+        for layer in zeroed:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return model

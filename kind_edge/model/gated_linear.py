@@ -1,0 +1,165 @@
+"""Decomposable weights: W(g) = U_G diag(s_G) V_G^T + sum_c g_c U_c diag(s_c) V_c^T, and the class gate g.
+
+Symbols: B batch, N tokens, n outputs, m inputs, C classes, N_G learngene rank, N_T tailor rank per class.
+Source: Xie et al., "KIND: Knowledge Integration and Diversion for Training Decomposable Models" (ICML 2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kind_edge.model.spec import MatrixShape, Ranks
+
+
+@dataclass(frozen=True)
+class ClassGate:
+    """Which tailors each image of a batch sees, arranged by class so that tailors run as batched products.
+
+    The batch is laid out in G groups of M slots, one group per class in `classes`; `slots` [G*M] says which image
+    fills each slot (None: slot i is image i), and `weight` [G*M] opens (1) or closes (0) it (None: all open).
+    An image without a slot sees the learngene alone.
+    """
+
+    class_index: Tensor  # [B] in 0..C, where C is the null class
+    classes: Tensor  # [G]
+    slots: Tensor | None
+    weight: Tensor | None
+
+    @classmethod
+    def of(cls, class_index: Tensor, num_classes: int) -> ClassGate:
+        """One open gate per image; `class_index` [B] in 0..C, where C closes every gate."""
+        open_gates = F.one_hot(class_index, num_classes + 1)[:, :num_classes]
+        return cls.opening(open_gates, class_index)
+
+    @classmethod
+    def opening(cls, open_gates: Tensor, class_index: Tensor) -> ClassGate:
+        """Any gates at once: `open_gates` [B, C] of zeros and ones (several ones in a row mix classes)."""
+        class_of_pair, image_of_pair = open_gates.T.nonzero(as_tuple=True)  # sorted by class, then by image
+        classes, counts = class_of_pair.unique_consecutive(return_counts=True)
+        groups, most = len(classes), int(counts.max()) if len(counts) else 0
+        start = counts.cumsum(0) - counts
+        group_of_pair = torch.repeat_interleave(torch.arange(groups, device=counts.device), counts)
+        position = torch.arange(len(class_of_pair), device=counts.device) - start[group_of_pair]
+        slot = group_of_pair * most + position
+        slots = class_index.new_zeros(groups * most)
+        weight = torch.zeros(groups * most, device=class_index.device)
+        slots[slot], weight[slot] = image_of_pair, 1.0
+        in_order = len(slots) == len(class_index) and bool((slots == torch.arange(len(slots)).to(slots)).all())
+        return cls(class_index, classes, None if in_order else slots, None if bool((weight == 1).all()) else weight)
+
+    @classmethod
+    def grouped(cls, classes: Tensor, closed: Tensor, num_classes: int) -> ClassGate:
+        """A batch that is already sorted into equal groups: `classes` [G], `closed` [G*M] true where the gate is shut."""
+        labels = classes.repeat_interleave(len(closed) // len(classes))
+        return cls(torch.where(closed, num_classes, labels), classes, None, (~closed).float())
+
+
+class Factors(nn.Module):
+    """U diag(s) V^T, with an optional leading class axis: U [(C,) n, r], s [(C,) r], V [(C,) m, r]."""
+
+    def __init__(self, shape: MatrixShape, rank: int, num_classes: int | None = None) -> None:
+        super().__init__()
+        lead = () if num_classes is None else (num_classes,)
+        self.U = nn.Parameter(torch.zeros(*lead, shape.outputs, rank))
+        self.s = nn.Parameter(torch.zeros(*lead, rank))
+        self.V = nn.Parameter(torch.zeros(*lead, shape.inputs, rank))
+
+    def product(self) -> Tensor:
+        """The dense matrix [(C,) n, m]."""
+        return (self.U * self.s.unsqueeze(-2)) @ self.V.mT
+
+
+class GatedLinear(nn.Module):
+    """A linear layer m -> n made of a learngene and one tailor per class."""
+
+    def __init__(self, shape: MatrixShape, ranks: Ranks, num_classes: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.learngene = Factors(shape, ranks.learngene)
+        self.tailors = Factors(shape, ranks.tailor, num_classes)
+        self.bias = nn.Parameter(torch.zeros(shape.outputs))
+
+    def forward(self, x: Tensor, gate: ClassGate) -> Tensor:
+        """x [B, N, m] -> [B, N, n]."""
+        if self.tailors.s.shape[-1] == 0 or len(gate.classes) == 0:
+            return F.linear(x @ self.learngene.V, self.learngene.U * self.learngene.s, self.bias)
+        everyone = len(gate.classes) == len(self.tailors.s)
+        u, s, v = (p if everyone else p[gate.classes] for p in (self.tailors.U, self.tailors.s, self.tailors.V))
+        if gate.slots is None:
+            return self._forward_grouped(x, gate, u, s, v)
+        groups, tokens = len(gate.classes), x.shape[1]
+        z = x[gate.slots].reshape(groups, -1, self.shape.inputs) @ v * s.unsqueeze(1)  # [G, M*N, N_T]
+        if gate.weight is not None:
+            z = z * gate.weight.reshape(groups, -1, 1).repeat_interleave(tokens, 1)
+        y = F.linear(x @ self.learngene.V, self.learngene.U * self.learngene.s, self.bias)  # [B, N, n]
+        return y.index_add(0, gate.slots, (z @ u.mT).reshape(-1, tokens, self.shape.outputs))
+
+    def _forward_grouped(self, x: Tensor, gate: ClassGate, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+        """A batch in slot order: learngene and tailor of each group side by side, two batched products in all.
+
+        A closed image's tailor activations are multiplied by zero. 1.4 to 1.6 x faster than separate products.
+        """
+        batch, tokens, groups = *x.shape[:2], len(s)
+        rank = len(self.learngene.s) + s.shape[-1]
+        both_v = torch.cat([self.learngene.V.expand(groups, -1, -1), v], -1)  # [G, m, R]
+        both_u = torch.cat([self.learngene.U.expand(groups, -1, -1), u], -1)  # [G, n, R]
+        tailor_s = s.repeat_interleave(batch // groups, 0)  # [B, N_T]
+        if gate.weight is not None:
+            tailor_s = tailor_s * gate.weight.unsqueeze(1)
+        scale = torch.cat([self.learngene.s.expand(batch, -1), tailor_s], -1).unsqueeze(1)  # [B, 1, R]
+        z = (x.reshape(groups, -1, self.shape.inputs) @ both_v).reshape(batch, tokens, rank) * scale
+        bias = self.bias.expand(groups, 1, -1)
+        return torch.baddbmm(bias, z.reshape(groups, -1, rank), both_u.mT).reshape(batch, tokens, -1)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Deal the components of random matrices out to learngene and tailors.
+
+        Each part gets its share of an ordinary (Xavier) matrix's energy, r / R of |W|_F^2, so that learngene plus one
+        tailor starts with E|W x|^2 of an ordinary layer.
+        """
+        n, m = self.shape.outputs, self.shape.inputs
+        num_classes, tailor_rank = self.tailors.s.shape
+        learngene_rank = len(self.learngene.s)
+        energy = n * m * (2.0 / (n + m))  # E|W|_F^2 under Xavier
+        deck = _Deck(n, m, generator)
+        parts = [(self.learngene.U, self.learngene.s, self.learngene.V)]
+        parts += [(self.tailors.U[c], self.tailors.s[c], self.tailors.V[c]) for c in range(num_classes)]
+        for u, s, v in parts:
+            rank = len(s)
+            if rank == 0:
+                continue
+            left, values, right = deck.deal(rank)
+            share = energy * rank / (learngene_rank + tailor_rank)
+            u.copy_(left), v.copy_(right), s.copy_(values * (share / values.square().sum()).sqrt())
+
+
+class _Deck:
+    """Shuffled rank-1 components of Xavier-random n x m matrices; a new matrix is drawn when one is used up."""
+
+    def __init__(self, n: int, m: int, generator: torch.Generator) -> None:
+        self.n, self.m, self.generator = n, m, generator
+        self._draw()
+
+    def _draw(self) -> None:
+        w = torch.randn(self.n, self.m, generator=self.generator) * (2.0 / (self.n + self.m)) ** 0.5
+        u, s, vt = torch.linalg.svd(w, full_matrices=False)
+        order = torch.randperm(len(s), generator=self.generator)
+        self.u, self.s, self.v = u[:, order], s[order], vt[order].T
+
+    def deal(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`rank` components; a part larger than one matrix takes from several (then not all orthogonal)."""
+        dealt = []
+        while rank:
+            if len(self.s) == 0 or rank > len(self.s) and len(self.s) < min(self.n, self.m):
+                self._draw()
+            take = min(rank, len(self.s))
+            dealt.append((self.u[:, :take], self.s[:take], self.v[:, :take]))
+            self.u, self.s, self.v = self.u[:, take:], self.s[take:], self.v[:, take:]
+            rank -= take
+        us, ss, vs = zip(*dealt, strict=True)
+        return torch.cat(us, 1), torch.cat(ss), torch.cat(vs, 1)

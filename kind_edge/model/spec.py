@@ -1,0 +1,177 @@
+"""What a model is, before any weight exists: shapes, ranks and objective. Needs no torch.
+
+Symbols: B batch, N tokens, D width, L blocks, C classes, N_G learngene rank, N_T tailor rank per class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from kind_edge.errors import InputError, UsageError, nearest, unknown
+
+Objective = Literal["epsilon", "flow"]
+OBJECTIVES: tuple[Objective, ...] = ("epsilon", "flow")
+
+Form = Literal["switch", "single", "union"]
+"""How a deployed model holds its classes: learngene and a tailor per class; one class folded in; all folded in."""
+FORMS: tuple[Form, ...] = ("switch", "single", "union")
+
+SAMPLERS: dict[str, tuple[str, ...]] = {"flow": ("euler", "heun"), "epsilon": ("dpmsolver++", "ddim")}
+"""Samplers of each objective; the first is the default."""
+
+FREQUENCY_WIDTH = 256
+"""Width of the sinusoidal timestep features (DiT, `TimestepEmbedder`)."""
+
+_DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+class Ranks(NamedTuple):
+    """Ranks of one factored matrix; what one image sees is their sum."""
+
+    learngene: int
+    tailor: int
+
+    @property
+    def active(self) -> int:
+        return self.learngene + self.tailor
+
+
+class MatrixShape(NamedTuple):
+    """One of the six matrices of a block: W is `outputs` x `inputs` (n x m in the formulas)."""
+
+    name: str
+    outputs: int
+    inputs: int
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A diffusion transformer whose six block matrices are factored (or dense, for baselines).
+
+    `image_size` and `channels` are those of the network's own input: pixels, or latents of an autoencoder.
+    `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them.
+    """
+
+    image_size: int
+    channels: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    num_classes: int
+    learngene_rank: int = 0
+    tailor_rank: int = 0
+    mlp_ratio: float = 4.0
+    label_embedding: bool = False
+    learned_sigma: bool = False
+    objective: Objective = "flow"
+    factored: bool = True
+    matrix_ranks: Mapping[str, Ranks] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "patch_size", "width", "depth", "heads", "num_classes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"ModelSpec.{name}: got {value!r}, want an integer of at least 1")
+        for name in ("learngene_rank", "tailor_rank"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise InputError(f"ModelSpec.{name}: got {value!r}, want an integer of at least 0")
+        if self.image_size % self.patch_size:
+            raise InputError(f"ModelSpec.patch_size: {self.patch_size} does not divide image_size {self.image_size}")
+        if self.width % self.heads or self.width % 4:
+            raise InputError(f"ModelSpec.width: {self.width} must be a multiple of heads ({self.heads}) and of 4")
+        if self.objective not in OBJECTIVES:
+            raise InputError(f"ModelSpec.objective: got {self.objective!r}, want one of {', '.join(OBJECTIVES)}")
+        if self.learned_sigma and self.objective != "epsilon":
+            raise InputError("ModelSpec.learned_sigma: only the epsilon objective learns a variance")
+        known = {matrix.name for matrix in self.matrices()}
+        for name in self.matrix_ranks:
+            if name not in known:
+                raise InputError(f"ModelSpec.matrix_ranks: unknown matrix {name!r}; nearest: {nearest(name, known)}")
+
+    @property
+    def tokens(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def hidden_width(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+    @property
+    def output_channels(self) -> int:
+        return self.channels * (2 if self.learned_sigma else 1)
+
+    @property
+    def patch_values(self) -> int:
+        """Values that the final layer predicts per token."""
+        return self.patch_size**2 * self.output_channels
+
+    def ranks(self, matrix: str) -> Ranks:
+        return self.matrix_ranks.get(matrix, Ranks(self.learngene_rank, self.tailor_rank))
+
+    def matrices(self) -> Iterator[MatrixShape]:
+        """The factored matrices, in the order of the forward pass."""
+        width, hidden = self.width, self.hidden_width
+        for block in range(self.depth):
+            for part in ("q", "k", "v", "o"):
+                yield MatrixShape(f"blocks.{block}.attn.{part}", width, width)
+            yield MatrixShape(f"blocks.{block}.mlp.fc1", hidden, width)
+            yield MatrixShape(f"blocks.{block}.mlp.fc2", width, hidden)
+
+    def dense(self) -> ModelSpec:
+        """The ordinary DiT of the same shape: what percentages of a budget refer to."""
+        return dataclasses.replace(self, factored=False, learngene_rank=0, tailor_rank=0, matrix_ranks={})
+
+    def to_dict(self) -> dict[str, Any]:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["matrix_ranks"] = {name: list(ranks) for name, ranks in self.matrix_ranks.items()}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "ModelSpec") -> ModelSpec:
+        """Parse strictly: an unknown or missing key is an `InputError` that names the nearest known one."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise InputError(f"{where}: unknown key {key!r}; nearest known: {nearest(key, known)}")
+        required = [n for n, f in known.items() if f.default is dataclasses.MISSING and n != "matrix_ranks"]
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise InputError(f"{where}: missing {', '.join(missing)}")
+        parsed = dict(values)
+        parsed["matrix_ranks"] = {name: Ranks(*ranks) for name, ranks in values.get("matrix_ranks", {}).items()}
+        return cls(**parsed)
+
+
+def named_spec(arch: str, num_classes: int, **overrides: Any) -> ModelSpec:
+    """A standard DiT shape by name ("DiT-B/2"): 32 x 32 x 4 latents, learned sigma, label embedding, dense.
+
+    Sizes from Peebles & Xie, "Scalable Diffusion Models with Transformers" (2023), table 1.
+    """
+    names = [f"DiT-{size}/{patch}" for size in _DIT_SIZES for patch in (2, 4, 8)]
+    match = re.fullmatch(r"DiT-(S|B|L|XL)/([248])", arch)
+    if match is None:
+        raise unknown("architecture", arch, names)
+    if num_classes < 1:
+        raise UsageError(f"--num-classes: got {num_classes}, want at least 1")
+    width, depth, heads = _DIT_SIZES[match[1]]
+    base: dict[str, Any] = {
+        "image_size": 32, "channels": 4, "patch_size": int(match[2]), "width": width, "depth": depth, "heads": heads,
+        "num_classes": num_classes, "label_embedding": True, "learned_sigma": True, "objective": "epsilon",
+        "factored": False,
+    }  # fmt: skip
+    return ModelSpec(**(base | overrides))
+
+
+
+def default_sampler(objective: str) -> str:
+    return SAMPLERS[objective][0]

@@ -1,0 +1,145 @@
+"""Fashion-MNIST, read from the four published idx files and checked byte for byte.
+
+The files come from `--data DIR`, else from the user's cache, else from Debian's package `dataset-fashion-mnist`.
+Checksums are of the *decompressed* contents: distributions recompress the same data with other gzip settings.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from kind_edge.errors import InputError
+
+CLASS_NAMES: tuple[str, ...] = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle-boot",
+)
+"""The ten classes in label order."""
+
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+IMAGE_SIDE = 28
+_IDX_UBYTE = 0x08  # idx type code of unsigned bytes: the third byte of the magic number
+
+HOW_TO_GET = (
+    "run scripts/fetch-fashion-mnist, or give a folder with these files as --data DIR "
+    "(on Debian: apt install dataset-fashion-mnist)"
+)
+
+
+class _IdxFile(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    sha256: str  # of the decompressed file, header included
+
+
+_FILES: tuple[_IdxFile, ...] = (
+    _IdxFile(
+        "train-images-idx3-ubyte.gz",
+        (60_000, IMAGE_SIDE, IMAGE_SIDE),
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    ),
+    _IdxFile(
+        "train-labels-idx1-ubyte.gz",
+        (60_000,),
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
+    _IdxFile(
+        "t10k-images-idx3-ubyte.gz",
+        (10_000, IMAGE_SIDE, IMAGE_SIDE),
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    ),
+    _IdxFile(
+        "t10k-labels-idx1-ubyte.gz",
+        (10_000,),
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+)
+
+FILE_NAMES: tuple[str, ...] = tuple(file.name for file in _FILES)
+DATA_SHA256: str = hashlib.sha256("".join(file.sha256 for file in _FILES).encode()).hexdigest()
+"""One hash for the whole data set: sha256 over the four files' hexadecimal checksums in the order of FILE_NAMES."""
+
+
+@dataclass(frozen=True, eq=False)
+class FashionMNIST:
+    """The data set in memory (about 56 MB)."""
+
+    train_images: npt.NDArray[np.uint8]  # [60000, 28, 28], 0 is background
+    train_labels: npt.NDArray[np.int64]  # [60000], 0..9 in the order of CLASS_NAMES
+    test_images: npt.NDArray[np.uint8]  # [10000, 28, 28]
+    test_labels: npt.NDArray[np.int64]  # [10000]
+    data_sha256: str
+
+
+def cache_folder() -> Path:
+    """Where `scripts/fetch-fashion-mnist` puts the files: ${XDG_CACHE_HOME:-~/.cache}/kind-edge/fashion-mnist."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "kind-edge" / "fashion-mnist"
+
+
+def find_fashion_mnist(root: Path | None = None) -> Path:
+    """The folder that holds all four files: `root` alone if given, else the user's cache or Debian's package.
+
+    Raises:
+        InputError: no such folder; says which files are missing where, and how to get them.
+    """
+    candidates = [Path(root)] if root is not None else [cache_folder(), DEBIAN_FOLDER]
+    reports = []
+    for folder in candidates:
+        missing = [name for name in FILE_NAMES if not (folder / name).is_file()]
+        if not missing:
+            return folder
+        reports.append(f"{folder} lacks {', '.join(missing) if len(missing) < len(FILE_NAMES) else 'all four files'}")
+    raise InputError(f"Fashion-MNIST not found: {'; '.join(reports)}; wanted {', '.join(FILE_NAMES)}; {HOW_TO_GET}")
+
+
+def load_fashion_mnist(root: Path | None = None) -> FashionMNIST:
+    """Read and check the four files of `find_fashion_mnist(root)`; about half a second.
+
+    Raises:
+        InputError: a file is missing, is not gzip, or its contents are not the published ones.
+    """
+    folder = find_fashion_mnist(root)
+    train_images, train_labels, test_images, test_labels = (_read_idx(folder / file.name, file) for file in _FILES)
+    return FashionMNIST(
+        train_images=train_images,
+        train_labels=train_labels.astype(np.int64),
+        test_images=test_images,
+        test_labels=test_labels.astype(np.int64),
+        data_sha256=DATA_SHA256,
+    )
+
+
+def _read_idx(path: Path, expected: _IdxFile) -> npt.NDArray[np.uint8]:
+    """The array in one gzipped idx file: 0, 0, type, number of axes; each axis as big-endian uint32; the values."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as gzip ({error}); wanted a gzipped idx file; {HOW_TO_GET}") from error
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != expected.sha256:
+        raise InputError(
+            f"{path} is corrupt: its decompressed contents have sha256 {sha256}, wanted {expected.sha256}; {HOW_TO_GET}"
+        )
+    axes = b"".join(axis.to_bytes(4, "big") for axis in expected.shape)
+    header = bytes((0, 0, _IDX_UBYTE, len(expected.shape))) + axes
+    assert content.startswith(header), "the pinned checksum vouches for the header"
+    # A copy, because torch.from_numpy warns about arrays that it may not write to.
+    return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(expected.shape).copy()

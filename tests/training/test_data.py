@@ -1,0 +1,84 @@
+"""Fashion-MNIST is found where it should be, and nothing but the published bytes is accepted."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kind_edge.errors import InputError
+from kind_edge.training.data import (
+    CLASS_NAMES,
+    FILE_NAMES,
+    FashionMNIST,
+    cache_folder,
+    find_fashion_mnist,
+    load_fashion_mnist,
+)
+
+
+def installed_folder() -> Path:
+    try:
+        return find_fashion_mnist()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def data() -> FashionMNIST:
+    return load_fashion_mnist(installed_folder())
+
+
+def test_arrays_are_what_the_docstring_says(data: FashionMNIST) -> None:
+    assert (data.train_images.shape, data.train_images.dtype) == ((60_000, 28, 28), np.uint8)
+    assert (data.test_images.shape, data.test_images.dtype) == ((10_000, 28, 28), np.uint8)
+    assert data.train_labels.dtype == data.test_labels.dtype == np.int64
+    assert np.bincount(data.train_labels).tolist() == [6_000] * len(CLASS_NAMES)
+    assert np.bincount(data.test_labels).tolist() == [1_000] * len(CLASS_NAMES)
+    assert CLASS_NAMES[data.train_labels[0]] == "ankle-boot"  # the first picture that everybody knows
+
+
+def test_the_users_cache_comes_first_and_other_compression_is_welcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = installed_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cache_folder().mkdir(parents=True)
+    for name in FILE_NAMES:
+        (cache_folder() / name).symlink_to(installed / name)
+    (cache_folder() / FILE_NAMES[3]).unlink()
+    recompressed = gzip.compress(gzip.decompress((installed / FILE_NAMES[3]).read_bytes()), compresslevel=1)
+    (cache_folder() / FILE_NAMES[3]).write_bytes(recompressed)
+
+    assert find_fashion_mnist() == cache_folder() == tmp_path / "kind-edge" / "fashion-mnist"
+    load_fashion_mnist()
+
+
+def test_missing_files_are_named_with_the_way_to_get_them(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAMES[0]).touch()
+    with pytest.raises(InputError, match="fetch-fashion-mnist") as caught:
+        load_fashion_mnist(tmp_path)
+    message = str(caught.value)
+    assert f"{tmp_path} lacks {', '.join(FILE_NAMES[1:])}" in message
+    assert "--data DIR" in message
+
+
+@pytest.mark.parametrize("damage", ["one bit", "cut short", "not gzip"])
+def test_damage_is_refused_with_the_files_name(tmp_path: Path, damage: str) -> None:
+    installed = installed_folder()
+    for name in FILE_NAMES:
+        shutil.copy(installed / name, tmp_path / name)
+    victim = tmp_path / "train-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(victim.read_bytes()))
+    content[1_000] ^= 1
+    packed = victim.read_bytes()
+    victim.write_bytes(
+        {"one bit": gzip.compress(content), "cut short": packed[:-500], "not gzip": b"<html>404"}[damage]
+    )
+    with pytest.raises(InputError, match=victim.name) as caught:
+        load_fashion_mnist(tmp_path)
+    if damage == "one bit":
+        assert "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9" in str(caught.value)
