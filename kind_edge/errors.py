@@ -51,4 +51,6 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
     """The refusal of a name that is not known, with the nearest names that are."""
     candidates = list(known)
     suggestion = nearest(name, candidates)
-    return UsageError(f"unknown {kind} {name!r}; did you mean: {suggestion}?" if candidates else f"unknown {kind} {name!r}")
+    return UsageError(
+        f"unknown {kind} {name!r}; did you mean: {suggestion}?" if candidates else f"unknown {kind} {name!r}"
+    )

@@ -255,7 +255,7 @@ def operator_latency_s(
     Raises `UsageError` where the profile has no figure for that unit and precision.
     """
     compute_s = flops / profile.throughput(unit, precision, sustained)
-    memory_s = (weight_bytes + activation_bytes) / profile.memory_bytes_per_s.value
+    memory_s = weight_bytes / profile.memory_bytes_per_s.value + activation_bytes / profile.activation_bytes_per_s.value
     return max(compute_s, memory_s) + operators * profile.unit(unit).overhead_us.value * 1e-6
 
 

@@ -1,8 +1,9 @@
 """This machine as a device profile: what ONNX Runtime reaches here, measured on first use and then remembered.
 
-Four things are timed on graphs of a few nodes: matrix products of a DiT's shapes in each precision, a product that must
-stream its weight from memory, and a chain of tiny operators. The best of several runs counts, so that the figures
-describe the machine and not what else it was doing. Threads do not spin while idle (see `deploy.bench`).
+Four things are timed on graphs of a few nodes: matrix products of a DiT's shapes in each precision, a product that
+must stream its weight from memory, the elementwise operators of a block, and a chain of tiny operators. The best of
+several runs counts, so that the figures describe the machine and not what else it was doing. Threads do not spin while
+idle: spinning distorts timings on shared cores.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ _STREAMED_BYTES = 2**27
 _CHAIN_FLOPS = 2 * 10**8
 """Enough work that one run is far above the clock's resolution."""
 _TINY_OPERATORS = 256
+_ELEMENTWISE_ROUNDS = 4
 _SECONDS_PER_TIMING = 0.1
 _APP_SHARE = 0.75
 
@@ -48,6 +50,7 @@ class HostFigures:
 
     throughput_flops_per_s: Mapping[Precision, float]
     memory_bytes_per_s: float
+    activation_bytes_per_s: float
     overhead_us: float
 
 
@@ -72,7 +75,7 @@ def host_profile(refresh: bool = False) -> DeviceProfile:
     """
     key = host_key()
     path = cache_path(key)
-    figures = None if refresh else _read_cache(path)
+    figures = None if refresh else cached_figures(path)
     if figures is None:
         figures = measure_host(key.threads)
         _write_cache(path, key, figures)
@@ -101,9 +104,11 @@ def available_threads() -> int:
 
 
 def measure_host(threads: int) -> HostFigures:
-    """Measure now, with that many threads. About three seconds."""
+    """Measure now, with that many threads. A few seconds."""
     throughput = {precision: _product_flops_per_s(precision, threads) for precision in _PRECISIONS}
-    return HostFigures(throughput, _streaming_bytes_per_s(threads), _operator_us(threads))
+    return HostFigures(
+        throughput, _streaming_bytes_per_s(threads), _activation_bytes_per_s(threads), _operator_us(threads)
+    )
 
 
 def _product_flops_per_s(precision: Precision, threads: int) -> float:
@@ -114,7 +119,7 @@ def _product_flops_per_s(precision: Precision, threads: int) -> float:
         pairs = max(1, min(8, _CHAIN_FLOPS // pair_flops))
         run = _session(_product_chain(precision, tokens, width, pairs), {"x": _normal(tokens, width)}, threads)
         rates.append(pairs * pair_flops / _best_s(run))
-    return math.exp(sum(math.log(rate) for rate in rates) / len(rates))
+    return _geometric_mean(rates)
 
 
 def _streaming_bytes_per_s(threads: int) -> float:
@@ -127,6 +132,25 @@ def _streaming_bytes_per_s(threads: int) -> float:
     weight = np.full((width, outputs), 1e-3, np.float32)
     run = _session(model, {"x": _normal(1, width), "w": weight}, threads)
     return _STREAMED_BYTES / _best_s(run)
+
+
+def _activation_bytes_per_s(threads: int) -> float:
+    """Bytes that elementwise work reads and writes per second, in a block's own mixture; geometric mean over shapes."""
+    rates = []
+    for tokens, width in _SHAPES:
+        graph, name, moved = _Graph(), "x", 0
+        ones = graph.constant(np.ones(width, np.float32))
+        for index in range(_ELEMENTWISE_ROUNDS):
+            # Norm, modulation, softmax, activation, residual: each reads one or two arrays and writes one.
+            name = graph.node("LayerNormalization", [name, ones], f"{index}.norm")
+            name = graph.node("Mul", [name, ones], f"{index}.scaled")
+            name = graph.node("Softmax", [name], f"{index}.softmax")
+            name = graph.node("Gelu", [name], f"{index}.gelu", approximate="tanh")
+            name = graph.node("Add", [name, f"{index}.norm"], f"{index}.sum")
+            moved += 11 * tokens * width * 4
+        model = graph.model([("x", [tokens, width])], (name, [tokens, width]))
+        rates.append(moved / _best_s(_session(model, {"x": _normal(tokens, width)}, threads)))
+    return _geometric_mean(rates)
 
 
 def _operator_us(threads: int) -> float:
@@ -166,7 +190,7 @@ class _Graph:
         self._nodes: list[Any] = []
         self._constants: list[Any] = []
 
-    def node(self, kind: str, inputs: list[str], output: str, **attributes: int) -> str:
+    def node(self, kind: str, inputs: list[str], output: str, **attributes: int | str) -> str:
         self._nodes.append(self._onnx.helper.make_node(kind, inputs, [output], **attributes))
         return output
 
@@ -219,6 +243,10 @@ def _best_s(run: Callable[[], object]) -> float:
     return min(times)
 
 
+def _geometric_mean(rates: list[float]) -> float:
+    return math.exp(sum(math.log(rate) for rate in rates) / len(rates))
+
+
 def _normal(rows: int, columns: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(rows + columns).standard_normal((rows, columns), dtype=np.float32)
 
@@ -242,6 +270,7 @@ def _profile(key: HostKey, figures: HostFigures) -> DeviceProfile:
         execution_providers=tuple(described["execution_providers"]),
         units={"cpu": cpu},
         memory_bytes_per_s=Figure(figures.memory_bytes_per_s, "M", source),
+        activation_bytes_per_s=Figure(figures.activation_bytes_per_s, "M", source),
         ram_bytes=Figure(ram, "M", "the operating system, cut by a container's limit"),
         app_memory_limit_bytes=Figure(ram * _APP_SHARE, "E", "derived: three quarters of the RAM"),
     )
@@ -280,12 +309,12 @@ def _onnxruntime() -> ModuleType:
     return onnxruntime  # type: ignore[no-any-return]
 
 
-def _read_cache(path: Path) -> HostFigures | None:
+def cached_figures(path: Path) -> HostFigures | None:
     """The figures in the cache; None where there are none, or where the file is damaged: measuring again mends it."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))["figures"]
         figures = HostFigures(**values)
-        numbers = [figures.memory_bytes_per_s, figures.overhead_us]
+        numbers = [figures.memory_bytes_per_s, figures.activation_bytes_per_s, figures.overhead_us]
         numbers += [figures.throughput_flops_per_s[precision] for precision in _PRECISIONS]
         return figures if all(math.isfinite(number) and number > 0 for number in numbers) else None
     except (OSError, ValueError, TypeError, KeyError):

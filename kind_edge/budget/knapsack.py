@@ -8,20 +8,14 @@ solution violates, and the search goes on. Needs numpy and scipy alone.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix, vstack
 
-from kind_edge.errors import KindEdgeError
+from kind_edge.budget.highs import Program, Relaxed
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -30,13 +24,11 @@ Mask = NDArray[np.bool_]
 LARGEST_COST = 2**53
 """Costs up to here are exact as floats, and a thousand of them add up within 64 bits."""
 
-# The objective is scaled to this size, far above the absolute gap (1e-6) at which HiGHS stops in any case.
-_OBJECTIVE_SIZE = 1000.0
 _EXACT_ATTEMPTS = 24
 _LAST_ATTEMPT = 28
+_SPLIT = 1e-6  # a column's share in the relaxation from which on it counts
+_MOST_ROUNDINGS = 256
 _HAIR = 1e-5  # of a limit's slack: ten times what HiGHS forgives
-
-_MILP_OPTIMAL, _MILP_STOPPED, _MILP_INFEASIBLE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -107,6 +99,8 @@ def undominated(table: Table) -> Mask:
 def search(table: Table, objective: Floats, limits: Mapping[str, int], gap: float, deadline: float) -> Found:
     """Maximise the sum of `objective` [n] over the chosen columns, to a relative `gap`, until `deadline`.
 
+    The linear relaxation comes first: it bounds the objective, its rounding is often good enough already, and its
+    reduced costs tell which columns can be part of nothing better; the integer program decides among the rest.
     `deadline` is in seconds of `time.monotonic`. Raises `KindEdgeError` when HiGHS itself fails.
     """
     kept = _narrow(table, limits)
@@ -114,20 +108,24 @@ def search(table: Table, objective: Floats, limits: Mapping[str, int], gap: floa
         return Found(None, -np.inf, True)
     columns = np.flatnonzero(kept)
     narrowed, goal = table.only(kept), objective[kept]
-    program = _Program.of(narrowed, goal, limits)
-    bound = float(np.maximum.reduceat(goal, narrowed.starts()).sum())
-    for attempt in range(_LAST_ATTEMPT):
-        exact = attempt < _EXACT_ATTEMPTS
-        chosen, program_bound, finished = program.run(gap, deadline, hair=0.0 if exact else _HAIR)
-        if exact:
-            bound = min(bound, program_bound)
-        if chosen is None:
-            return Found(None, bound, finished and exact)
-        cut = _cover_cut(narrowed, chosen, limits)
-        if cut is None:
-            return Found(columns[chosen], bound, finished)
-        program = program.with_cut(*cut)
-    return Found(None, bound, False)
+    relaxed = _program(narrowed, goal, limits).relax()
+    if relaxed is None:
+        return Found(None, -np.inf, True)
+    rounded = _round(narrowed, goal, limits, relaxed)
+    if rounded is None:
+        found = _branch(narrowed, goal, limits, gap, deadline)
+        return Found(None if found.chosen is None else columns[found.chosen], found.bound, found.finished)
+    reached = float(goal[rounded].sum())
+    if relaxed.bound - reached <= gap * abs(reached):
+        return Found(columns[rounded], relaxed.bound, True)
+    # Whoever takes a column loses at least its reduced cost against the bound.
+    useful = relaxed.bound + relaxed.reduced_costs >= reached - relaxed.tolerance
+    core = np.flatnonzero(useful)
+    found = _branch(narrowed.only(useful), goal[core], limits, gap, deadline)
+    bound = max(reached, min(relaxed.bound, found.bound))
+    if found.chosen is None or float(goal[core][found.chosen].sum()) < reached:
+        return Found(columns[rounded], bound, found.finished)
+    return Found(columns[core[found.chosen]], bound, found.finished)
 
 
 def smallest_total(table: Table, name: str, limits: Mapping[str, int], deadline: float) -> int | None:
@@ -178,8 +176,56 @@ def broken_limits(table: Table, chosen: Integers, limits: Mapping[str, int]) -> 
     return broken
 
 
+def _branch(table: Table, goal: Floats, limits: Mapping[str, int], gap: float, deadline: float) -> Found:
+    """The integer program, solved again with one more cut for every answer that breaks a limit in integers."""
+    program = _program(table, goal, limits)
+    bound = float(np.maximum.reduceat(goal, table.starts()).sum())
+    for attempt in range(_LAST_ATTEMPT):
+        exact = attempt < _EXACT_ATTEMPTS  # after many cuts the limits shrink by a hair, which proves nothing any more
+        answer = program.run(gap, deadline, hair=0.0 if exact else _HAIR)
+        if exact:
+            bound = min(bound, answer.bound)
+        if answer.chosen is None:
+            return Found(None, bound, answer.finished and exact)
+        cut = _cover_cut(table, answer.chosen, limits)
+        if cut is None:
+            return Found(answer.chosen, bound, answer.finished)
+        program = program.with_cut(*cut)
+    return Found(None, bound, False)
+
+
+def _program(table: Table, goal: Floats, limits: Mapping[str, int]) -> Program:
+    """Limits as shares of their slack; a row that every choice keeps is left out.
+
+    Where the slack is 0, narrowing left only columns at the minimum, and the row is one of those.
+    """
+    rows = []
+    for name, limit in limits.items():
+        above, slack = table.above_minimum(name), table.slack(name, limit)
+        if sum(np.maximum.reduceat(above, table.starts()).tolist()) > slack:
+            rows.append(above / slack)
+    return Program(table.group, goal, np.array(rows).reshape(len(rows), len(goal)))
+
+
+def _round(table: Table, goal: Floats, limits: Mapping[str, int], relaxed: Relaxed) -> Integers | None:
+    """The best choice among the relaxation's few split groups, improved by single exchanges; None if none fits.
+
+    A basic solution splits at most as many groups as there are limits, so there are few combinations.
+    """
+    support = [part[relaxed.shares[part] > _SPLIT] for part in np.split(np.arange(len(goal)), table.starts()[1:])]
+    best: Integers | None = None
+    for combination in itertools.islice(itertools.product(*support), _MOST_ROUNDINGS):
+        chosen = np.array(combination, dtype=np.int64)
+        if any(sum(table.costs[name][chosen].tolist()) > limit for name, limit in limits.items()):
+            continue
+        chosen = improve(Table(table.group, goal, table.costs), chosen, limits, ())
+        if best is None or goal[chosen].sum() > goal[best].sum():
+            best = chosen
+    return best
+
+
 def _narrow(table: Table, limits: Mapping[str, int]) -> Mask | None:
-    """Drop, until nothing changes, columns that no choice can afford; None if a limit cannot be met at all."""
+    """Drop, until nothing changes, columns that no choice can afford; None if nothing is left to choose."""
     kept = np.ones(len(table.group), dtype=bool)
     while True:
         rest = table.only(kept)
@@ -191,6 +237,8 @@ def _narrow(table: Table, limits: Mapping[str, int]) -> Mask | None:
             affordable &= rest.above_minimum(name) <= slack
         if affordable.all():
             return kept
+        if not np.logical_or.reduceat(affordable, rest.starts()).all():
+            return None  # what one limit leaves of a group, another excludes
         kept[np.flatnonzero(kept)] = affordable
 
 
@@ -213,92 +261,3 @@ def _cover_cut(table: Table, chosen: Integers, limits: Mapping[str, int]) -> tup
         in_cover[order[:size]] = True
         return in_cover[table.group] & (above >= spent[table.group]), size - 1
     return None
-
-
-@dataclass(frozen=True)
-class _Program:
-    """The scaled program: rows of limits end at 1 and hold shares of the slack, so that HiGHS sees numbers near 1."""
-
-    group: Integers
-    objective: Floats
-    scale: float
-    one_per_group: csr_matrix
-    limit_rows: Floats  # [limits, n]
-    cuts: csr_matrix  # [cuts, n]
-    cut_counts: tuple[int, ...]
-
-    @classmethod
-    def of(cls, table: Table, objective: Floats, limits: Mapping[str, int]) -> _Program:
-        count = len(table.group)
-        rows = []
-        for name, limit in limits.items():
-            above, slack = table.above_minimum(name), table.slack(name, limit)
-            # A row that every choice keeps is left out; where the slack is 0, narrowing left only such columns.
-            if sum(np.maximum.reduceat(above, table.starts()).tolist()) > slack:
-                rows.append(above / slack)
-        size = float(np.maximum.reduceat(np.abs(objective), table.starts()).sum())
-        one_per_group = csr_matrix((np.ones(count), (table.group, np.arange(count))), shape=(table.groups, count))
-        return cls(
-            group=table.group,
-            objective=objective,
-            scale=_OBJECTIVE_SIZE / size if size > 0 else 1.0,
-            one_per_group=one_per_group,
-            limit_rows=np.array(rows).reshape(len(rows), count),
-            cuts=csr_matrix((0, count)),
-            cut_counts=(),
-        )
-
-    def with_cut(self, columns: Mask, count: int) -> _Program:
-        row = csr_matrix(columns.astype(np.float64)[None, :])
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        fields |= {"cuts": vstack([self.cuts, row], format="csr"), "cut_counts": (*self.cut_counts, count)}
-        return _Program(**fields)
-
-    def run(self, gap: float, deadline: float, hair: float) -> tuple[Integers | None, float, bool]:
-        """The best columns, an upper bound of the objective, and whether HiGHS finished."""
-        constraints = [LinearConstraint(self.one_per_group, 1, 1)]
-        if len(self.limit_rows):
-            constraints.append(LinearConstraint(self.limit_rows, -np.inf, 1.0 - hair))
-        if self.cut_counts:
-            constraints.append(LinearConstraint(self.cuts, -np.inf, np.array(self.cut_counts, dtype=np.float64)))
-        seconds_left = max(deadline - time.monotonic(), 0.01)
-        with _silent_stdout():
-            result = milp(
-                -self.objective * self.scale,
-                integrality=np.ones(len(self.objective)),
-                bounds=Bounds(0, 1),
-                constraints=constraints,
-                options={"mip_rel_gap": gap, "time_limit": seconds_left},
-            )
-        if result.status not in (_MILP_OPTIMAL, _MILP_STOPPED, _MILP_INFEASIBLE):
-            raise KindEdgeError(f"the integer program could not be solved: {result.message}")
-        finished = result.status != _MILP_STOPPED
-        if result.x is None:
-            return None, -np.inf if finished else np.inf, finished
-        bound = np.inf if result.mip_dual_bound is None else -float(result.mip_dual_bound) / self.scale
-        # The largest variable of each group: sorted by group, then by x, it is the last of its group.
-        order = np.lexsort((result.x, self.group))
-        last = np.append(np.flatnonzero(np.diff(self.group)), len(self.group) - 1)
-        return order[last].astype(np.int64), bound, finished
-
-
-@contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """HiGHS prints a stray line to the C library's stdout now and then, which `--json` must keep clean."""
-    sys.stdout.flush()
-    try:
-        saved = os.dup(1)
-    except OSError:  # no stdout at all: nothing to keep clean
-        yield
-        return
-    flush = ctypes.CDLL(None).fflush
-    flush(None)
-    sink = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(sink, 1)
-        yield
-    finally:
-        flush(None)
-        os.dup2(saved, 1)
-        os.close(sink)
-        os.close(saved)

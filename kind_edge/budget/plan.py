@@ -38,7 +38,7 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """`flops` and `evaluation_latency_s` are one evaluation at batch 1; `*image_latency_s` one image, the whole pipeline.
+    """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
     `limits` are what was asked for, in the solver's units; `binding` those that kept the plan from being better.
     `dense` holds the same figures of the dense fp32 model of the same shape: what percentages refer to.
@@ -81,8 +81,10 @@ class Plan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Plan:
         """Parse strictly; anything unknown, missing or of the wrong type is an `InputError`."""
-        if not isinstance(values, Mapping) or values.get("schema_version") != SCHEMA_VERSION:
-            raise InputError(f"{where}: not a plan of schema version {SCHEMA_VERSION}; make it anew with kind-edge plan")
+        if values.get("schema_version") != SCHEMA_VERSION:
+            raise InputError(
+                f"{where}: not a plan of schema version {SCHEMA_VERSION}; make it anew with kind-edge plan"
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         given = {key: value for key, value in values.items() if key != "schema_version"}
         for key in given:
@@ -96,7 +98,9 @@ class Plan:
             matrices = {name: MatrixPlan(**matrix) for name, matrix in given["matrices"].items()}
         except (TypeError, AttributeError) as error:
             raise InputError(f"{where}: matrices: {error}") from error
-        return cls(**{**given, "matrices": matrices, "classes": tuple(given["classes"]), "binding": tuple(given["binding"])})
+        return cls(
+            **{**given, "matrices": matrices, "classes": tuple(given["classes"]), "binding": tuple(given["binding"])}
+        )
 
 
 def read_plan(path: Path) -> Plan:
@@ -104,6 +108,8 @@ def read_plan(path: Path) -> Plan:
         values = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: cannot read the plan: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: want a JSON object, the plan, not {type(values).__name__}")
     return Plan.from_dict(values, str(path))
 
 
@@ -113,9 +119,9 @@ def full_rank(plan: Plan, ranks: Mapping[str, tuple[int, int]]) -> Plan:
     for name, matrix in plan.matrices.items():
         learngene, tailor = ranks[name]
         if plan.form == "switch":
-            change: dict[str, int] = {"learngene_rank": learngene, "tailor_rank": tailor}
+            whole = dataclasses.replace(matrix, learngene_rank=learngene, tailor_rank=tailor)
         else:
-            change = {"rank": learngene + tailor * len(plan.classes)}
+            whole = dataclasses.replace(matrix, rank=learngene + tailor * len(plan.classes))
         storage: Storage = "factored" if matrix.storage == "dropped" else matrix.storage
-        matrices[name] = dataclasses.replace(matrix, storage=storage, **change)
+        matrices[name] = dataclasses.replace(whole, storage=storage)
     return dataclasses.replace(plan, matrices=matrices)

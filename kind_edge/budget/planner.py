@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from kind_edge.budget.cost import (
     FixedCost,
@@ -20,9 +20,9 @@ from kind_edge.budget.cost import (
 )
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
-from kind_edge.budget.sensitivity import Spectrum
 from kind_edge.budget.solver import Option, Problem, Solution, solve
-from kind_edge.errors import KindEdgeError, NoPlanError, UsageError
+from kind_edge.budget.spectrum import Spectrum
+from kind_edge.errors import NoPlanError, UsageError
 from kind_edge.model.spec import Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
 
@@ -59,7 +59,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. `spare_bytes` is kept free under --max-size for what a file holds beyond the prediction."""
+    """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction."""
 
     profile: DeviceProfile
     classes: tuple[str, ...]
@@ -97,10 +97,12 @@ def candidate_forms(request: Request) -> tuple[Form, ...]:
     guided = request.sampling.guidance != 1.0
     if request.form != "auto":
         if request.form == "single" and len(request.classes) != 1:
-            raise UsageError(f"--form single holds one class, got {len(request.classes)}; use switch, or export each apart")
+            raise UsageError(
+                f"--form single holds one class, got {len(request.classes)}; use switch, or export each apart"
+            )
         if request.form != "switch" and guided:
             raise UsageError(
-                f"--form {request.form} has no null branch, so it cannot be guided: add --guidance 1, or use --form switch"
+                f"--form {request.form} has no null branch to guide with: add --guidance 1, or use --form switch"
             )
         return (request.form,)
     return ("switch", "single") if len(request.classes) == 1 and not guided else ("switch",)
@@ -165,7 +167,9 @@ def build_problem(source: Source, request: Request, candidate: Candidate) -> Pro
     options: dict[str, tuple[Option, ...]] = {}
     for matrix in source.spec.matrices():
         spectrum = source.spectra[candidate.form][matrix.name]
-        options[f"{matrix.name}/shared"] = tuple(_shared_options(source.spec, matrix, spectrum, request, candidate, network))
+        options[f"{matrix.name}/shared"] = tuple(
+            _shared_options(source.spec, matrix, spectrum, request, candidate, network)
+        )
         if len(spectrum.tailor) > 1:
             options[f"{matrix.name}/tailors"] = tuple(
                 _tailor_options(source.spec, matrix, spectrum, request, candidate, network)
@@ -282,7 +286,6 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         for m in spec.matrices()
     )  # fmt: skip
     sustained_s = solution.totals["latency_ns"] / 1e9
-    burst = request.profile.unit(candidate.unit).sustained_share.value
     return Plan(
         model=source.name,
         checkpoint_sha256=source.checkpoint_sha256,
@@ -303,11 +306,14 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         weight_bytes=solution.totals["weight_bytes"] - request.spare_bytes,
         peak_memory_bytes=solution.totals["peak_memory_bytes"],
         evaluation_latency_s=sustained_s / network,
-        image_latency_s=_burst_latency_s(source, request, candidate, matrices),
+        image_latency_s=network
+        * predict_evaluation_s(
+            spec, matrices, len(request.classes), sampling.evaluations, candidate, request.profile, sustained=False
+        ),
         sustained_image_latency_s=sustained_s,
         retained_energy=solution.value / len(matrices),
-        limits={name: float(limit) for name, limit in _limits(spec, request, candidate).items()},
-        binding=solution.binding if burst else (),
+        limits={_flag(name): float(limit) for name, limit in _limits(spec, request, candidate).items()},
+        binding=tuple(_flag(name) for name in solution.binding),
         optimality_gap=solution.optimality_gap,
         dense=dense_figures(spec, request.profile, candidate.unit, network),
         matrices=matrices,
@@ -323,23 +329,28 @@ def _matrix_plan(name: str, candidate: Candidate, solution: Solution) -> MatrixP
     return MatrixPlan(storage, candidate.precision, shared.learngene_rank, tailor_rank)
 
 
-def _burst_latency_s(
-    source: Source, request: Request, candidate: Candidate, matrices: Mapping[str, MatrixPlan]
+def predict_evaluation_s(
+    spec: ModelSpec,
+    matrices: Mapping[str, MatrixPlan],
+    num_classes: int,
+    rows: int,
+    candidate: Candidate,
+    profile: DeviceProfile,
+    sustained: bool,
 ) -> float:
-    """One image before the device throttles."""
-    profile, unit, precision = request.profile, candidate.unit, candidate.precision
-    seconds = fixed_latency_s(_fixed_cost(source.spec, request, candidate), profile, unit, sustained=False)
-    for shape in source.spec.matrices():
+    """Seconds of one evaluation at batch 1 of a planned model, on any device; `rows` are those of the sampler table."""
+    unit, precision = candidate.unit, candidate.precision
+    fixed = deployed_fixed_cost(spec, num_classes, rows, not spec.label_embedding, precision)
+    seconds = fixed_latency_s(fixed, profile, unit, sustained)
+    for shape in spec.matrices():
         plan = matrices[shape.name]
-        parts = [matrix_cost(source.spec, shape, plan.storage, plan.shared_rank, 0, 0, precision)]
+        parts = [matrix_cost(spec, shape, plan.storage, plan.shared_rank, 0, 0, precision)]
         if plan.tailor_rank:
-            parts.append(matrix_cost(source.spec, shape, "dropped", 0, plan.tailor_rank, len(request.classes), precision))
-        seconds += sum(matrix_latency_s(part, profile, unit, precision, sustained=False) for part in parts)
-    return seconds * evaluations(request, candidate.form)
+            parts.append(matrix_cost(spec, shape, "dropped", 0, plan.tailor_rank, num_classes, precision))
+        seconds += sum(matrix_latency_s(part, profile, unit, precision, sustained) for part in parts)
+    return seconds
 
 
-def check_plan_fits(plan: Plan, spec: ModelSpec) -> None:
-    """A stored plan must name exactly the matrices of the model."""
-    names = {matrix.name for matrix in spec.matrices()}
-    if set(plan.matrices) != names:
-        raise cast(KindEdgeError, UsageError(f"--plan: made for another model ({plan.model}); solve again"))
+def _flag(cost: str) -> str:
+    """The limit's name in a request ("max_size") from the solver's ("weight_bytes")."""
+    return next(flag for flag, name in LIMIT_NAMES.items() if name == cost)

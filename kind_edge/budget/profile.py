@@ -43,7 +43,7 @@ HOST = "host"
 
 @dataclass(frozen=True)
 class Figure:
-    """A number, how far to trust it, and where it comes from. Its unit stands in the name of the field that holds it."""
+    """A number, how far to trust it, and where it comes from. Its unit is in the name of the field that holds it."""
 
     value: float
     mark: Mark
@@ -78,7 +78,11 @@ class ComputeUnit:
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """A device as the planner sees it. Memory figures are those of the smallest model that is sold."""
+    """A device as the planner sees it. Memory figures are those of the smallest model that is sold.
+
+    Weights stream from memory at `memory_bytes_per_s`; activations of one operator mostly stay in caches, and
+    elementwise operators move them at `activation_bytes_per_s`.
+    """
 
     name: str
     title: str
@@ -86,6 +90,7 @@ class DeviceProfile:
     execution_providers: tuple[str, ...]
     units: Mapping[Unit, ComputeUnit]
     memory_bytes_per_s: Figure
+    activation_bytes_per_s: Figure
     ram_bytes: Figure
     app_memory_limit_bytes: Figure
 
@@ -122,7 +127,7 @@ class DeviceProfile:
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Every figure with its dotted name, derived ones included: "gpu.peak_flops_per_s.fp16"."""
-        for name in ("memory_bytes_per_s", "ram_bytes", "app_memory_limit_bytes"):
+        for name in ("memory_bytes_per_s", "activation_bytes_per_s", "ram_bytes", "app_memory_limit_bytes"):
             yield name, getattr(self, name)
         for unit in self.units.values():
             for precision, figure in unit.peak_flops_per_s.items():

@@ -1,7 +1,7 @@
 """The TOML file of a device profile: strict reading, and the derivation of what the file leaves out.
 
     title = "..."   os = "..."   execution_providers = ["..."]
-    [memory]            kind = "LPDDR5X"   bandwidth_gb_per_s, ram_gib, app_limit_gib = FIGURE
+    [memory]            kind = "LPDDR5X"   bandwidth_gb_per_s, activation_gb_per_s, ram_gib, app_limit_gib = FIGURE
     [cpu] [gpu] [npu]   peak_gflops, efficiency = { fp32 = FIGURE, fp16 = FIGURE, int8 = FIGURE }
                         sustained_share, overhead_us = FIGURE
     [cpu.cores]         mark, source, clusters = [{ count, name, ghz, fp32_lanes, little = false }]
@@ -15,7 +15,8 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from kind_edge.budget.profile import MARKS, PRECISIONS, UNITS, ComputeUnit, DeviceProfile, Figure, Precision, Unit
 from kind_edge.errors import InputError, nearest
@@ -24,7 +25,7 @@ T = TypeVar("T")
 Table = Mapping[str, Any]
 
 TOP_KEYS = ("title", "os", "execution_providers", "memory", *UNITS)
-MEMORY_KEYS = ("kind", "bandwidth_gb_per_s", "ram_gib", "app_limit_gib")
+MEMORY_KEYS = ("kind", "bandwidth_gb_per_s", "activation_gb_per_s", "ram_gib", "app_limit_gib")
 UNIT_KEYS = ("peak_gflops", "efficiency", "sustained_share", "overhead_us")
 CORES_KEYS = ("mark", "source", "clusters")
 CLUSTER_KEYS = ("count", "name", "ghz", "fp32_lanes", "little")
@@ -44,7 +45,8 @@ _OVERHEAD_US: Mapping[Unit, float] = {"cpu": 5.0, "gpu": 20.0, "npu": 10.0}
 _SUSTAINED_DEFAULT = 0.5
 
 
-class Cluster(NamedTuple):
+@dataclass(frozen=True)
+class Cluster:
     """Equal CPU cores; `fp32_lanes` multiply-adds per cycle and core."""
 
     count: int
@@ -68,6 +70,8 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
     memory = _table(top, "memory", where)
     _check_keys(memory, MEMORY_KEYS, f"{where}: memory")
     ram = _required(_figure(memory, "ram_gib", f"{where}: memory", 2**30), f"{where}: memory.ram_gib")
+    bandwidth = _figure(memory, "bandwidth_gb_per_s", f"{where}: memory", 1e9) or _bandwidth(memory, where)
+    uncached = Figure(bandwidth.value, "E", "derived: as fast as memory, cautiously without caches")
     present = [unit for unit in UNITS if unit in top]
     tables = {unit: _table(top, unit, where) for unit in present}
     shares = [_share(table, "sustained_share", f"{where}: {unit}") for unit, table in tables.items()]
@@ -80,7 +84,8 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
         os=_text(top, "os", where),
         execution_providers=tuple(_texts(top, "execution_providers", where)),
         units={unit.name: unit for unit in units},
-        memory_bytes_per_s=_figure(memory, "bandwidth_gb_per_s", f"{where}: memory", 1e9) or _bandwidth(memory, where),
+        memory_bytes_per_s=bandwidth,
+        activation_bytes_per_s=_figure(memory, "activation_gb_per_s", f"{where}: memory", 1e9) or uncached,
         ram_bytes=ram,
         app_memory_limit_bytes=_figure(memory, "app_limit_gib", f"{where}: memory", 2**30) or _app_limit(ram),
     )

@@ -5,25 +5,14 @@ The only module of `budget` that needs torch: it looks at weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.budget.spectrum import Spectrum
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.spec import Form
 from kind_edge.model.truncation import SortedFactors, fold_matrix
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Retained energy of one matrix by rank, as shares of the active matrix's: shared[0] = 0 ... shared[-1] +
-    tailor[-1] = 1. `shared` [k + 1] is the learngene (in single and union: the folded product); `tailor` [N_T + 1] is
-    the mean over kept classes."""
-
-    shared: NDArray[np.float64]
-    tailor: NDArray[np.float64]
 
 
 def spectra(

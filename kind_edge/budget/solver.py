@@ -19,6 +19,7 @@ from kind_edge.budget.infeasible import Infeasible, no_plan_error
 from kind_edge.budget.knapsack import (
     LARGEST_COST,
     Floats,
+    Found,
     Integers,
     Mask,
     Table,
@@ -71,12 +72,10 @@ class Problem:
     limits: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        if not self.options:
-            raise KindEdgeError("Problem.options: no matrix to choose for")
+        if not self.options or not all(self.options.values()):
+            raise KindEdgeError("Problem.options: want at least one matrix, and at least one option for each")
         names = set(self.cost_names())
         for matrix, options in self.options.items():
-            if not options:
-                raise KindEdgeError(f"Problem.options[{matrix!r}]: empty; at least one option is needed")
             for option in options:
                 _check_option(matrix, option, names)
         for kind, amounts in (("fixed", self.fixed), ("limits", self.limits)):
@@ -123,24 +122,26 @@ def solve(problem: Problem, time_limit_s: float = 10.0, gap: float = 1e-4) -> So
     table, options = _table(problem)
     limits = problem.free()
     tie_breakers = [name for name in TIE_BREAKERS if name in table.costs]
+    tie_shares = _tie_shares(table, tie_breakers)
     most = float(np.maximum.reduceat(table.value, table.starts()).sum())
     tilt = gap * _TILT * most
-    objective = table.value - tilt * _tie_shares(table, tie_breakers)
-    found = search(table, objective, limits, gap * _SEARCH_SHARE, deadline)
+    found = search(table, table.value - tilt * tie_shares, limits, gap * _SEARCH_SHARE, deadline)
     if found.chosen is None:
-        if found.infeasible:
-            raise no_plan_error(_diagnose(problem, table, time.monotonic() + time_limit_s))
-        seconds = format_seconds(time_limit_s)
-        raise NoPlanError(f"no plan was found within {seconds}, nor proven impossible; relax a limit")
-    chosen = improve(table, found.chosen, limits, tie_breakers)
+        raise _refusal(problem, table, found, time_limit_s)
+    start, upper_bound = found.chosen, min(most, found.bound + tilt)
+    if found.finished and tilt > gap * (1 - _SEARCH_SHARE) * upper_bound:
+        # The limits leave only a trifle of `most`, and the tie-breaking term blurs the proof: once more without it.
+        again = search(table, table.value, limits, gap * _SEARCH_SHARE, deadline)
+        upper_bound = min(upper_bound, again.bound)
+        start = start if again.chosen is None else again.chosen
+    chosen = improve(table, start, limits, tie_breakers)
+    value = math.fsum(table.value[chosen])
+    upper_bound = max(value, upper_bound)
     choice = {matrix: options[column] for matrix, column in zip(problem.options, chosen, strict=True)}
-    totals = recheck(problem, choice)
-    value = math.fsum(option.value for option in choice.values())
-    upper_bound = max(value, min(most, found.bound + tilt))
     return Solution(
         choice=choice,
         value=value,
-        totals=totals,
+        totals=recheck(problem, choice),
         binding=_binding(table, chosen, limits),
         optimality_gap=(upper_bound - value) / upper_bound if upper_bound > 0 else 0.0,
         upper_bound=upper_bound,
@@ -168,8 +169,18 @@ def recheck(problem: Problem, choice: Mapping[str, Option]) -> dict[str, int]:
 
 
 def diagnose(problem: Problem, time_limit_s: float = 10.0) -> tuple[Infeasible, ...]:
-    """Why no choice fits: every limit that fails alone; else the members of one smallest conflict; () if one fits."""
-    return _diagnose(problem, _table(problem)[0], time.monotonic() + time_limit_s)
+    """Why no choice fits: every limit that fails alone; else the members of one smallest conflict; () if one fits.
+
+    Where time runs out, a conflict may not be the smallest, nor `smallest` the least that would do (it does, though).
+    """
+    return _diagnose(problem, _table(problem)[0], time_limit_s)
+
+
+def _refusal(problem: Problem, table: Table, found: Found, time_limit_s: float) -> NoPlanError:
+    if found.infeasible:
+        return no_plan_error(_diagnose(problem, table, time_limit_s))
+    seconds = format_seconds(time_limit_s)
+    return NoPlanError(f"no plan was found within {seconds}, nor proven impossible; relax a limit")
 
 
 def _table(problem: Problem) -> tuple[Table, list[Option]]:
@@ -209,7 +220,7 @@ def _binding(table: Table, chosen: Integers, limits: Mapping[str, int]) -> tuple
     return tuple(name for name in limits if any(name in pattern for pattern in smallest))
 
 
-def _diagnose(problem: Problem, table: Table, deadline: float) -> tuple[Infeasible, ...]:
+def _diagnose(problem: Problem, table: Table, time_limit_s: float) -> tuple[Infeasible, ...]:
     limits, fixed = problem.free(), {name: problem.fixed.get(name, 0) for name in problem.limits}
     alone = [name for name, limit in limits.items() if table.slack(name, limit) < 0]
     if alone:
@@ -217,27 +228,30 @@ def _diagnose(problem: Problem, table: Table, deadline: float) -> tuple[Infeasib
             Infeasible(name, problem.limits[name], problem.limits[name] - table.slack(name, limits[name]), fixed[name])
             for name in alone
         )
-    if not _impossible(table, limits, deadline):
+    slice_s = time_limit_s / (1 + 2 * len(limits))  # one member's search must not eat up another's
+    if not _impossible(table, limits, slice_s):
         return ()
     conflict = dict(limits)
     for name in limits:
         fewer = {other: limit for other, limit in conflict.items() if other != name}
-        if _impossible(table, fewer, deadline):
+        if _impossible(table, fewer, slice_s):
             conflict = fewer
     entries = []
     for name in conflict:
         smallest = None
         for held in (limits, conflict):
             others = {other: limit for other, limit in held.items() if other != name}
-            smallest = smallest_total(table, name, others, deadline) if smallest is None else smallest
+            if smallest is None:
+                smallest = smallest_total(table, name, others, time.monotonic() + slice_s)
         if smallest is not None:
             rest = tuple(other for other in conflict if other != name)
             entries.append(Infeasible(name, problem.limits[name], smallest + fixed[name], fixed[name], rest))
     return tuple(entries)
 
 
-def _impossible(table: Table, limits: Mapping[str, int], deadline: float) -> bool:
-    return search(table, np.zeros(len(table.group)), limits, gap=1.0, deadline=deadline).infeasible
+def _impossible(table: Table, limits: Mapping[str, int], seconds: float) -> bool:
+    anything = np.zeros(len(table.group))
+    return search(table, anything, limits, gap=1.0, deadline=time.monotonic() + seconds).infeasible
 
 
 def _check_option(matrix: str, option: Option, names: set[str]) -> None:

@@ -211,7 +211,8 @@ def _complete(folder: Path) -> None:
     write_manifest(folder, values)
     for name in _file_names(folder):
         # Without this a power cut after the rename could leave a bundle of empty files.
-        with open(folder / name, "rb+") as file:
+        # Windows syncs only what is open for writing; elsewhere a read-only file must do as well.
+        with open(folder / name, "rb" if os.name == "posix" else "rb+") as file:
             os.fsync(file.fileno())
 
 

@@ -36,7 +36,9 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
     learngene and its tailors are empty. A matrix that keeps its full rank keeps its factors, bit for bit.
     """
     kept = class_indices(checkpoint, plan.classes)
-    tensors = {name: t for name, t in checkpoint.tensors.items() if ".learngene." not in name and ".tailors." not in name}
+    tensors = {
+        name: t for name, t in checkpoint.tensors.items() if ".learngene." not in name and ".tailors." not in name
+    }
     if checkpoint.spec.label_embedding:
         tensors["y_embed.weight"] = checkpoint.tensors["y_embed.weight"][[*kept, checkpoint.spec.num_classes]]
     ranks: dict[str, Ranks] = {}

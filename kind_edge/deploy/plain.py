@@ -56,7 +56,8 @@ class Tailors(nn.Module):
         self.v, self.u = nn.Parameter(v), nn.Parameter(u)
 
     def forward(self, x: Tensor, pick: Pick) -> Tensor:
-        return (x @ self.v[pick.index] * pick.open) @ self.u[pick.index]
+        v, u = self.v.index_select(0, pick.index), self.u.index_select(0, pick.index)  # [B, m, r], [B, r, n]
+        return (x @ v * pick.open) @ u
 
 
 class PlainLinear(nn.Module):
@@ -81,7 +82,7 @@ class ModulationTable(nn.Module):
         self.table = nn.Parameter(table)
 
     def forward(self, step_index: Tensor, class_index: Tensor | None) -> Tensor:
-        return self.table[step_index]
+        return self.table.index_select(0, step_index)
 
 
 class ModulationNetwork(nn.Module):

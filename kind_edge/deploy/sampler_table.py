@@ -79,7 +79,7 @@ def _dpm_solver_table(timestep: Row, sigma: Row) -> SamplerTable:
     for i in range(rows):
         h = lam[i + 1] - lam[i]
         gain = -alpha[i + 1] * np.expm1(-h)
-        first_order = i == 0 or i == rows - 1 and (rows < 15 or np.isinf(h))
+        first_order = i == 0 or (i == rows - 1 and (rows < 15 or np.isinf(h)))
         half_ratio = 0.0 if first_order else h / (lam[i] - lam[i - 1]) / 2
         b[i], c[i] = gain * (1 + half_ratio), -gain * half_ratio
     return SamplerTable(timestep, 1 / alpha[:-1], -noise[:-1] / alpha[:-1], a, b, c)

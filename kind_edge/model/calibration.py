@@ -47,8 +47,8 @@ def covariances(model: DiT, batches: Batches) -> dict[str, Tensor]:
             continue
 
         def collect(_: object, inputs: tuple[Tensor, ClassGate], name: str = name) -> None:
-            x = inputs[0].flatten(0, -2).double()
-            sums[name] = sums.get(name, 0.0) + x.T @ x
+            x = inputs[0].flatten(0, -2)
+            sums[name] = sums.get(name, 0.0) + (x.T @ x).double()
             counts[name] = counts.get(name, 0) + len(x)
 
         hooks.append(module.register_forward_pre_hook(collect))

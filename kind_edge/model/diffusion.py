@@ -1,6 +1,6 @@
 """The two training objectives. Timesteps run over (0, 1000] for both; images and noise are [B, ch, H, W].
 
-epsilon: Ho et al. (2020) with DiT's linear schedule; with a learned variance, the hybrid loss of Nichol & Dhariwal (2021).
+epsilon: Ho et al. (2020) with DiT's linear schedule; a learned variance adds Nichol & Dhariwal's (2021) hybrid loss.
 flow: rectified flow (Liu et al., 2023), x_t = (1 - t) x_0 + t e, target e - x_0, logit-normal t (Esser et al., 2024).
 """
 

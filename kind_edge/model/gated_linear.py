@@ -53,7 +53,7 @@ class ClassGate:
 
     @classmethod
     def grouped(cls, classes: Tensor, closed: Tensor, num_classes: int) -> ClassGate:
-        """A batch that is already sorted into equal groups: `classes` [G], `closed` [G*M] true where the gate is shut."""
+        """A batch sorted into equal groups already: `classes` [G]; `closed` [G*M] is true where the gate is shut."""
         labels = classes.repeat_interleave(len(closed) // len(classes))
         return cls(torch.where(closed, num_classes, labels), classes, None, (~closed).float())
 
@@ -103,7 +103,7 @@ class GatedLinear(nn.Module):
 
         A closed image's tailor activations are multiplied by zero. 1.4 to 1.6 x faster than separate products.
         """
-        batch, tokens, groups = *x.shape[:2], len(s)
+        batch, tokens, groups = x.shape[0], x.shape[1], len(s)
         rank = len(self.learngene.s) + s.shape[-1]
         both_v = torch.cat([self.learngene.V.expand(groups, -1, -1), v], -1)  # [G, m, R]
         both_u = torch.cat([self.learngene.U.expand(groups, -1, -1), u], -1)  # [G, n, R]
@@ -155,7 +155,7 @@ class _Deck:
         """`rank` components; a part larger than one matrix takes from several (then not all orthogonal)."""
         dealt = []
         while rank:
-            if len(self.s) == 0 or rank > len(self.s) and len(self.s) < min(self.n, self.m):
+            if len(self.s) == 0 or (rank > len(self.s) and len(self.s) < min(self.n, self.m)):
                 self._draw()
             take = min(rank, len(self.s))
             dealt.append((self.u[:, :take], self.s[:take], self.v[:, :take]))

@@ -172,6 +172,5 @@ def named_spec(arch: str, num_classes: int, **overrides: Any) -> ModelSpec:
     return ModelSpec(**(base | overrides))
 
 
-
 def default_sampler(objective: str) -> str:
     return SAMPLERS[objective][0]

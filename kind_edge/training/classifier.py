@@ -91,7 +91,7 @@ def to_input(pixels: npt.NDArray[np.uint8]) -> Tensor:
 
 
 @torch.inference_mode()
-def embed(network: Classifier, pixels: npt.NDArray[np.uint8], batch: int = 500) -> tuple[Tensor, Tensor]:
+def embed(network: Classifier, pixels: npt.NDArray[np.uint8], batch: int = 100) -> tuple[Tensor, Tensor]:
     """Features float32 [n, 64] and logits float32 [n, 10] of pixels uint8 [n, 28, 28]."""
     features = [network.features(to_input(pixels[start : start + batch])) for start in range(0, len(pixels), batch)]
     joined = torch.cat(features) if features else torch.empty(0, FEATURES)
@@ -220,7 +220,8 @@ def _from_bytes(content: bytes, path: str) -> Classifier:
         if wanted.get(name) != found.get(name):
             raise InputError(f"{path}: {name}: file has {found.get(name)}, classifier wants {wanted.get(name)}")
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
-    return network.eval().requires_grad_(False)
+    # With channels last, convolutions on a CPU take half the time.
+    return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -13,6 +13,9 @@ from kind_edge.errors import InputError, nearest, unknown
 from kind_edge.model.spec import ModelSpec
 
 
+_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """`images` is how many are seen in all; the learning rate warms up linearly, then falls to zero as a cosine."""
@@ -47,7 +50,7 @@ class TrainConfig:
         if not isinstance(values.get("model"), Mapping):
             raise InputError(f"{where}: missing table [model]")
         for key, value in values.items():
-            wanted = {"int": int, "float": (int, float), "str": str}.get(str(known.get(key)), object)
+            wanted = _TYPES.get(str(known.get(key)), (object,))
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise InputError(f"{where}: {key}: got {value!r}, want {known[key]}")
         spec = ModelSpec.from_dict(values["model"], f"{where} [model]")

@@ -23,6 +23,7 @@ from kind_edge.training.config import TrainConfig
 
 STATE = "state.safetensors"
 SAVE_EVERY_S = 120.0
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -184,8 +185,8 @@ def load_state(folder: Path, config: TrainConfig, device: torch.device) -> Train
         check_tensors(config.spec, {name: tuple(t.shape) for name, t in own.items()}, str(path))
         model.load_state_dict(own)
     for name, parameter in state.model.named_parameters():
-        moments = {key: tensors.get(f"adam.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        if all(value is not None for value in moments.values()):
+        moments = {key: tensors[k] for key in _ADAM if (k := f"adam.{key}.{name}") in tensors}
+        if len(moments) == len(_ADAM):  # none before the first step
             state.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
     state.step, state.seconds, state.loss = int(numbers["step"]), float(numbers["seconds"]), float(numbers["loss"])
     return state

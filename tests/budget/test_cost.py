@@ -93,7 +93,6 @@ def test_exact_is_what_torch_counts(spec: ModelSpec) -> None:
     sample = torch.zeros(1, spec.channels, spec.image_size, spec.image_size)
     cost = model_cost(spec, "exact")
     assert cost.params == sum(parameter.numel() for parameter in module.parameters())
-    conv_bias = timestep = 0
     conv_bias = spec.tokens * spec.width
     part_flops = sum(cost.part(name).flops for name in PRODUCT_PARTS)
     # torch counts products alone: take our elementwise work out of the parts that hold both.

@@ -140,13 +140,13 @@ def test_the_host_is_remembered(measured: tuple[DeviceProfile, Path], monkeypatc
     assert set(key) == {"cpu", "instructions", "threads", "onnxruntime"}
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"figures": {"overhead_us": 1}}'])
-def test_a_damaged_cache_is_measured_again(damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = host.cache_path(host.host_key())
-    path.parent.mkdir()
-    path.write_text(damage, encoding="utf-8")
-    fresh = host.HostFigures({"fp32": 1e11, "fp16": 1e11, "int8": 4e11}, 1e10, 1.0)
-    monkeypatch.setattr(host, "measure_host", lambda threads: fresh)
-    assert host.host_profile().throughput("cpu", "int8") == 4e11
-    assert json.loads(path.read_text(encoding="utf-8"))["figures"]["overhead_us"] == 1.0
+@pytest.mark.parametrize("damage", ["", "{}", '{"figures": {"overhead_us": 1}}', None])
+def test_a_damaged_cache_counts_as_none(
+    damage: str | None, measured: tuple[DeviceProfile, Path], tmp_path: Path
+) -> None:
+    _, folder = measured
+    (path,) = (folder / "kind-edge").iterdir()
+    assert host.cached_figures(path) is not None
+    damaged = tmp_path / "host.json"
+    damaged.write_text(path.read_text("utf-8")[:-30] if damage is None else damage, encoding="utf-8")
+    assert host.cached_figures(damaged) is None

@@ -122,11 +122,10 @@ def test_damage_is_refused(tmp_path: Path, victim: str) -> None:
     content = bytearray((tmp_path / victim).read_bytes())
     content[len(content) // 3] ^= 0xFF
     (tmp_path / victim).write_bytes(content)
-    if victim != "reference.json" or b'"sha256"' in content:
-        with pytest.raises(InputError, match=victim.split(".")[0]):
-            Judge.load(tmp_path)
+    with pytest.raises(InputError, match=victim.split(".")[0]):
+        Judge.load(tmp_path)
     (tmp_path / victim).unlink()
-    with pytest.raises(InputError, match="make them with: python -m kind_edge.training"):
+    with pytest.raises(InputError, match="make them with: python -m"):
         Judge.load(tmp_path)
 
 

@@ -1,0 +1,81 @@
+"""Dynamic int8 of an exported denoiser: constant matrices per output channel, tailors per component.
+
+ONNX Runtime quantizes products with constant weights only. Tailors are gathered by class at run time, so they are
+stored as int8 with one scale per class and component, and widened after the gather: what belongs to one class is
+quantized by itself, and changing one tailor changes no other class by a bit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+LARGEST = 127
+
+
+def quantize_int8(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A new model with int8 weights; `model` is not changed.
+
+    Requires: no value_info left (the quantizer would find its shapes contradicted). Ensures: same inputs and outputs.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory(prefix="kind-edge-") as folder:
+        source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
+        onnx.save_model(model, source)
+        quantize_dynamic(
+            source,
+            target,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["MatMul", "Gemm"],
+            extra_options={"MatMulConstBOnly": True},
+        )
+        quantized = onnx.load_model(target)
+    del quantized.graph.value_info[:]
+    quantized.producer_name, quantized.producer_version = model.producer_name, ""
+    return _quantize_gathered(quantized)
+
+
+def _quantize_gathered(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Store every 3-D table that is gathered along its classes (K x m x r or K x r x n) as int8."""
+    tables = {t.name: t for t in model.graph.initializer if len(t.dims) == 3 and t.data_type == onnx.TensorProto.FLOAT}
+    nodes, done = [], set()
+    for node in model.graph.node:
+        if node.op_type != "Gather" or node.input[0] not in tables:
+            nodes.append(node)
+            continue
+        name, index, output = node.input[0], node.input[1], node.output[0]
+        done.add(name)
+        nodes += [
+            helper.make_node("Gather", [f"{name}.int8", index], [f"{output}.int8"], f"{node.name}.int8", axis=0),
+            helper.make_node("Gather", [f"{name}.scale", index], [f"{output}.scale"], f"{node.name}.scale", axis=0),
+            helper.make_node(
+                "Cast", [f"{output}.int8"], [f"{output}.wide"], f"{node.name}.wide", to=onnx.TensorProto.FLOAT
+            ),
+            helper.make_node("Mul", [f"{output}.wide", f"{output}.scale"], [output], node.name),
+        ]
+    initializers = [t for t in model.graph.initializer if t.name not in done]
+    for name in sorted(done):
+        values, scale = _per_component(numpy_helper.to_array(tables[name]))
+        initializers += [
+            numpy_helper.from_array(values, f"{name}.int8"),
+            numpy_helper.from_array(scale, f"{name}.scale"),
+        ]
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(initializers)
+    return model
+
+
+def _per_component(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """int8 values and scales of K thin factors; the components lie along the shorter of the last two axes."""
+    long_axis = 1 if table.shape[1] >= table.shape[2] else 2
+    scale = np.abs(table).max(axis=long_axis, keepdims=True) / LARGEST
+    scale = np.where(scale == 0, 1, scale).astype(np.float32)
+    return np.rint(table / scale).astype(np.int8), scale

@@ -1,0 +1,183 @@
+"""The parts of a bundle around its model files: manifest, measurements, preview, texts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kind_edge._version import __version__
+from kind_edge.budget.plan import Plan
+from kind_edge.budget.planner import Candidate, predict_evaluation_s
+from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
+from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
+from kind_edge.deploy.bundle import hash_files, write_manifest
+from kind_edge.deploy.grid import save_grid
+from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
+from kind_edge.deploy.runtime import LoadedBundle
+from kind_edge.deploy.sampler_table import SamplerTable
+from kind_edge.deploy.session import open_session
+from kind_edge.deploy.verify import REFERENCE_FILE
+from kind_edge.errors import GateError
+from kind_edge.model.spec import ModelSpec
+from kind_edge.units import format_seconds
+
+LICENCE = "Apache-2.0"
+PREVIEW_IMAGES = 8
+_TOOLS = ("torch", "onnx", "onnxruntime", "diffusers", "numpy", "safetensors")
+
+
+def describe(
+    plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], default_model: str, table: SamplerTable
+) -> dict[str, Any]:
+    """The manifest's values, as far as they are known before anything is measured."""
+    guided = plan.evaluations_per_step > 1
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": f"{plan.model}-{plan.profile}",
+        "source": {"model": plan.model, "checkpoint_sha256": plan.checkpoint_sha256},
+        "licence": LICENCE,
+        "classes": list(plan.classes),
+        "form": plan.form,
+        "image": {"channels": spec.channels, "height": spec.image_size, "width": spec.image_size},
+        "models": {path: dict(entry) for path, entry in entries.items()},
+        "default_model": default_model,
+        "sampler": {
+            "kind": plan.sampler,
+            "steps": plan.steps,
+            "guidance": plan.guidance if guided else 1.0,
+            "null_index": len(plan.classes) if plan.form == "switch" else None,
+            "tables": table.to_dict(),
+            "prediction_channels": spec.output_channels,
+        },
+        "plan": plan.to_dict(),
+        "tools": tool_versions(),
+    }
+
+
+def tool_versions() -> dict[str, str]:
+    versions = {"kind_edge": __version__, "python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def manifest_of(values: Mapping[str, Any], folder: Path) -> Manifest:
+    """A validated manifest of the files that lie in `folder` now."""
+    return Manifest.from_dict({**values, "files": _files(folder)})
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    return {name: {"bytes": entry.size_bytes, "sha256": entry.sha256} for name, entry in hash_files(folder).items()}
+
+
+def save_reference(folder: Path, reference: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    path = folder / REFERENCE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **reference)  # type: ignore[arg-type]
+
+
+def measure(
+    folder: Path, values: Mapping[str, Any], files: list[str], default_model: str
+) -> tuple[dict[str, LatencyReport], LatencyReport]:
+    """One evaluation of every model file, and one whole image of the default model, on this machine."""
+    write_manifest(folder, {**values, "files": _files(folder)})  # the measuring process opens the bundle by itself
+    return {name: bench_model(folder / name) for name in files}, bench_image(folder, default_model)
+
+
+def percentiles(report: LatencyReport) -> dict[str, float]:
+    return {"p50": report.p50_ms, "p90": report.p90_ms, "p99": report.p99_ms}
+
+
+def predict_here_ms(
+    plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], rows: int
+) -> dict[str, float]:
+    """What the cost model says of this machine's CPU for every file: to be compared with what was measured."""
+    host = load_profile(HOST)
+    return {
+        path: 1000 * predict_evaluation_s(
+            spec, plan.matrices, len(plan.classes), rows, Candidate(plan.form, entry["precision"], "cpu"), host, False
+        )
+        for path, entry in entries.items()
+    }  # fmt: skip
+
+
+def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> None:
+    """On `host` a measured p90 over the limit fails; for other devices the solver has gated the prediction already."""
+    limit_ns = plan.limits.get("max_latency")
+    if device.name == HOST and limit_ns is not None and image.p90_ms * 1e6 > limit_ns:
+        raise GateError(
+            f"--max-latency: one image took {format_seconds(image.p90_ms / 1e3)} here (p90 of {image.runs}), "
+            f"predicted {format_seconds(plan.sustained_image_latency_s)}, limit {format_seconds(limit_ns / 1e9)}; "
+            "allow more time, fewer --steps, or a smaller --max-flops"
+        )
+
+
+def draw_preview(folder: Path, manifest: Manifest) -> None:
+    """preview.png: a row per class, drawn by the default model through ONNX Runtime."""
+    entry = manifest.models[manifest.default_model]
+    loaded = LoadedBundle(manifest, entry, open_session(folder / entry.path))
+    switches = "class_index" in entry.input_names()
+    images = loaded.generate(manifest.classes if switches else None, PREVIEW_IMAGES, seed=0)
+    labels = manifest.classes if switches else [" + ".join(manifest.classes)]
+    save_grid(images, folder / "preview.png", columns=PREVIEW_IMAGES, labels=labels)
+
+
+def write_texts(folder: Path, plan: Plan, values: Mapping[str, Any]) -> None:
+    """plan.json, which can be replayed, and the bundle's own README."""
+    (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(bundle_readme(plan, values), encoding="utf-8")
+
+
+def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
+    """How to load the bundle; written from the manifest, so that names and shapes are true."""
+    entry = values["models"][values["default_model"]]
+    inputs = "\n".join(f"| `{i['name']}` | {i['dtype']} | {i['shape']} |" for i in entry["inputs"])
+    classes = ", ".join(f"{index} {name}" for index, name in enumerate(plan.classes))
+    sampler = values["sampler"]
+    null = f", {sampler['null_index']} none (for guidance)" if sampler["null_index"] is not None else ""
+    first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
+    return f"""# {values["name"]}
+
+{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, guidance
+{sampler["guidance"]}.
+Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
+
+![images drawn by {values["default_model"]}](preview.png)
+
+## Python
+
+```python
+import kind_edge
+images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H, W, channels]
+```
+
+This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
+
+## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
+
+Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
+
+| input | type | shape |
+|---|---|---|
+{inputs}
+
+Classes: {classes}{null}.
+
+One image: start from Gaussian noise x. For every row i of `sampler.tables` in `manifest.json`, run the model at row i
+and, with the guided prediction (null + guidance * (class - null) where guidance is not 1), compute
+
+    d = p[i] * x + q[i] * prediction
+    x = a[i] * x + b[i] * d + c[i] * (d of the row before; 0 at first)
+
+`step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. Pixels are (x + 1) * 127.5,
+clipped to 0..255. An int8 model takes one image at a time: its activations share one range per call.
+"""

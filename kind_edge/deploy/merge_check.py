@@ -1,0 +1,44 @@
+"""Merge judged by itself: at full rank the plain model must equal the original gated checkpoint."""
+
+from __future__ import annotations
+
+import torch
+
+from kind_edge.budget.plan import Plan, full_rank
+from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.verify import MERGE_GATE_DB, sqnr_db
+from kind_edge.errors import GateError
+from kind_edge.model.checkpoint import Checkpoint
+from kind_edge.model.gated_linear import ClassGate
+
+
+def check_merge(checkpoint: Checkpoint, plan: Plan, timesteps: torch.Tensor) -> float:
+    """The worst SQNR in dB over kept classes, null class (*switch*) and five steps; `GateError` below 100 dB.
+
+    *union* promises nothing for a single class, so it is compared with the gated model with all kept gates open.
+    """
+    spec = checkpoint.spec
+    whole = full_rank(plan, {matrix.name: spec.ranks(matrix.name) for matrix in spec.matrices()})
+    plain = fold(truncate(checkpoint, whole, None), whole, timesteps)
+    gated = checkpoint.model()
+    kept = class_indices(checkpoint, plan.classes)
+    labels = [*kept, spec.num_classes] if plan.form == "switch" else kept[:1]
+    steps = torch.linspace(0, len(timesteps) - 1, 5).round().long()
+    generator = torch.Generator().manual_seed(0)
+    worst = float("inf")
+    for position, label in enumerate(labels):
+        x = torch.randn(len(steps), spec.channels, spec.image_size, spec.image_size, generator=generator)
+        t = timesteps[steps].float()
+        index = torch.full((len(steps),), label)
+        open_gates = torch.zeros(len(steps), spec.num_classes, dtype=torch.long)
+        open_gates[:, kept if plan.form == "union" else [c for c in (label,) if c < spec.num_classes]] = 1
+        step = steps.int() if plan.modulation == "baked" else t
+        with torch.no_grad():
+            wanted = gated(x, t, ClassGate.opening(open_gates, index))
+            got = plain(x, step, torch.full((len(steps),), position)) if plan.form == "switch" else plain(x, step)
+        worst = min([worst, *(sqnr_db(a.numpy(), b.numpy()) for a, b in zip(wanted, got, strict=True))])
+    if worst < MERGE_GATE_DB:
+        raise GateError(
+            f"merge: at full rank the merged model differs: {worst:.1f} dB, want at least {MERGE_GATE_DB:.0f} dB"
+        )
+    return worst

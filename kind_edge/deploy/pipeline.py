@@ -1,0 +1,288 @@
+"""The whole way as two functions: `plan` decides, `export` makes, proves, measures and bundles."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kind_edge.budget.plan import Plan
+from kind_edge.budget.planner import make_plan
+from kind_edge.budget.profile import DeviceProfile, load_profile
+from kind_edge.deploy import assemble
+from kind_edge.deploy.bench import LatencyReport
+from kind_edge.deploy.bundle import open_bundle, verified_manifest, write_manifest, writing_bundle
+from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.merge_check import check_merge
+from kind_edge.deploy.quality import HeldoutLoss, heldout_losses
+from kind_edge.deploy.reference import make_reference
+from kind_edge.deploy.request import OpenedModel, make_request, make_source, open_model
+from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
+from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
+from kind_edge.errors import GateError, InputError, UsageError
+from kind_edge.model.checkpoint import load_checkpoint
+from kind_edge.model.shipped import DEFAULT_MODEL, find_model
+from kind_edge.registry import exporter
+from kind_edge.units import format_bytes
+
+if TYPE_CHECKING:
+    from kind_edge.training.evaluate import QualityReport
+
+OnStage = Callable[[str], None]
+
+_SIZE_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What an export wrote: `files` bytes by name, `parity` worst SQNR in dB by model file."""
+
+    path: Path
+    files: Mapping[str, int]
+    parity: Mapping[str, float | None]
+    latency: Mapping[str, LatencyReport]
+    image_latency: LatencyReport
+    predicted_here_ms: Mapping[str, float]
+    plan: Plan
+    quality: tuple[HeldoutLoss, ...]
+    merge_db: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bundle": str(self.path),
+            "files": dict(self.files),
+            "parity": dict(self.parity),
+            "merge_parity": self.merge_db,
+            "latency_ms": {name: assemble.percentiles(report) for name, report in self.latency.items()},
+            "image_latency_ms": assemble.percentiles(self.image_latency),
+            "predicted_here_ms": dict(self.predicted_here_ms),
+            "quality": {loss.name: loss.to_dict() for loss in self.quality},
+            "plan": self.plan.to_dict(),
+        }
+
+
+def plan(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    profile: str,
+    classes: Sequence[str] | None = None,
+    form: str = "auto",
+    precision: str = "auto",
+    unit: str = "auto",
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    max_latency: str | None = None,
+    max_memory: str | None = None,
+    max_flops: str | None = None,
+    max_size: str | None = None,
+) -> Plan:
+    """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
+
+    Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
+    """
+    limits = {"max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size}
+    device = load_profile(profile)
+    opened = open_model(model)
+    request = make_request(opened.checkpoint, device, classes, form, precision, unit, steps, guidance, sampler, limits)
+    return make_plan(make_source(opened, request), request)
+
+
+def export(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    profile: str | None = None,
+    plan: Plan | None = None,
+    output: str | Path | None = None,
+    formats: Sequence[str] = ("onnx",),
+    classes: Sequence[str] | None = None,
+    form: str = "auto",
+    precision: str = "auto",
+    unit: str = "auto",
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    max_latency: str | None = None,
+    max_memory: str | None = None,
+    max_flops: str | None = None,
+    max_size: str | None = None,
+    keep_failed: bool = False,
+    on_stage: OnStage | None = None,
+) -> Bundle:
+    """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
+
+    Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
+    """
+    stage = on_stage or (lambda _: None)
+    exporters = [exporter(name) for name in formats]
+    limits = {"max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size}
+    stage("reading the model")
+    opened = open_model(model)
+    request = None
+    if plan is None:
+        if profile is None:
+            raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
+        stage("planning")
+        device = load_profile(profile)
+        request = make_request(
+            opened.checkpoint, device, classes, form, precision, unit, steps, guidance, sampler, limits
+        )
+        source = make_source(opened, request)
+        plan = make_plan(source, request)
+    else:
+        device = load_profile(plan.profile)
+        _check_replay(plan, opened, profile, classes, limits)
+    precisions = ("fp32", "int8") if precision == "auto" or plan.precision == "int8" else ("fp32",)
+    destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
+    with writing_bundle(destination, keep_failed) as folder:
+        for attempt in range(_SIZE_ATTEMPTS):
+            made = _make(opened, plan, folder, exporters, precisions, stage)
+            excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
+            if excess <= 0:
+                break
+            if request is None or attempt == _SIZE_ATTEMPTS - 1:
+                raise GateError(
+                    f"--max-size: the model file takes {format_bytes(made.model_bytes)}, "
+                    f"{format_bytes(excess)} over the limit; solve again with a smaller limit"
+                )
+            spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
+            request = dataclasses.replace(request, spare_bytes=spare_bytes)
+            plan = make_plan(source, request)
+        return _finish(opened, plan, device, folder, destination, made, stage)
+
+
+def _check_replay(
+    plan: Plan, model: OpenedModel, profile: str | None, classes: Sequence[str] | None, limits: Mapping[str, str | None]
+) -> None:
+    """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
+    asked = [name for name, value in {"profile": profile, "classes": classes, **limits}.items() if value is not None]
+    if asked:
+        flags = ", ".join("--" + name.replace("_", "-") for name in asked)
+        raise UsageError(f"--plan has its own {flags}; leave it out, or make a new plan with kind-edge plan")
+    if plan.checkpoint_sha256 != model.sha256:
+        raise InputError(
+            f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
+            f"this one is {model.sha256[:12]} ({model.name}); solve again"
+        )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The model files in the temporary folder, proven, before they are measured."""
+
+    entries: Mapping[str, Mapping[str, Any]]
+    default_model: str
+    model_bytes: int
+    table: SamplerTable
+    verification: VerifyReport
+    merge_db: float
+    quality: tuple[HeldoutLoss, ...]
+
+
+def _make(
+    model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Any], precisions: tuple[str, ...], stage: OnStage
+) -> _Made:
+    """Merge, export and verify into `folder`."""
+    table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
+    timesteps = torch.from_numpy(table.timestep)
+    stage("merging")
+    merge_db = check_merge(model.checkpoint, plan, timesteps)
+    truncated = truncate(model.checkpoint, plan, model.calibration)
+    kept = class_indices(model.checkpoint, plan.classes)
+    heldout = model.heldout
+    own = heldout.of_classes(kept) if heldout else None
+    quality = heldout_losses(model.checkpoint, truncated, plan.form, kept, heldout) if heldout else ()
+    plain = fold(truncated, plan, timesteps)
+    stage("exporting")
+    entries = {
+        file.path: file.entry
+        for each in exporters
+        for file in each.export(plain, folder, tuple(p for p in precisions if p in each.precisions))
+    }
+    stage("verifying")
+    reference = make_reference(truncated, plan.form, timesteps, own)
+    assemble.save_reference(folder, reference)
+    default_model = next(path for path, entry in entries.items() if entry["precision"] == plan.precision)
+    manifest = assemble.manifest_of(
+        assemble.describe(plan, model.checkpoint.spec, entries, default_model, table), folder
+    )
+    verification = verify_models(folder, manifest, reference).require()
+    size = (folder / default_model).stat().st_size
+    return _Made(entries, default_model, size, table, verification, merge_db, quality)
+
+
+def _finish(
+    model: OpenedModel, plan: Plan, device: DeviceProfile, folder: Path, destination: Path, made: _Made, stage: OnStage
+) -> Bundle:
+    """Measure, draw the preview and write what the bundle says about itself."""
+    spec = model.checkpoint.spec
+    values = assemble.describe(plan, spec, made.entries, made.default_model, made.table)
+    values["verification"] = {**made.verification.to_dict(), "merge_db": made.merge_db}
+    values["quality"] = {loss.name: loss.to_dict() for loss in made.quality}
+    stage("measuring")
+    latency, image = assemble.measure(folder, values, list(made.entries), made.default_model)
+    predicted = assemble.predict_here_ms(plan, spec, made.entries, len(made.table.timestep))
+    assemble.latency_gate(plan, device, image)
+    values["latency"] = {
+        "models": {name: report.to_dict() for name, report in latency.items()},
+        "image": image.to_dict(),
+        "predicted_here_ms": predicted,
+    }
+    stage("drawing the preview")
+    assemble.draw_preview(folder, assemble.manifest_of(values, folder))
+    assemble.write_texts(folder, plan, values)
+    write_manifest(folder, values)
+    files = {
+        path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
+    }
+    return Bundle(
+        destination, files, made.verification.parity, latency, image, predicted, plan, made.quality, made.merge_db
+    )
+
+
+def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyReport:
+    """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
+
+    The stored reference is used; with `checkpoint` it is computed anew from the gated model.
+    """
+    with open_bundle(bundle) as folder:
+        manifest = verified_manifest(folder, str(bundle))
+        reference = load_reference(folder)
+        if checkpoint is not None:
+            reference = _fresh_reference(manifest.raw["plan"], checkpoint)
+        return verify_models(folder, manifest, reference).require()
+
+
+def _fresh_reference(plan_values: Mapping[str, Any], checkpoint: str | Path) -> Mapping[str, Any]:
+    stored = Plan.from_dict(plan_values, "manifest.json: plan")
+    model = open_model(checkpoint)
+    _check_replay(stored, model, None, None, {})
+    table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
+    truncated = truncate(model.checkpoint, stored, model.calibration)
+    own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
+    return make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
+
+
+def evaluate(
+    source: str | Path,
+    images: int = 1000,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    data: Path | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> QualityReport:
+    """Judge images of a checkpoint (sampled through the gated model) or of a bundle (through ONNX Runtime)."""
+    from kind_edge.training.sampled import sample_bundle, sample_checkpoint, score
+
+    if (Path(source) / "manifest.json").exists() or str(source).endswith(".zip"):
+        if steps is not None or guidance is not None:
+            raise UsageError("--steps and --guidance are fixed in a bundle; evaluate the checkpoint, or export again")
+        drawn = sample_bundle(Path(source), images, seed, on_progress)
+    else:
+        drawn = sample_checkpoint(load_checkpoint(find_model(source)), images, seed, steps, guidance, on_progress)
+    return score(drawn, data)

@@ -1,0 +1,93 @@
+"""What every artefact is compared with: inputs, and what the gated forward of the truncated checkpoint says of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kind_edge.errors import InputError
+from kind_edge.model.checkpoint import HELDOUT, Checkpoint, read_tensors
+from kind_edge.model.diffusion import add_noise
+from kind_edge.model.gated_linear import ClassGate
+from kind_edge.model.spec import Form
+
+TIMESTEPS = 5
+IMAGES_PER_POINT = 2
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Images that training never saw: [n, ch, H, W] in [-1, 1], with their classes."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def of_classes(self, classes: list[int]) -> Heldout:
+        """Only these classes, numbered anew by their order."""
+        chosen = [self.images[self.labels == c] for c in classes]
+        labels = [torch.full((len(images),), i) for i, images in enumerate(chosen)]
+        return Heldout(torch.cat(chosen), torch.cat(labels))
+
+
+def load_heldout(folder: Path) -> Heldout | None:
+    """The checkpoint's held-out images, if it has any."""
+    path = folder / HELDOUT
+    if not path.exists():
+        return None
+    tensors = read_tensors(path)
+    if set(tensors) != {"images", "labels"} or len(tensors["images"]) != len(tensors["labels"]):
+        raise InputError(f"{path}: want tensors images [n, ch, H, W] and labels [n]")
+    return Heldout(tensors["images"].float() / 127.5 - 1, tensors["labels"].long())
+
+
+def make_reference(
+    truncated: Checkpoint, form: Form, timesteps: torch.Tensor, heldout: Heldout | None, seed: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Inputs and gated outputs for every kept class, the null class (*switch*) and five of the sampler's steps.
+
+    Images are held-out ones of the class, noised to the step (plain noise where there are none). `heldout` is numbered
+    like the truncated checkpoint. Arrays: sample, step_index, timestep, class_index, prediction, all [points, ...].
+    """
+    spec = truncated.spec
+    kept = len(truncated.class_names)
+    labels = range(kept + 1) if form == "switch" else range(1)
+    steps = np.unique(np.linspace(0, len(timesteps) - 1, TIMESTEPS).round().astype(int))
+    generator = torch.Generator().manual_seed(seed)
+    points = [(c, int(s)) for c in labels for s in steps for _ in range(IMAGES_PER_POINT)]
+    classes = torch.tensor([c for c, _ in points])
+    step_index = torch.tensor([s for _, s in points])
+    shape = (len(points), spec.channels, spec.image_size, spec.image_size)
+    noise = torch.randn(shape, generator=generator)
+    t = timesteps[step_index].float()
+    sample = noise
+    if heldout is not None and len(heldout.images):
+        sample = add_noise(spec.objective, _pick(heldout, classes, generator), noise, t)[0]
+    with torch.no_grad():
+        prediction = truncated.model()(sample, t, _gate(form, classes, kept))
+    return {
+        "sample": sample.numpy(),
+        "step_index": step_index.to(torch.int32).numpy(),
+        "timestep": t.numpy(),
+        "class_index": classes.numpy(),
+        "prediction": prediction.numpy(),
+    }
+
+
+def _gate(form: Form, classes: torch.Tensor, kept: int) -> ClassGate:
+    """switch opens the class's own gate; in single and union every kept class is in the learngene already."""
+    return ClassGate.of(classes if form == "switch" else torch.full_like(classes, kept), kept)
+
+
+def _pick(heldout: Heldout, classes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """One random held-out image per point, of its class where there is one."""
+    images = []
+    for c in classes.tolist():
+        own = (heldout.labels == c).nonzero().flatten()
+        pool = own if len(own) else torch.arange(len(heldout.labels))
+        images.append(heldout.images[pool[int(torch.randint(len(pool), (1,), generator=generator))]])
+    return torch.stack(images)

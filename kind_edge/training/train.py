@@ -1,0 +1,101 @@
+"""A whole training run: data, loop, and what is left at the end: a checkpoint with calibration and held-out images."""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kind_edge._version import __version__
+from kind_edge.errors import UsageError
+from kind_edge.model.calibration import calibrate_on_images, save_calibration
+from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, Checkpoint, save_checkpoint, write_tensors
+from kind_edge.training.config import TrainConfig
+from kind_edge.training.data import CLASS_NAMES, FashionMNIST, load_fashion_mnist
+from kind_edge.training.loop import STATE, Progress, TrainState, load_state, run, save_state, start
+
+CALIBRATION_IMAGES = 1024
+HELDOUT_PER_CLASS = 50
+
+
+def pick_device(name: str) -> torch.device:
+    """ "auto" takes a CUDA GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"--device: got {name!r}, want auto, cpu or cuda")
+    return torch.device(name)
+
+
+def train(
+    config: TrainConfig,
+    output: Path,
+    *,
+    data: Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Path:
+    """Train into folder `output`, which becomes a checkpoint; an interrupted run goes on with `resume`.
+
+    Raises `UsageError` if the folder holds something already and `resume` is not given.
+    """
+    place = pick_device(device)
+    if not resume and output.exists() and any(output.iterdir()):
+        begun = (output / STATE).exists()
+        advice = "add --resume to go on with the run in it" if begun else "choose another -o"
+        raise UsageError(f"{output} exists and is not empty; {advice}")
+    dataset = load_fashion_mnist(data)
+    if config.spec.num_classes != len(CLASS_NAMES):
+        raise UsageError(f"the model has {config.spec.num_classes} classes, Fashion-MNIST has {len(CLASS_NAMES)}")
+    output.mkdir(parents=True, exist_ok=True)
+    images, labels = tensors(dataset.train_images, dataset.train_labels)
+    state = load_state(output, config, place) if resume else start(config, place)
+    run(config, state, images.to(place), labels, lambda s: save_state(output, s), on_progress)
+    finish(config, state, output, dataset)
+    return output
+
+
+def tensors(images: object, labels: object) -> tuple[Tensor, Tensor]:
+    """NumPy images [n, H, W] and labels as uint8 [n, 1, H, W] and int64 [n]."""
+    return torch.tensor(images).unsqueeze(1), torch.tensor(labels).long()
+
+
+def finish(config: TrainConfig, state: TrainState, output: Path, dataset: FashionMNIST) -> None:
+    """Write the checkpoint from the averaged weights, in fp16, and what planning needs beside it."""
+    provenance = {
+        "command": "kind-edge " + shlex.join(sys.argv[1:]),
+        "config": config.to_dict(),
+        "data_sha256": dataset.data_sha256,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {next(state.model.parameters()).device}",
+        "seconds": round(state.seconds, 1),
+        "images_seen": state.step * config.batch_size,
+        "final_loss": state.loss,
+        "tools": {"kind_edge": __version__, "torch": torch.__version__},
+        "recommended": {"steps": 20, "guidance": 1.5},
+    }
+    ema = state.ema.cpu().eval()
+    checkpoint = Checkpoint(config.spec, CLASS_NAMES, ema.state_dict(), provenance)
+    if config.spec.factored:
+        chosen = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))[
+            :CALIBRATION_IMAGES
+        ]
+        images, labels = tensors(dataset.train_images[chosen.numpy()], dataset.train_labels[chosen.numpy()])
+        save_calibration(output / CALIBRATION, calibrate_on_images(ema, images.float() / 127.5 - 1, labels))
+    save_heldout(output, dataset)
+    save_checkpoint(output, checkpoint, torch.float16)
+    assert (output / CONFIG).exists()
+
+
+def save_heldout(output: Path, dataset: FashionMNIST) -> None:
+    """The first test images of every class."""
+    images, labels = tensors(dataset.test_images, dataset.test_labels)
+    chosen = torch.cat([(labels == c).nonzero().flatten()[:HELDOUT_PER_CLASS] for c in range(len(CLASS_NAMES))])
+    write_tensors(output / HELDOUT, {"images": images[chosen], "labels": labels[chosen].to(torch.uint8)})
