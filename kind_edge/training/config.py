@@ -12,7 +12,6 @@ from typing import Any
 from kind_edge.errors import InputError, nearest, unknown
 from kind_edge.model.spec import ModelSpec
 
-
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
