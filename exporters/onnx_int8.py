@@ -34,12 +34,20 @@ def quantize_int8(model: onnx.ModelProto) -> onnx.ModelProto:
             per_channel=True,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
+            nodes_to_exclude=[_last_product(model)],
             extra_options={"MatMulConstBOnly": True},
         )
         quantized = onnx.load_model(target)
     del quantized.graph.value_info[:]
     quantized.producer_name, quantized.producer_version = model.producer_name, ""
     return _quantize_gathered(quantized)
+
+
+def _last_product(model: onnx.ModelProto) -> str:
+    """The final layer's node. It stays in fp32: a few kB, and 2 to 6 dB less error at all but the last steps."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    products = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in constants]
+    return str(products[-1].name)
 
 
 def _quantize_gathered(model: onnx.ModelProto) -> onnx.ModelProto:

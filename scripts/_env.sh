@@ -38,6 +38,8 @@ ensure_environment() {
   if [[ "$stamp" == "$key" && -x "$ENV_PYTHON" ]]; then return; fi
   python="$(find_python)" || exit 1
   "$python" "$ROOT/scripts/_setup_env.py" "$ROOT" "$key" </dev/null || exit 1
+  # Training and judging need the images; everything else does without.
+  "$ROOT/scripts/fetch-fashion-mnist" --quiet </dev/null || true
 }
 
 ensure_environment

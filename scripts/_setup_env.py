@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-EXTRAS = "cpu,coreml,optimum,dev"
+EXTRAS = "cpu,dev"
 
 
 class SetupError(Exception):
@@ -106,13 +105,13 @@ class Environment:
 
 
 def install_torch(environment: Environment) -> None:
-    """The CPU build where one can be had: from the sources that pip is set up with, else from PyTorch's own index."""
+    """The CPU build where pip's configured sources have one."""
     if platform.system() == "Linux":
         if environment.pip(f"{TORCH}+cpu", quiet=True):
             return
-        if environment.pip("--extra-index-url", TORCH_CPU_INDEX, f"{TORCH}+cpu", quiet=True):
-            return
-        say(f"no CPU build of {TORCH} found: the CUDA build is taken, several GB")
+        say(
+            f"pip knows no CPU build of {TORCH}: the CUDA build is taken, several GB; CONTRIBUTING.md says more"
+        )
     if not environment.pip(TORCH):
         raise SetupError(f"pip could not install {TORCH}; its message is above")
 

@@ -1,11 +1,106 @@
-"""What holds for every test: one thread per process, and no deadlines on shared cores."""
+"""What holds for every test: one thread per process, no deadlines on shared cores, and one tiny model for all."""
 
+from __future__ import annotations
+
+import fcntl
 import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # Before anything imports torch or ONNX Runtime: test processes with a pool of threads each only fight for the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from kind_edge.model.checkpoint import Checkpoint
 
 settings.register_profile("kind-edge", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("kind-edge")
+
+TINY: dict[str, Any] = {
+    "image_size": 8, "channels": 1, "patch_size": 2, "width": 16, "depth": 2, "heads": 2, "num_classes": 4,
+    "learngene_rank": 6, "tailor_rank": 2,
+}  # fmt: skip
+TINY_CLASSES = ("sneaker", "bag", "coat", "shirt")
+
+
+def tiny_checkpoint(seed: int = 0, **overrides: Any) -> Checkpoint:
+    """A model of TINY's shape (or of `overrides`) in float32, with no weight at zero.
+
+    A fresh model would not do: its adaLN and final layers are zero, so it predicts zero whatever else is wrong.
+    """
+    import torch
+
+    from kind_edge.model.checkpoint import Checkpoint
+    from kind_edge.model.dit import DiT, initialise
+    from kind_edge.model.spec import ModelSpec
+
+    spec = ModelSpec(**{**TINY, **overrides})
+    model = initialise(DiT(spec), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() and not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    advice = {"recommended": {"steps": 4, "guidance": 1.5}}
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return Checkpoint(spec, TINY_CLASSES[: spec.num_classes], tensors, advice)
+
+
+def save_tiny(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """`tiny_checkpoint` as `train` would leave it: in fp16, with calibration and eight held-out images per class."""
+    import torch
+
+    from kind_edge.model.calibration import calibrate_on_images, save_calibration
+    from kind_edge.model.checkpoint import CALIBRATION, HELDOUT, load_checkpoint, save_checkpoint, write_tensors
+
+    checkpoint = tiny_checkpoint(seed, **overrides)
+    spec = checkpoint.spec
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(8 * spec.num_classes) % spec.num_classes
+    shape = (len(labels), spec.channels, spec.image_size, spec.image_size)
+    images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    save_checkpoint(folder, checkpoint, torch.float16)
+    model = load_checkpoint(folder).model()
+    save_calibration(folder / CALIBRATION, calibrate_on_images(model, images.float() / 127.5 - 1, labels))
+    write_tensors(folder / HELDOUT, {"images": images, "labels": labels.to(torch.uint8)})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Checkpoint]:
+    return tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint_folder() -> Callable[..., Path]:
+    return save_tiny
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: a folder that `make` fills, once for all test processes; tests only read it."""
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / f"once-{name}"
+        with open(root / f"once-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                unfinished = root / f"once-{name}.unfinished-{os.getpid()}"
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A checkpoint folder of TINY's shape with calibration and held-out images. Only to be read."""
+    return made_once("tiny", save_tiny)

@@ -234,10 +234,9 @@ def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -
         weights = part.params * values
         yield OperatorGroup(name, "float", part.params, part.flops, weights, weights, moved * values, operators)
     part = whole.part("final")
-    weights = linear_weight_bytes(spec.patch_values, spec.width, precision) + spec.patch_values * values
-    operators = _PRODUCT_OPERATORS[precision] + 4  # bias, reshape, transpose, reshape
-    moved = (elements + 5 * final) * values
-    yield OperatorGroup("final", "matmul", part.params, part.flops, weights, weights, moved, operators)
+    weights = part.params * values  # the exporter keeps the last product in floating point
+    moved = (elements + 5 * final) * values  # product, bias, reshape, transpose, reshape
+    yield OperatorGroup("final", "float", part.params, part.flops, weights, weights, moved, 5)
 
 
 def operator_latency_s(

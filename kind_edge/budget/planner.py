@@ -1,6 +1,6 @@
 """From a request to a plan: every form, precision and unit that may be used becomes a knapsack; the best answer wins.
 
-Value: the share of (whitened) output energy that each matrix retains, all matrices alike. Costs: exact FLOPs of one
+Value: the share of the model's (whitened) output energy, over all matrices, that is retained. Costs: exact FLOPs of one
 evaluation, bytes of the file, peak memory, and the sustained latency of one whole image.
 """
 
@@ -311,7 +311,7 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
             spec, matrices, len(request.classes), sampling.evaluations, candidate, request.profile, sustained=False
         ),
         sustained_image_latency_s=sustained_s,
-        retained_energy=solution.value / len(matrices),
+        retained_energy=solution.value,
         limits={_flag(name): float(limit) for name, limit in _limits(spec, request, candidate).items()},
         binding=tuple(_flag(name) for name in solution.binding),
         optimality_gap=solution.optimality_gap,

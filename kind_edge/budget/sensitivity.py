@@ -18,15 +18,18 @@ from kind_edge.model.truncation import SortedFactors, fold_matrix
 def spectra(
     checkpoint: Checkpoint, classes: list[int], form: Form, calibration: Calibration | None
 ) -> dict[str, Spectrum]:
-    """The spectrum of every factored matrix, whitened where there is calibration."""
-    result = {}
+    """The spectrum of every factored matrix, whitened where there is calibration.
+
+    Energies are shares of the whole model's: a matrix with little output loses little. (Held-out loss rises 1.5 x
+    as much when every matrix is normalised by itself.)
+    """
+    energies = {}
     for shape in checkpoint.spec.matrices():
         folded = fold_matrix(checkpoint, shape.name, classes, form, calibration)
-        shared = _retained(folded.shared)
         tailor = np.mean([_retained(t) for t in folded.tailors], axis=0) if folded.tailors else np.zeros(1)
-        total = (shared[-1] + tailor[-1]) or 1.0
-        result[shape.name] = Spectrum(shared / total, tailor / total)
-    return result
+        energies[shape.name] = (_retained(folded.shared), tailor)
+    total = sum(shared[-1] + tailor[-1] for shared, tailor in energies.values()) or 1.0
+    return {name: Spectrum(shared / total, tailor / total) for name, (shared, tailor) in energies.items()}
 
 
 def _retained(factors: SortedFactors) -> NDArray[np.float64]:

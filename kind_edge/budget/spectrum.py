@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Retained energy of one matrix by rank, as shares of the active matrix's: shared[0] = 0 ... shared[-1] +
-    tailor[-1] = 1. `shared` [k + 1] is the learngene (in single and union: the folded product); `tailor` [N_T + 1] is
-    the mean over kept classes."""
+    """Retained energy of one matrix by rank, as shares of the whole model's, so that all full ranks add up to 1.
+
+    `shared` [k + 1] is the learngene's (in single and union: the folded product's), `tailor` [N_T + 1] the mean over
+    kept classes; both start at 0 for rank 0.
+    """
 
     shared: NDArray[np.float64]
     tailor: NDArray[np.float64]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kind_edge.budget.plan import Plan
@@ -31,6 +32,7 @@ from kind_edge.units import format_bytes
 
 if TYPE_CHECKING:
     from kind_edge.training.evaluate import QualityReport
+    from kind_edge.training.sampled import Sampled
 
 OnStage = Callable[[str], None]
 
@@ -277,12 +279,31 @@ def evaluate(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> QualityReport:
     """Judge images of a checkpoint (sampled through the gated model) or of a bundle (through ONNX Runtime)."""
-    from kind_edge.training.sampled import sample_bundle, sample_checkpoint, score
+    from kind_edge.training.sampled import sample_checkpoint, score
 
     if (Path(source) / "manifest.json").exists() or str(source).endswith(".zip"):
         if steps is not None or guidance is not None:
             raise UsageError("--steps and --guidance are fixed in a bundle; evaluate the checkpoint, or export again")
-        drawn = sample_bundle(Path(source), images, seed, on_progress)
+        drawn = _sample_bundle(Path(source), images, seed, on_progress)
     else:
         drawn = sample_checkpoint(load_checkpoint(find_model(source)), images, seed, steps, guidance, on_progress)
     return score(drawn, data)
+
+
+def _sample_bundle(path: Path, images: int, seed: int, on_progress: Callable[[int, int], None] | None) -> Sampled:
+    """Images of the bundle's classes in equal shares, through its default model."""
+    from kind_edge.deploy.runtime import load_bundle
+    from kind_edge.training.sampled import Sampled, judged_labels, spread
+
+    bundle = load_bundle(path)
+    names = judged_labels(bundle.classes)
+    switches = "class_index" in bundle.model.input_names()
+    if not switches and len(names) > 1:
+        raise UsageError(f"{path}: its classes are folded together (union), so no image has one class to be judged by")
+    counts = np.bincount(spread(images, len(names)))
+    parts = []
+    for name, count in zip(bundle.classes, counts, strict=True):
+        parts.append(bundle.generate(name if switches else None, int(count), seed))
+        if on_progress:
+            on_progress(sum(map(len, parts)), images)
+    return Sampled(np.concatenate(parts), np.repeat(names, counts))

@@ -1,4 +1,4 @@
-"""Images for the judge: sampled from a checkpoint through the gated model, or from a bundle through ONNX Runtime."""
+"""Images for the judge, sampled from a checkpoint through the gated model."""
 
 from __future__ import annotations
 
@@ -73,23 +73,6 @@ def sample_checkpoint(
         if on_progress:
             on_progress(sum(map(len, parts)), images)
     return Sampled(np.concatenate(parts), np.array(names)[index])
-
-
-def sample_bundle(path: Path, images: int, seed: int = 0, on_progress: OnProgress | None = None) -> Sampled:
-    """Images of the bundle's classes in equal shares, through its default model."""
-    from kind_edge.deploy.runtime import load_bundle
-
-    bundle = load_bundle(path)
-    names = judged_labels(bundle.classes)
-    if "class_index" not in bundle.model.input_names() and len(names) > 1:
-        raise UsageError(f"{path}: its classes are folded together (union), so no image has one class to be judged by")
-    counts = np.bincount(spread(images, len(names)))
-    parts = []
-    for name, count in zip(bundle.classes, counts, strict=True):
-        parts.append(bundle.generate(name, int(count), seed))
-        if on_progress:
-            on_progress(sum(map(len, parts)), images)
-    return Sampled(np.concatenate(parts), np.repeat(names, counts))
 
 
 def score(sampled: Sampled, data: Path | None = None, neighbours: bool = True) -> QualityReport:

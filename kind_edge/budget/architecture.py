@@ -1,0 +1,187 @@
+"""What a named architecture costs on a device, from its shape alone: no weights, nothing to solve.
+
+Under `paper` the figures are those of the KIND authors' mobile table; under `exact` what the model's operators cost as
+we deploy them, unbaked, with every block matrix dense or at one active rank. A decoder of latents is counted in neither.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kind_edge.budget.cost import (
+    Convention,
+    MatrixCost,
+    PaperRow,
+    deployed_fixed_cost,
+    fixed_latency_s,
+    matrix_cost,
+    matrix_latency_s,
+    model_cost,
+    paper_table,
+    peak_activation_bytes,
+)
+from kind_edge.budget.plan import Plan
+from kind_edge.budget.planner import RUNTIME_MEMORY_BYTES, WEIGHT_COPIES
+from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.whole_model import PAPER_EVALUATIONS
+from kind_edge.errors import UsageError
+from kind_edge.model.spec import ModelSpec
+
+PAPER_STEPS, EXACT_STEPS = 250, 20
+
+
+@dataclass(frozen=True)
+class ArchitectureCost:
+    """`flops` are one evaluation at batch 1; latencies one image of steps x evaluations_per_step evaluations."""
+
+    arch: str
+    num_classes: int
+    convention: Convention
+    rank: int | None
+    profile: str
+    unit: Unit
+    precision: Precision
+    steps: int
+    evaluations_per_step: int
+    params: int
+    flops: int
+    weight_bytes: int
+    peak_memory_bytes: int
+    image_latency_s: float
+    sustained_image_latency_s: float
+    matrix_names: tuple[str, ...]
+
+    def paper_row(self) -> PaperRow:
+        return PaperRow(self.params, self.flops, self.weight_bytes, self.image_latency_s)
+
+    def describe(self) -> str:
+        """What the latency stands for."""
+        per_step = f"{self.steps} steps of {self.evaluations_per_step} evaluation"
+        if self.convention == "paper":
+            return f"as the KIND authors count: {per_step}s at the GPU's nominal peak"
+        return f"{self.unit}, {self.precision}, {per_step}{'s' if self.evaluations_per_step > 1 else ''}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of a plan, as far as they have a meaning without weights."""
+        storage = {"storage": "dense"} if self.rank is None else {"storage": "factored", "rank": self.rank}
+        return {
+            "arch": self.arch,
+            "num_classes": self.num_classes,
+            "convention": self.convention,
+            "profile": self.profile,
+            "unit": self.unit,
+            "form": None,
+            "classes": [],
+            "precision": self.precision,
+            "rank": self.rank,
+            "steps": self.steps,
+            "evaluations_per_step": self.evaluations_per_step,
+            "params": self.params,
+            "flops": self.flops,
+            "weight_bytes": self.weight_bytes,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "image_latency_s": self.image_latency_s,
+            "sustained_image_latency_s": self.sustained_image_latency_s,
+            "binding": [],
+            "optimality_gap": 0.0,
+            "matrices": {name: {**storage, "precision": self.precision} for name in self.matrix_names},
+        }
+
+
+def architecture_cost(
+    arch: str,
+    spec: ModelSpec,
+    rank: int | None,
+    profile: DeviceProfile,
+    convention: Convention,
+    precision: Precision | Literal["auto"] = "auto",
+    unit: Unit | Literal["auto"] = "auto",
+    steps: int | None = None,
+    evaluations_per_step: int = 2,
+) -> ArchitectureCost:
+    """The cost of `spec` at an active rank, None for dense; "auto" is fp32, on the unit that is fastest with it.
+
+    Raises `UsageError` for a rank outside 1..D, for a unit that the profile has no figure for, and under `paper` for
+    another unit or precision than the GPU in fp32.
+    """
+    model_cost(spec, convention, rank)  # refuses the rank
+    if convention == "paper":
+        if unit not in ("auto", "gpu") or precision not in ("auto", "fp32"):
+            raise UsageError("--convention paper is fp32 at the GPU's peak: leave out --unit and --precision")
+        return _paper_cost(arch, spec, rank, profile, steps or PAPER_STEPS, evaluations_per_step)
+    chosen: Precision = "fp32" if precision == "auto" else precision
+    units = profile.units_for(chosen) if unit == "auto" else (unit,)
+    steps = steps or EXACT_STEPS
+    costs = [_exact_cost(arch, spec, rank, profile, chosen, one, steps, evaluations_per_step) for one in units]
+    return min(costs, key=lambda cost: cost.sustained_image_latency_s)
+
+
+def paper_row_of_plan(spec: ModelSpec, plan: Plan, profile: DeviceProfile) -> PaperRow:
+    """The authors' figures for what one image sees of a planned model: every matrix as the plan stores it.
+
+    Modulation counts as the networks that the authors have, baked or not. `spec` is the checkpoint's.
+    """
+    cost = model_cost(spec, "paper")
+    weights = 0
+    for matrix in spec.matrices():
+        chosen = plan.matrices[matrix.name]
+        shared = matrix_cost(spec, matrix, chosen.storage, chosen.shared_rank, 0, 0, "fp32")
+        tailor = matrix_cost(spec, matrix, "factored", chosen.tailor_rank or 0, 0, 0, "fp32")
+        weights += shared.params + tailor.params
+    replaced = cost.part("projections").params + cost.part("mlp").params
+    params = cost.params - replaced + weights
+    flops = cost.flops + 2 * spec.tokens * (weights - replaced)
+    return PaperRow(params, flops, 4 * params, flops * PAPER_EVALUATIONS / profile.unit("gpu").peak("fp32").value)
+
+
+def _paper_cost(
+    arch: str, spec: ModelSpec, rank: int | None, profile: DeviceProfile, steps: int, per_step: int
+) -> ArchitectureCost:
+    row = paper_table(spec, rank, profile)
+    latency_s = row.latency_s * (steps * per_step) / PAPER_EVALUATIONS
+    return ArchitectureCost(
+        arch, spec.num_classes, "paper", rank, profile.name, "gpu", "fp32", steps, per_step,
+        row.params, row.flops, row.memory_bytes, row.memory_bytes, latency_s, latency_s, _names(spec),
+    )  # fmt: skip
+
+
+def _exact_cost(
+    arch: str,
+    spec: ModelSpec,
+    rank: int | None,
+    profile: DeviceProfile,
+    precision: Precision,
+    unit: Unit,
+    steps: int,
+    per_step: int,
+) -> ArchitectureCost:
+    fixed = deployed_fixed_cost(spec, spec.num_classes, steps, False, precision)
+    matrices: list[MatrixCost] = [
+        matrix_cost(spec, matrix, "dense" if rank is None else "factored", rank or 0, 0, 0, precision)
+        for matrix in spec.matrices()
+    ]
+    weight_bytes = fixed.weight_bytes + sum(matrix.weight_bytes for matrix in matrices)
+    burst_s, sustained_s = (
+        steps * per_step * (
+            fixed_latency_s(fixed, profile, unit, sustained)
+            + sum(matrix_latency_s(matrix, profile, unit, precision, sustained) for matrix in matrices)
+        )
+        for sustained in (False, True)
+    )  # fmt: skip
+    return ArchitectureCost(
+        arch, spec.num_classes, "exact", rank, profile.name, unit, precision, steps, per_step,
+        params=fixed.params + sum(matrix.params for matrix in matrices),
+        flops=fixed.flops + sum(matrix.flops for matrix in matrices),
+        weight_bytes=weight_bytes,
+        peak_memory_bytes=RUNTIME_MEMORY_BYTES
+        + WEIGHT_COPIES * weight_bytes
+        + peak_activation_bytes(spec, precision, per_step),
+        image_latency_s=burst_s,
+        sustained_image_latency_s=sustained_s,
+        matrix_names=_names(spec),
+    )  # fmt: skip
+
+
+def _names(spec: ModelSpec) -> tuple[str, ...]:
+    return tuple(matrix.name for matrix in spec.matrices())

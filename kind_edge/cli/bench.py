@@ -1,0 +1,90 @@
+"""`kind-edge bench`: how long a model takes on this machine, and how much memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kind_edge.cli import options, tables
+from kind_edge.cli.export import conditions, milliseconds
+from kind_edge.cli.terminal import Terminal, terminal_of
+
+if TYPE_CHECKING:
+    from kind_edge.deploy.bench import LatencyReport
+
+IMAGE_SHARE = 10
+"""An image is measured in a tenth of the runs: each is some forty evaluations itself."""
+
+RUNNABLE = (".onnx", ".ort")
+
+
+def bench(
+    context: typer.Context,
+    source: Annotated[str, typer.Argument(metavar="BUNDLE|MODEL.onnx", help="A bundle, or any ONNX model.")],
+    provider: Annotated[
+        str, typer.Option("--provider", metavar="cpu|cuda|...", help="The execution provider of ONNX Runtime.")
+    ] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, metavar="N", help="Threads.", show_default="one per core")
+    ] = None,
+    runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Timed evaluations.")] = 50,
+    as_json: options.Json = False,
+) -> None:
+    """Measure latency and peak memory, each model in a process of its own.
+
+    Of a bundle: one evaluation of every ONNX model in it, and one whole image of the model that an app loads.
+    """
+    terminal = terminal_of(context)
+    with terminal.stages() as begin:
+        if source.endswith(RUNNABLE):
+            reports = {Path(source).name: _model(Path(source), provider, threads, runs, begin)}
+        else:
+            reports = _bundle(source, provider, threads, runs, begin)
+    if as_json:
+        measurements = [{"name": name, **report.to_dict()} for name, report in reports.items()]
+        terminal.json({"source": source, "measurements": measurements})
+    else:
+        _print(terminal, reports)
+
+
+def _model(path: Path, provider: str, threads: int | None, runs: int, begin: Callable[[str], None]) -> LatencyReport:
+    from kind_edge.deploy.bench import bench_model
+
+    begin(f"measuring {path.name}")
+    return bench_model(path, threads, runs=runs, provider=provider)
+
+
+def _bundle(
+    source: str, provider: str, threads: int | None, runs: int, begin: Callable[[str], None]
+) -> dict[str, LatencyReport]:
+    from kind_edge.deploy.bench import bench_image
+    from kind_edge.deploy.bundle import open_bundle, verified_manifest
+
+    with open_bundle(source) as folder:
+        manifest = verified_manifest(folder, source)
+        files = [file for file in manifest.models if file.endswith(RUNNABLE)]
+        reports = {file: _model(folder / file, provider, threads, runs, begin) for file in files}
+        begin("measuring one image")
+        image = bench_image(folder, None, threads, runs=max(1, runs // IMAGE_SHARE), provider=provider)
+    return {**reports, f"one image, {image.file}": image}
+
+
+def _print(terminal: Terminal, reports: dict[str, LatencyReport]) -> None:
+    first = next(iter(reports.values()))
+    terminal.out.print(tables.heading("Latency", conditions(first)))
+    headers = ("", "size", "load", "mean", "p50", "p90", "p99", "peak memory", "runs")
+    rows = [
+        (
+            name,
+            tables.size(report.size_bytes),
+            *map(milliseconds, (report.cold_load_ms, report.mean_ms, report.p50_ms, report.p90_ms, report.p99_ms)),
+            tables.size(report.peak_memory_bytes) if report.peak_memory_bytes is not None else "unknown",
+            str(report.runs),
+        )
+        for name, report in reports.items()
+    ]
+    terminal.out.print(tables.figures(headers, rows))
+    terminal.out.print()

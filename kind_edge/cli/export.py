@@ -1,0 +1,191 @@
+"""`kind-edge export`: plan, merge, export, verify, measure, bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from kind_edge.cli import options, tables
+from kind_edge.cli.tables import Cell
+from kind_edge.cli.terminal import Terminal, terminal_of
+from kind_edge.errors import UsageError
+from kind_edge.registry import FORMATS
+from kind_edge.units import format_seconds
+
+if TYPE_CHECKING:
+    from kind_edge.budget.plan import Plan
+    from kind_edge.deploy.bench import LatencyReport
+    from kind_edge.deploy.pipeline import Bundle
+
+
+def export(
+    context: typer.Context,
+    checkpoint: options.Checkpoint = options.SHIPPED,
+    profile: options.ProfileOption = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The bundle.", show_default="./<model>-<profile>"),
+    ] = None,
+    formats: Annotated[
+        str, typer.Option("--formats", metavar="|".join(FORMATS), help="What to write, comma separated.")
+    ] = "onnx",
+    plan_file: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Replay a plan instead of making one; it has its own choices."),
+    ] = None,
+    classes: options.Classes = None,
+    form: options.Form = "auto",
+    precision: options.Precision = "auto",
+    unit: options.Unit = "auto",
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    max_latency: options.MaxLatency = None,
+    max_memory: options.MaxMemory = None,
+    max_flops: options.MaxFlops = None,
+    max_size: options.MaxSize = None,
+    keep_failed: Annotated[
+        bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Make the best bundle that a device affords, with proof and measurements.
+
+    Plans, merges, exports, compares every file with the gated model, measures it on this machine, and writes one folder
+    with a manifest. A check that fails ends with exit code 1, and no bundle is left behind.
+    """
+    terminal = terminal_of(context)
+    if profile is None and plan_file is None:
+        raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
+    wanted = _known_formats(formats)
+    asked = {
+        "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
+        "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
+    }  # fmt: skip
+    chosen = {"form": form, "precision": precision, "unit": unit}
+    plan = None
+    if plan_file is not None:
+        _refuse_with_plan({**asked, **{name: None if value == "auto" else value for name, value in chosen.items()}})
+        plan = _stored_plan(plan_file, profile)
+        profile = None
+    options.check_writable(output or Path("bundle"))
+    with terminal.stages() as begin:
+        begin("starting")
+        from kind_edge.deploy import pipeline
+
+        bundle = pipeline.export(
+            checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed,
+            on_stage=begin, **chosen, **asked,  # type: ignore[arg-type]  # their types were checked one by one above
+        )  # fmt: skip
+    if as_json:
+        terminal.json(bundle.to_dict())
+    else:
+        print_bundle(terminal, bundle)
+
+
+def _known_formats(text: str) -> list[str]:
+    from kind_edge.errors import unknown
+
+    names = options.split_names(text) or []
+    if not names:
+        raise UsageError(f"--formats: none given; known: {', '.join(FORMATS)}")
+    for name in names:
+        if name not in FORMATS:
+            raise unknown("format", name, FORMATS)
+    return names
+
+
+def _refuse_with_plan(asked: dict[str, object]) -> None:
+    """A plan is replayed as it is."""
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+    if given:
+        raise UsageError(
+            f"--plan has its own {', '.join(given)}; leave that out, or make another plan with kind-edge plan"
+        )
+
+
+def _stored_plan(path: Path, profile: str | None) -> Plan:
+    from kind_edge.budget.plan import read_plan
+
+    plan = read_plan(path)
+    if profile is not None and profile != plan.profile:
+        raise UsageError(f"--profile {profile}: {path} was made for {plan.profile}; leave --profile out, or plan anew")
+    return plan
+
+
+def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
+    """What was decided, what was written, what was measured, and what to try next."""
+    from kind_edge.cli.plan_view import print_plan
+
+    out, plan = terminal.out, bundle.plan
+    print_plan(out, plan)
+    out.print(tables.heading("Model files", "the app loads the one marked *"))
+    headers = ("", "size", "parity", "gate", "", "p50", "p90", "p99", "predicted")
+    out.print(tables.figures(headers, _model_rows(bundle)))
+    out.print()
+    out.print(tables.facts(_conditions(bundle)))
+    if bundle.quality:
+        out.print(tables.heading("Quality", "diffusion loss on held-out images, before and after cutting"))
+        rows = [
+            (loss.name, tables.count(loss.images, "image"), f"{loss.full:.4f}", f"{loss.plan:.4f}", f"{loss.increase:+.1%}")
+            for loss in bundle.quality
+        ]  # fmt: skip
+        out.print(tables.figures(("", "", "full model", "this plan", "change"), rows))
+    out.print(tables.heading("Bundle"))
+    out.print(tables.facts((name, tables.size(size)) for name, size in bundle.files.items()))
+    out.print()
+    first = f" --class {plan.classes[0]}" if plan.form == "switch" or len(plan.classes) == 1 else ""
+    terminal.line(Text.assemble(("  written  ", "dim"), str(bundle.path)))
+    picture = f"{plan.classes[0]}.png"
+    terminal.line(Text.assemble(("  next     ", "dim"), f"kind-edge generate {bundle.path}{first} -o {picture}"))
+
+
+def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
+    """Size, parity and latency of every model file."""
+    from kind_edge.deploy.manifest import read_manifest
+    from kind_edge.deploy.verify import GATES_DB
+
+    manifest = read_manifest(bundle.path)
+    for file, worst_db in bundle.parity.items():
+        gate_db = GATES_DB[manifest.models[file].precision]
+        report = bundle.latency[file]
+        predicted_ms = bundle.predicted_here_ms.get(file)
+        yield (
+            f"{file}{' *' if file == manifest.default_model else ''}",
+            tables.size(bundle.files[file]),
+            f"{worst_db:.1f} dB" if worst_db is not None else "none",
+            f"{gate_db:.0f} dB",
+            tables.check(worst_db is not None and worst_db >= gate_db),
+            *(milliseconds(value) for value in (report.p50_ms, report.p90_ms, report.p99_ms)),
+            milliseconds(predicted_ms) if predicted_ms is not None else "",
+        )
+
+
+def _conditions(bundle: Bundle) -> Iterator[tuple[str, Cell]]:
+    """What the latencies above are, and the whole image."""
+    image, plan = bundle.image_latency, bundle.plan
+    yield "measured", conditions(next(iter(bundle.latency.values())))
+    yield "image", f"{milliseconds(image.p50_ms)} here (p50 of {image.runs}), {milliseconds(image.p90_ms)} p90"
+    if plan.profile != "host":
+        first, lasting = format_seconds(plan.image_latency_s), format_seconds(plan.sustained_image_latency_s)
+        yield "", f"{first} predicted for {plan.profile}, {lasting} sustained"
+    yield "merge", f"{bundle.merge_db:.1f} dB: merged at full rank against the gated model"
+
+
+def conditions(report: LatencyReport) -> str:
+    """ "one evaluation, batch 1, on AMD EPYC, 2 threads, onnxruntime 1.31 cpu, 10 warm-ups, 50 runs"."""
+    here = report.conditions
+    threads = "all physical cores" if here.threads is None else tables.count(here.threads, "thread")
+    warm = tables.count(report.warmups, "warm-up")
+    return (
+        f"one {report.subject}, batch {report.batch}, on {here.cpu}, {threads}, "
+        f"onnxruntime {here.runtime}, {here.provider}, {warm}, {tables.count(report.runs, 'run')}"
+    )
+
+
+def milliseconds(value_ms: float) -> str:
+    return format_seconds(value_ms / 1e3)

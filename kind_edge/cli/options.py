@@ -1,0 +1,135 @@
+"""Options that several verbs share, and what is checked of them before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from kind_edge.errors import UsageError, unknown
+from kind_edge.units import Kind, parse_quantity
+
+FormChoice = Literal["auto", "switch", "single", "union"]
+PrecisionChoice = Literal["auto", "fp32", "int8"]
+UnitChoice = Literal["auto", "cpu", "gpu", "npu"]
+SamplerChoice = Literal["euler", "heun", "dpmsolver++", "ddim"]
+
+CHOICES, LIMITS = "What to deploy", "Limits, each with a unit, or as a share of the dense fp32 model (40%)"
+SHIPPED = "fashion-mnist"
+
+
+def split_names(text: str | None) -> list[str] | None:
+    """ "a, b" -> ["a", "b"]."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _known_profile(text: str | None) -> str | None:
+    """Refuse an unknown name at once; files and figures are read later."""
+    from kind_edge.budget.profile import profile_names
+
+    if text is not None and not (text.endswith(".toml") or "/" in text) and text not in profile_names():
+        raise unknown("profile", text, profile_names())
+    return text
+
+
+def _limit(flag: str, kind: Kind) -> Callable[[str | None], str | None]:
+    """Refuse what is no quantity at once."""
+
+    def check(text: str | None) -> str | None:
+        if text is not None:
+            parse_quantity(text, kind, flag=flag)
+        return text
+
+    return check
+
+
+def check_writable(path: Path) -> None:
+    """Whether something can be made at `path`, missing parents included; `UsageError` names what is in the way."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place == path.absolute() and place.is_file():
+        place = place.parent  # the file itself will be replaced
+    if not place.is_dir():
+        raise UsageError(f"-o {path}: {place} is not a folder; choose another place")
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise UsageError(f"-o {path}: cannot write in {place}: {error.strerror}; choose another place") from error
+
+
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint's folder, or the name of a shipped model.")
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--profile",
+        metavar="NAME|FILE",
+        callback=_known_profile,
+        help="The device: a name from [bold]kind-edge profiles list[/], or a TOML file.",
+    ),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option("--classes", metavar="A,B", help="The classes to keep, in this order.", rich_help_panel=CHOICES),
+]
+Form = Annotated[
+    FormChoice, typer.Option("--form", help="How classes are combined in one model.", rich_help_panel=CHOICES)
+]
+Precision = Annotated[PrecisionChoice, typer.Option("--precision", help="Of the weights.", rich_help_panel=CHOICES)]
+Unit = Annotated[UnitChoice, typer.Option("--unit", help="The compute unit of the device.", rich_help_panel=CHOICES)]
+Steps = Annotated[
+    int | None,
+    typer.Option("--steps", min=1, metavar="N", help="Sampling steps of an image.", rich_help_panel=CHOICES),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", metavar="W", help="Guidance weight; 1 is none.", rich_help_panel=CHOICES),
+]
+Sampler = Annotated[SamplerChoice | None, typer.Option("--sampler", help="The sampler.", rich_help_panel=CHOICES)]
+MaxLatency = Annotated[
+    str | None,
+    typer.Option(
+        "--max-latency",
+        metavar="4s",
+        callback=_limit("--max-latency", "seconds"),
+        help="One image, sustained.",
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--max-memory",
+        metavar="300MiB",
+        callback=_limit("--max-memory", "bytes"),
+        help="Predicted peak memory.",
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxFlops = Annotated[
+    str | None,
+    typer.Option(
+        "--max-flops",
+        metavar="13.2GFLOPs",
+        callback=_limit("--max-flops", "flops"),
+        help="One evaluation at batch 1.",
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxSize = Annotated[
+    str | None,
+    typer.Option(
+        "--max-size",
+        metavar="5MiB",
+        callback=_limit("--max-size", "bytes"),
+        help="The model file that an app loads.",
+        rich_help_panel=LIMITS,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]

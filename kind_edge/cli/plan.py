@@ -1,0 +1,219 @@
+"""`kind-edge plan`: what would be deployed, without making it; or what a named architecture costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from kind_edge.cli import options, tables
+from kind_edge.cli.terminal import Terminal, terminal_of
+from kind_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from kind_edge.budget.architecture import ArchitectureCost
+    from kind_edge.budget.plan import Plan
+    from kind_edge.budget.whole_model import PaperRow
+
+ARCHITECTURE = "A named architecture instead of a checkpoint: its cost, no solving"
+ConventionChoice = Literal["exact", "paper"]
+
+
+def plan(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CHECKPOINT]",
+            help="A checkpoint's folder, or the name of a shipped model.",
+            show_default=options.SHIPPED,
+        ),
+    ] = None,
+    profile: options.ProfileOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the plan, for export --plan.")
+    ] = None,
+    classes: options.Classes = None,
+    form: options.Form = "auto",
+    precision: options.Precision = "auto",
+    unit: options.Unit = "auto",
+    steps: options.Steps = None,
+    guidance: options.Guidance = None,
+    sampler: options.Sampler = None,
+    max_latency: options.MaxLatency = None,
+    max_memory: options.MaxMemory = None,
+    max_flops: options.MaxFlops = None,
+    max_size: options.MaxSize = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", metavar="DiT-B/2", help="The architecture.", rich_help_panel=ARCHITECTURE),
+    ] = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option("--num-classes", min=1, metavar="C", help="Its classes.", rich_help_panel=ARCHITECTURE),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            "--rank", metavar="R", help="Active rank of every block matrix; without it dense.",
+            rich_help_panel=ARCHITECTURE,
+        ),
+    ] = None,
+    convention: Annotated[
+        ConventionChoice,
+        typer.Option("--convention", help="exact: what really runs. paper: as the KIND authors count."),
+    ] = "exact",
+    as_json: options.Json = False,
+) -> None:  # fmt: skip
+    """Find the best model that a device affords.
+
+    The plan says how every matrix is stored and what the whole costs. With --arch nothing is solved and no weights are
+    needed: the cost of a named architecture is printed.
+    """
+    terminal = terminal_of(context)
+    if profile is None:
+        raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
+    if output is not None:
+        options.check_writable(output)
+    limits = {
+        "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
+    }  # fmt: skip
+    if arch is not None:
+        fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, "output": output, **limits}
+        _refuse_with_arch(fixed | {"form": None if form == "auto" else form})
+        _architecture(terminal, as_json, arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
+        return
+    if rank is not None or num_classes is not None:
+        raise UsageError(
+            "--rank and --num-classes belong to --arch; a checkpoint has its own, and limits set its ranks"
+        )
+    with terminal.stages() as begin:
+        begin("planning")
+        from kind_edge.deploy import pipeline
+
+        made = pipeline.plan(
+            checkpoint or options.SHIPPED, profile=profile, classes=options.split_names(classes), form=form,
+            precision=precision, unit=unit, steps=steps, guidance=guidance, sampler=sampler, **limits,
+        )  # fmt: skip
+    paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
+    _show(terminal, made, paper, output, as_json)
+
+
+def _show(terminal: Terminal, made: Plan, paper: PaperRow | None, output: Path | None, as_json: bool) -> None:
+    from kind_edge.cli.plan_view import print_plan
+
+    values = made.to_dict()
+    if output is not None:
+        write_text(output, json.dumps(values, indent=2) + "\n")
+    if as_json:
+        terminal.json(values | ({"paper": _paper_values(paper)} if paper else {}))
+        return
+    print_plan(terminal.out, made)
+    if paper is not None:
+        terminal.out.print(tables.heading("As the KIND authors count", "250 guided steps at the GPU's nominal peak"))
+        terminal.out.print(_paper_table([("this plan", paper)]))
+    terminal.out.print()
+    if output is not None:
+        terminal.line(f"plan    {output}")
+        terminal.line(f"next    kind-edge export {made.model} --plan {output}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whose folder may not exist yet."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _refuse_with_arch(values: dict[str, Any]) -> None:
+    given = [name for name, value in values.items() if value is not None]
+    if given:
+        names = ", ".join("CHECKPOINT" if name == "checkpoint" else f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"--arch has no weights to decide about, so it does not go with {names}; leave that out")
+
+
+def _architecture(
+    terminal: Terminal,
+    as_json: bool,
+    arch: str,
+    num_classes: int | None,
+    rank: int | None,
+    profile: str,
+    convention: ConventionChoice,
+    precision: options.PrecisionChoice,
+    unit: options.UnitChoice,
+    steps: int | None,
+    guidance: float | None,
+) -> None:
+    """Cost of an architecture from its shape alone."""
+    from kind_edge.budget.architecture import architecture_cost
+    from kind_edge.budget.profile import load_profile
+    from kind_edge.model.spec import named_spec
+
+    if num_classes is None:
+        raise UsageError("--num-classes is missing: an architecture's tables grow with its classes")
+    spec, device = named_spec(arch, num_classes), load_profile(profile)
+    evaluations = 1 if guidance == 1 else 2
+    wanted = [None] if rank is None else [None, rank]
+    costs = [
+        architecture_cost(arch, spec, one, device, convention, precision, unit, steps, evaluations) for one in wanted
+    ]
+    if as_json:
+        terminal.json(costs[-1].to_dict())
+    else:
+        _print_architecture(terminal, costs, device.title)
+
+
+def _print_architecture(terminal: Terminal, costs: list[ArchitectureCost], device: str) -> None:
+    from kind_edge.units import format_flops, format_seconds
+
+    cost = costs[-1]
+    terminal.out.print(tables.heading(f"{cost.arch}, {cost.num_classes} classes, on {device}", cost.describe()))
+    names = ["dense" if each.rank is None else f"rank {each.rank}" for each in costs]
+    if cost.convention == "paper":
+        terminal.out.print(_paper_table([(n, each.paper_row()) for n, each in zip(names, costs, strict=True)]))
+        terminal.out.print()
+        return
+    headers = ("", "parameters", "FLOPs", "weights", "peak memory", "one image", "sustained")
+    rows = [
+        (
+            name,
+            tables.amount(each.params),
+            format_flops(each.flops),
+            tables.size(each.weight_bytes),
+            tables.size(each.peak_memory_bytes),
+            format_seconds(each.image_latency_s),
+            format_seconds(each.sustained_image_latency_s),
+        )
+        for name, each in zip(names, costs, strict=True)
+    ]
+    terminal.out.print(tables.figures(headers, rows))
+    terminal.out.print()
+    terminal.note("FLOPs: one evaluation at batch 1. A decoder of latents is not counted.")
+
+
+def _paper_row(checkpoint: str, made: Plan, profile: str) -> PaperRow:
+    """The chosen model under the authors' convention."""
+    from kind_edge.budget.architecture import paper_row_of_plan
+    from kind_edge.budget.profile import load_profile
+    from kind_edge.model.checkpoint import read_config
+    from kind_edge.model.shipped import find_model
+    from kind_edge.model.spec import ModelSpec
+
+    spec = ModelSpec.from_dict(read_config(find_model(checkpoint))["model"])
+    return paper_row_of_plan(spec, made, load_profile(profile))
+
+
+def _paper_table(rows: list[tuple[str, PaperRow]]) -> Any:
+    headers = ("", "params (M)", "FLOPs (G)", "memory (MB)", "one image (s)")
+    return tables.figures(headers, [(name, *row.printed()) for name, row in rows])
+
+
+def _paper_values(row: PaperRow) -> dict[str, float]:
+    return {
+        "params": row.params,
+        "flops": row.flops,
+        "weight_bytes": row.memory_bytes,
+        "image_latency_s": row.latency_s,
+    }

@@ -1,0 +1,88 @@
+"""A plan as a screen: what is deployed, what it costs beside the dense model, which limits bind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from rich.console import Console
+
+from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.cli import tables
+from kind_edge.cli.tables import Cell
+from kind_edge.units import format_flops, format_seconds, format_share
+
+_FORMS = {
+    "switch": "switch: one shared learngene, a tailor per class picked by the class index",
+    "single": "single: learngene and tailor folded into one weight",
+    "union": "union: all kept tailors folded into one weight, an approximation",
+}
+_WRITE = {
+    "max_latency": lambda nanoseconds: format_seconds(nanoseconds / 1e9),
+    "max_flops": format_flops,
+    "max_size": tables.size,
+    "max_memory": tables.size,
+}
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """The whole plan but its matrices one by one."""
+    console.print(tables.heading(f"Plan for {plan.profile}", f"model {plan.model}, {plan.checkpoint_sha256[:12]}"))
+    console.print(tables.facts(_choices(plan)))
+    console.print()
+    console.print(tables.figures(("", "this plan", "dense fp32", "share"), _costs(plan)))
+
+
+def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
+    yield "classes", ", ".join(plan.classes)
+    yield "form", _FORMS[plan.form]
+    yield "runs on", f"{plan.unit}, {plan.precision}"
+    guided = f"guidance {plan.guidance:g}" if plan.evaluations_per_step > 1 else "no guidance"
+    per_step = tables.count(plan.evaluations_per_step, "evaluation")
+    yield "sampler", f"{plan.sampler}, {tables.count(plan.steps, 'step')}, {guided}: {per_step} per step"
+    yield "matrices", matrices_summary(plan.matrices)
+    baked = plan.modulation == "baked"
+    yield "modulation", "baked into a table" if baked else "kept as a network: it depends on the label"
+    yield "truncation", f"{plan.truncation}; calibration {plan.calibration}"
+    yield "kept", f"{format_share(plan.retained_energy)} of the layers' output energy"
+    yield "limits", _limits(plan) or "none: the most faithful plan, then the fastest"
+
+
+def matrices_summary(matrices: Mapping[str, MatrixPlan]) -> str:
+    """ "24 dense, 12 factored; learngene 24-48, tailor 5-8"."""
+    storages = [matrix.storage for matrix in matrices.values()]
+    kinds = ("dense", "factored", "dropped")
+    text = ", ".join(f"{storages.count(kind)} {kind}" for kind in kinds if kind in storages)
+    ranks = {
+        "rank": [matrix.rank for matrix in matrices.values()],
+        "learngene": [matrix.learngene_rank for matrix in matrices.values()],
+        "tailor": [matrix.tailor_rank for matrix in matrices.values()],
+    }
+    spans = [f"{name} {tables.span(known)}" for name, all_ in ranks.items() if (known := _known(all_))]
+    return f"{text}; {', '.join(spans)}" if spans else text
+
+
+def _known(ranks: list[int | None]) -> list[int]:
+    return [rank for rank in ranks if rank is not None]
+
+
+def _limits(plan: Plan) -> str:
+    texts = []
+    for name, limit in plan.limits.items():
+        binds = " (binds)" if name in plan.binding else ""
+        texts.append(f"--{name.replace('_', '-')} {_WRITE[name](limit)}{binds}")
+    return ", ".join(texts)
+
+
+def _costs(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
+    dense = plan.dense
+    latency_s = dense.get("latency_ns", 0.0) / 1e9
+    rows = (
+        ("parameters", plan.params, dense.get("params"), tables.amount),
+        ("FLOPs per evaluation", plan.flops, dense.get("flops"), format_flops),
+        ("model file", plan.weight_bytes, dense.get("weight_bytes"), tables.size),
+        ("peak memory", plan.peak_memory_bytes, dense.get("peak_memory_bytes"), tables.size),
+        ("one image, sustained", plan.sustained_image_latency_s, latency_s or None, format_seconds),
+        ("one image, at first", plan.image_latency_s, None, format_seconds),
+    )
+    for name, own, whole, write in rows:
+        yield name, write(own), write(whole) if whole else "", tables.share(own, whole)

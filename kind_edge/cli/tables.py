@@ -1,0 +1,71 @@
+"""How figures are laid out: plain tables without lines, a heading in bold, what is secondary dim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from kind_edge.units import format_bytes, format_params, format_seconds, format_share
+
+Cell = str | Text
+
+
+def heading(text: str, beside: str = "") -> Text:
+    return Text.assemble("\n", (text, "bold"), (f"  {beside}" if beside else "", "dim"))
+
+
+def facts(rows: Iterable[tuple[str, Cell]]) -> Padding:
+    """Names at the left, values beside them; values may wrap."""
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return Padding(table, (0, 0, 0, 2))
+
+
+def figures(headers: Sequence[str], rows: Iterable[Sequence[Cell]], left: Iterable[int] = (0,)) -> Padding:
+    """A table with headers; columns are aligned at the right but for those in `left`."""
+    table = Table(box=None, header_style="dim", padding=(0, 3, 0, 0), pad_edge=False)
+    kept_left = set(left)
+    for number, header in enumerate(headers):
+        first = number in kept_left
+        table.add_column(header, justify="left" if first else "right", overflow="fold", no_wrap=not first)
+    for row in rows:
+        table.add_row(*row)
+    return Padding(table, (0, 0, 0, 2))
+
+
+def amount(number: float) -> str:
+    """240_656 -> "241 K" parameters or multiply-accumulates."""
+    return format_params(number)
+
+
+def size(number: float) -> str:
+    return format_bytes(number)
+
+
+def span(numbers: Sequence[int]) -> str:
+    """[24, 48, 30] -> "24-48"; equal numbers are one."""
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def share(part: float, whole: float | None) -> str:
+    return format_share(part / whole) if whole else ""
+
+
+def seconds(number: float) -> str:
+    return format_seconds(number)
+
+
+def check(passed: bool) -> Text:
+    return Text("✓", "green") if passed else Text("✗", "bold red")
+
+
+def count(number: int, singular: str) -> str:
+    """1 -> "1 image", 3 -> "3 images"."""
+    return f"{number:,} {singular}{'' if number == 1 else 's'}"

@@ -1,0 +1,136 @@
+"""What goes where: results on stdout, everything else on stderr, moving progress on a terminal only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from kind_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+PIPE_WIDTH = 100
+"""Columns where no terminal says how many it has."""
+
+OnCount = Callable[[int, int], None]
+
+
+class Terminal:
+    """The two streams of one command, and how talkative it is.
+
+    `verbose` shows tracebacks and warnings, `quiet` leaves out everything but results and errors.
+    """
+
+    def __init__(self, verbose: bool = False, quiet: bool = False) -> None:
+        if verbose and quiet:
+            raise UsageError("-v and -q contradict each other; give one of them")
+        self.verbose, self.quiet = verbose, quiet
+        self.out = _console(stderr=False)
+        self.err = _console(stderr=True)
+        # A CI log keeps every frame of an animation as a line.
+        self.animated = not quiet and self.err.is_terminal and sys.stderr.isatty() and not _in_ci()
+
+    def say_error(self, message: str) -> None:
+        self.err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """Something beside the result."""
+        if not self.quiet:
+            self.err.print(Text(message), soft_wrap=True)
+
+    def line(self, message: str | Text) -> None:
+        """A line of the result that is never wrapped: paths and commands can be copied."""
+        self.out.print(message if isinstance(message, Text) else Text(message), soft_wrap=True)
+
+    def json(self, values: Mapping[str, Any]) -> None:
+        """The one JSON object of --json."""
+        sys.stdout.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """While others' code runs: whatever it prints is no result of ours."""
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+
+    @contextlib.contextmanager
+    def stages(self) -> Iterator[Callable[[str], None]]:
+        """A function that is told what begins now: a spinner on a terminal, a line in a log."""
+        with self.working(), contextlib.ExitStack() as stack:
+            status = stack.enter_context(self.err.status("starting")) if self.animated else None
+            current: list[tuple[str, float]] = []
+
+            def finish() -> None:
+                if current and status is not None:
+                    name, began = current.pop()
+                    took = f"{time.monotonic() - began:.1f} s"
+                    self.err.print(Text.assemble(("✓ ", "green"), f"{name} ", (took, "dim")))
+
+            def begin(name: str) -> None:
+                finish()
+                current.append((name, time.monotonic()))
+                if status is not None:
+                    status.update(f"{name} ...")
+                else:
+                    self.note(f"{name} ...")
+
+            yield begin
+            finish()
+
+    @contextlib.contextmanager
+    def counting(self, what: str) -> Iterator[OnCount]:
+        """A function that is told (done, total): a bar on a terminal, a line for every tenth in a log."""
+        with self.working():
+            if not self.animated:
+                yield self._log_tenths(what)
+                return
+            with self.progress_bar() as bar:
+                task = bar.add_task(what, total=None, details="")
+
+                def advance(done: int, total: int) -> None:
+                    bar.update(task, completed=done, total=total)
+
+                yield advance
+
+    def _log_tenths(self, what: str) -> OnCount:
+        last = 0
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            if 10 * done // total > last:
+                last = 10 * done // total
+                self.note(f"{what}: {done} of {total}")
+
+        return advance
+
+    def progress_bar(self) -> Progress:
+        """A bar on stderr that vanishes when it is done; every task has a field `details`."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[details]}"))
+        return Progress(*columns, TimeRemainingColumn(compact=True), console=self.err, transient=True)
+
+
+def terminal_of(context: typer.Context) -> Terminal:
+    """The terminal that the top of the command line made."""
+    found = context.find_object(Terminal)
+    return found if found is not None else Terminal()
+
+
+def _console(stderr: bool) -> Console:
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH
+    return Console(stderr=stderr, highlight=False, width=width)
+
+
+def _in_ci() -> bool:
+    return os.environ.get("CI", "").lower() not in ("", "0", "false", "no")

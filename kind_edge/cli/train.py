@@ -1,0 +1,107 @@
+"""`kind-edge train`: one decomposable model, from a preset or a file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from kind_edge.cli import options, tables
+from kind_edge.cli.terminal import Terminal, terminal_of
+from kind_edge.errors import UsageError
+from kind_edge.units import format_seconds
+
+if TYPE_CHECKING:
+    from kind_edge.training.config import TrainConfig
+    from kind_edge.training.loop import Progress
+
+LOG_EVERY_S = 30.0
+
+
+def train(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The checkpoint.")],
+    preset: Annotated[
+        str | None, typer.Option("--preset", metavar="NAME", help="A configuration that comes with the package.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="A configuration of your own, as TOML.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="DIR", help="Folder of the data set.", show_default="the usual places"),
+    ] = None,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to train.")] = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in DIR.")] = False,
+) -> None:
+    """Train a decomposable model: a learngene that every image sees, and a tailor per class.
+
+    An interrupted run is saved; the same command with --resume goes on with it.
+    """
+    terminal = terminal_of(context)
+    chosen = _chosen(preset, config)
+    options.check_writable(output)
+    with _following(terminal) as on_progress:
+        from kind_edge.training.train import train as run
+
+        try:
+            folder = run(chosen, output, data=data, device=device, resume=resume, on_progress=on_progress)
+        except KeyboardInterrupt:
+            if output.exists():
+                terminal.note(f"saved in {output}; the same command with --resume goes on")
+            raise
+    terminal.out.print(tables.heading("Checkpoint", str(folder)))
+    terminal.out.print(tables.facts(_result(folder)))
+    terminal.out.print()
+    terminal.line(f"  next     kind-edge export {folder} --profile host")
+
+
+def _chosen(preset: str | None, config: Path | None) -> TrainConfig:
+    from kind_edge.training.config import PRESETS, read_config
+    from kind_edge.training.config import preset as named
+
+    if (preset is None) == (config is None):
+        raise UsageError(f"give either --preset or --config; presets: {', '.join(PRESETS)}")
+    return named(preset) if preset is not None else read_config(config or Path())
+
+
+def _result(folder: Path) -> Iterator[tuple[str, str]]:
+    provenance = json.loads((folder / "config.json").read_text(encoding="utf-8"))["provenance"]
+    yield "images seen", f"{provenance['images_seen']:,}"
+    yield "time", format_seconds(provenance["seconds"])
+    yield "loss", f"{provenance['final_loss']:.4f}"
+
+
+@contextlib.contextmanager
+def _following(terminal: Terminal) -> Iterator[Callable[[Progress], None]]:
+    """Progress of a run: a bar on a terminal, a line every half minute in a log."""
+    import time
+
+    with terminal.working():
+        if terminal.animated:
+            with terminal.progress_bar() as bar:
+                task = bar.add_task("training", total=None, details="")
+
+                def show(progress: Progress) -> None:
+                    bar.update(task, total=progress.steps, completed=progress.step, details=_details(progress))
+
+                yield show
+            return
+        last = time.monotonic() - LOG_EVERY_S
+
+        def log(progress: Progress) -> None:
+            nonlocal last
+            if time.monotonic() - last >= LOG_EVERY_S or progress.step == progress.steps:
+                last = time.monotonic()
+                left = f", {format_seconds(progress.left_s)} left" if progress.left_s > 0 else ""
+                terminal.note(f"step {progress.step} of {progress.steps}: {_details(progress)}{left}")
+
+        yield log
+
+
+def _details(progress: Progress) -> str:
+    return f"loss {progress.loss:.4f}, {progress.images_per_s:.0f} images/s"

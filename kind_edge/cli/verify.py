@@ -1,0 +1,54 @@
+"""`kind-edge verify`: is a bundle whole, and does it compute the same function?"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from kind_edge.cli import options, tables
+from kind_edge.cli.terminal import terminal_of
+
+
+def verify(
+    context: typer.Context,
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle: a folder, or a .zip of one.")],
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="C",
+            help="Compute the reference anew from this checkpoint (or shipped model); else the stored one is used.",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check every hash, and every model file against the gated model.
+
+    The worst signal-to-noise ratio over classes and timesteps must reach 100 dB in fp32, 25 dB in int8. A parity that is
+    missed exits with 1, a file that was changed with 4.
+    """
+    terminal = terminal_of(context)
+    with terminal.stages() as begin:
+        begin("verifying")
+        from kind_edge.deploy import pipeline
+
+        report = pipeline.verify(bundle, checkpoint)
+    if as_json:
+        terminal.json(report.to_dict())
+        return
+    against = f"the gated model of {checkpoint}" if checkpoint else "the stored outputs of the gated model"
+    terminal.out.print(tables.heading("Parity", f"worst over classes and timesteps, against {against}"))
+    rows = [
+        (
+            parity.file,
+            f"{parity.worst_db:.1f} dB" if parity.worst_db is not None else "none",
+            f"{parity.gate_db:.0f} dB",
+            tables.check(not parity.failures),
+            f"{len(parity.points)} points",
+        )
+        for parity in report.files
+    ]
+    terminal.out.print(tables.figures(("", "parity", "gate", "", ""), rows))
+    terminal.out.print()
+    terminal.line("  every hash matches, every gate is kept")

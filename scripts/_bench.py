@@ -1,0 +1,110 @@
+"""Measurements of the shipped model on this machine; every name prints a table, or one JSON object with --json.
+
+cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
+export   how long the main command takes, stage by stage
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+CLASSES = ("sneaker", "bag")
+SIZES = (None, "60%", "40%", "25%")
+
+
+def cost() -> dict[str, Any]:
+    """Plans of several sizes on `host`, each exported and measured; two rounds, the faster counts."""
+    from kind_edge.budget.profile import load_profile
+    from kind_edge.deploy.bench import bench_model
+    from kind_edge.deploy.pipeline import export
+
+    load_profile("host")  # measured before the clock runs
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for precision in ("fp32", "int8"):
+            for size in SIZES:
+                limit = size if precision == "fp32" or size is None else f"{float(size[:-1]) / 2.5:g}%"
+                out = Path(folder, f"{precision}-{size}".replace("%", ""))
+                bundle = export(profile="host", classes=CLASSES, precision=precision, max_size=limit, output=out)
+                name = next(n for n in bundle.latency if n.endswith("int8.onnx") == (precision == "int8"))
+                rounds = [bundle.latency[name], bench_model(out / name)]
+                rows.append({
+                    "precision": precision,
+                    "max_size": limit or "none",
+                    "predicted_ms": bundle.predicted_here_ms[name],
+                    "measured_ms": min(report.p50_ms for report in rounds),
+                    "predicted_bytes": bundle.plan.weight_bytes,
+                    "file_bytes": bundle.files[name],
+                    "predicted_peak_bytes": bundle.plan.peak_memory_bytes,
+                    "measured_peak_bytes": max(report.peak_memory_bytes or 0 for report in rounds),
+                })  # fmt: skip
+    latency = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
+    return {
+        "plans": rows,
+        "latency_error_median": statistics.median(latency),
+        "latency_error_worst": max(latency),
+        "size_error_worst": max(abs(row["predicted_bytes"] / row["file_bytes"] - 1) for row in rows),
+        "peak_memory_error_worst": max(abs(r["predicted_peak_bytes"] / r["measured_peak_bytes"] - 1) for r in rows),
+    }
+
+
+def export_time() -> dict[str, Any]:
+    """The README's command in this process, imports included."""
+    started = time.perf_counter()
+    marks: list[tuple[str, float]] = []
+    from kind_edge.deploy.pipeline import export
+
+    def stage(name: str) -> None:
+        marks.append((name, time.perf_counter()))
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(profile="snapdragon8g3", classes=CLASSES, output=Path(folder, "out"), on_stage=stage)
+    ended = time.perf_counter()
+    times = [("importing", started), *marks, ("end", ended)]
+    stages = [{"stage": a[0], "seconds": b[1] - a[1]} for a, b in itertools.pairwise(times)]
+    return {"stages": stages, "total_s": ended - started}
+
+
+BENCHES = {"cost": cost, "export": export_time}
+
+
+def show(result: dict[str, Any]) -> None:
+    console = Console()
+    for key, value in result.items():
+        if not isinstance(value, list):
+            console.print(f"{key}: {value:.4g}")
+            continue
+        table = Table(*value[0])
+        for row in value:
+            table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+        console.print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("name", choices=sorted(BENCHES))
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    result = BENCHES[arguments.name]()
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""What docs/results.md reports, made anew.
+
+trials    trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
+shipped   judges the shipped model over guidance strengths, and with 10,000 images at its own
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TRIALS = (
+    "fashion-mnist-short",
+    "fashion-mnist-short-dense",
+    "fashion-mnist-short-label",
+    "fashion-mnist-short-epsilon",
+)
+TRIAL_IMAGES = 2_000
+TRIAL_GUIDANCE = (1.0, 1.5)
+SWEEP_GUIDANCE = (1.0, 1.25, 1.5, 1.75, 2.0)
+SHIPPED_IMAGES = 10_000
+
+
+def judge(folder: Path, images: int, guidance: float | None) -> dict[str, Any]:
+    from kind_edge.deploy.pipeline import evaluate
+
+    report = dataclasses.asdict(evaluate(folder, images, guidance=guidance))
+    return {"model": folder.name, "guidance": guidance, **report}
+
+
+def trials(output: Path) -> list[dict[str, Any]]:
+    """Existing runs are gone on with, finished ones only judged."""
+    from kind_edge.training.config import preset
+    from kind_edge.training.train import train
+
+    results = []
+    for name in TRIALS:
+        folder = output / name
+        if not (folder / "config.json").exists():
+            train(preset(name), folder, resume=(folder / "state.safetensors").exists())
+        for guidance in TRIAL_GUIDANCE:
+            results.append(judge(folder, TRIAL_IMAGES, guidance))
+            print(json.dumps(brief(results[-1])), file=sys.stderr, flush=True)
+    return results
+
+
+def shipped(_: Path) -> list[dict[str, Any]]:
+    from kind_edge.model.shipped import DEFAULT_MODEL, find_model
+
+    folder = find_model(DEFAULT_MODEL)
+    sweep = [judge(folder, TRIAL_IMAGES, guidance) for guidance in SWEEP_GUIDANCE]
+    return [*sweep, judge(folder, SHIPPED_IMAGES, None)]
+
+
+def brief(row: dict[str, Any]) -> dict[str, Any]:
+    keys = ("model", "guidance", "images", "frechet", "recall", "precision", "class_accuracy")
+    return {key: row[key] for key in keys} | {"worst_class": min(row["per_class_accuracy"].values())}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | guidance | images | Fréchet | recall | precision | accuracy | worst class |",
+        "|---|" + "--:|" * 7,
+    ]
+    for row in map(brief, rows):
+        guidance = "its own" if row["guidance"] is None else f"{row['guidance']:g}"
+        figures = " | ".join(f"{row[key]:.3f}" for key in ("frechet", "recall", "precision"))
+        accuracy, worst = f"{row['class_accuracy']:.2%}", f"{row['worst_class']:.1%}"
+        lines.append(f"| {row['model']} | {guidance} | {row['images']} | {figures} | {accuracy} | {worst} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/results", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("name", choices=["trials", "shipped"])
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept (default: runs)")
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    rows = {"trials": trials, "shipped": shipped}[arguments.name](arguments.output)
+    print(json.dumps({"rows": rows}) if arguments.json else table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
