@@ -7,7 +7,10 @@ quantized by itself, and changing one tailor changes no other class by a bit.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,19 +31,31 @@ def quantize_int8(model: onnx.ModelProto) -> onnx.ModelProto:
     with tempfile.TemporaryDirectory(prefix="kind-edge-") as folder:
         source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
         onnx.save_model(model, source)
-        quantize_dynamic(
-            source,
-            target,
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_exclude=[_last_product(model)],
-            extra_options={"MatMulConstBOnly": True},
-        )
+        with _without_advice():
+            quantize_dynamic(
+                source,
+                target,
+                per_channel=True,
+                weight_type=QuantType.QInt8,
+                op_types_to_quantize=["MatMul", "Gemm"],
+                nodes_to_exclude=[_last_product(model)],
+                extra_options={"MatMulConstBOnly": True},
+            )
         quantized = onnx.load_model(target)
     del quantized.graph.value_info[:]
     quantized.producer_name, quantized.producer_version = model.producer_name, ""
     return _quantize_gathered(quantized)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """The quantizer advises, through the root logger, a pre-processing that is a matter of other graphs than ours."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
 
 
 def _last_product(model: onnx.ModelProto) -> str:

@@ -1,7 +1,7 @@
 """What a named architecture costs on a device, from its shape alone: no weights, nothing to solve.
 
-Under `paper` the figures are those of the KIND authors' mobile table; under `exact` what the model's operators cost as
-we deploy them, unbaked, with every block matrix dense or at one active rank. A decoder of latents is counted in neither.
+Under `paper` the figures are those of the KIND authors' mobile table; under `exact` what the model's operators cost
+as we deploy them, unbaked, with every block matrix dense or at one active rank. A decoder of latents is in neither.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kind_edge.budget.cost import (
     peak_activation_bytes,
 )
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.planner import RUNTIME_MEMORY_BYTES, WEIGHT_COPIES
+from kind_edge.budget.problem import RUNTIME_MEMORY_BYTES, WEIGHT_COPIES
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
 from kind_edge.budget.whole_model import PAPER_EVALUATIONS
 from kind_edge.errors import UsageError
@@ -57,10 +57,10 @@ class ArchitectureCost:
 
     def describe(self) -> str:
         """What the latency stands for."""
-        per_step = f"{self.steps} steps of {self.evaluations_per_step} evaluation"
+        work = f"{self.steps} steps x {self.evaluations_per_step}"
         if self.convention == "paper":
-            return f"as the KIND authors count: {per_step}s at the GPU's nominal peak"
-        return f"{self.unit}, {self.precision}, {per_step}{'s' if self.evaluations_per_step > 1 else ''}"
+            return f"as the KIND authors count: {work} at the GPU's peak"
+        return f"{self.unit}, {self.precision}, {work} evaluations"
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of a plan, as far as they have a meaning without weights."""

@@ -178,8 +178,12 @@ def broken_limits(table: Table, chosen: Integers, limits: Mapping[str, int]) -> 
 
 def _branch(table: Table, goal: Floats, limits: Mapping[str, int], gap: float, deadline: float) -> Found:
     """The integer program, solved again with one more cut for every answer that breaks a limit in integers."""
-    program = _program(table, goal, limits)
-    bound = float(np.maximum.reduceat(goal, table.starts()).sum())
+    kept = _narrow(table, limits)
+    if kept is None:
+        return Found(None, -np.inf, True)
+    columns, rest = np.flatnonzero(kept), table.only(kept)
+    program = _program(rest, goal[kept], limits)
+    bound = float(np.maximum.reduceat(goal[kept], rest.starts()).sum())
     for attempt in range(_LAST_ATTEMPT):
         exact = attempt < _EXACT_ATTEMPTS  # after many cuts the limits shrink by a hair, which proves nothing any more
         answer = program.run(gap, deadline, hair=0.0 if exact else _HAIR)
@@ -187,15 +191,15 @@ def _branch(table: Table, goal: Floats, limits: Mapping[str, int], gap: float, d
             bound = min(bound, answer.bound)
         if answer.chosen is None:
             return Found(None, bound, answer.finished and exact)
-        cut = _cover_cut(table, answer.chosen, limits)
+        cut = _cover_cut(rest, answer.chosen, limits)
         if cut is None:
-            return Found(answer.chosen, bound, answer.finished)
+            return Found(columns[answer.chosen], bound, answer.finished)
         program = program.with_cut(*cut)
     return Found(None, bound, False)
 
 
 def _program(table: Table, goal: Floats, limits: Mapping[str, int]) -> Program:
-    """Limits as shares of their slack; a row that every choice keeps is left out.
+    """The program of a narrowed table: limits as shares of their slack; a row that every choice keeps is left out.
 
     Where the slack is 0, narrowing left only columns at the minimum, and the row is one of those.
     """

@@ -12,8 +12,8 @@ from kind_edge.cli.terminal import Terminal
 
 app = typer.Typer(
     name="kind-edge",
-    help="Cut a decomposable diffusion transformer to any device and any classes, prove it equal, measure it, bundle it.",
-    epilog="First steps: kind-edge export --profile snapdragon8g3 --classes sneaker,bag -o out",
+    help="Cut a decomposable diffusion transformer to any device and any classes, with proof.",
+    epilog="Try: kind-edge export --profile snapdragon8g3 --classes sneaker,bag -o out",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

@@ -33,9 +33,10 @@ def bench(
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Timed evaluations.")] = 50,
     as_json: options.Json = False,
 ) -> None:
-    """Measure latency and peak memory, each model in a process of its own.
+    """Measure latency and peak memory on this machine.
 
-    Of a bundle: one evaluation of every ONNX model in it, and one whole image of the model that an app loads.
+    Every model runs in a process of its own. Of a bundle: one evaluation of every ONNX model in it, and one whole image
+    of the model that an app loads.
     """
     terminal = terminal_of(context)
     with terminal.stages() as begin:

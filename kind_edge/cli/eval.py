@@ -35,9 +35,10 @@ def evaluate(
     data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data set.")] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Draw images of every class and judge them: how real, how varied, how much of their class.
+    """Draw images of every class and judge them.
 
-    The judge is a classifier trained on Fashion-MNIST and shipped with the package; its hash stands in the report.
+    How real, how varied, how much of their class? The judge is a classifier trained on Fashion-MNIST and shipped with
+    the package; its hash stands in the report.
     """
     terminal = terminal_of(context)
     with terminal.counting("drawing") as count:

@@ -53,7 +53,7 @@ def export(
     ] = False,
     as_json: options.Json = False,
 ) -> None:
-    """Make the best bundle that a device affords, with proof and measurements.
+    """Make the best bundle that a device affords.
 
     Plans, merges, exports, compares every file with the gated model, measures it on this machine, and writes one folder
     with a manifest. A check that fails ends with exit code 1, and no bundle is left behind.
@@ -131,10 +131,10 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
     if bundle.quality:
         out.print(tables.heading("Quality", "diffusion loss on held-out images, before and after cutting"))
         rows = [
-            (loss.name, tables.count(loss.images, "image"), f"{loss.full:.4f}", f"{loss.plan:.4f}", f"{loss.increase:+.1%}")
-            for loss in bundle.quality
-        ]  # fmt: skip
-        out.print(tables.figures(("", "", "full model", "this plan", "change"), rows))
+            (each.name, str(each.images), f"{each.full:.4f}", f"{each.plan:.4f}", f"{each.increase:+.1%}")
+            for each in bundle.quality
+        ]
+        out.print(tables.figures(("", "images", "full model", "this plan", "change"), rows))
     out.print(tables.heading("Bundle"))
     out.print(tables.facts((name, tables.size(size)) for name, size in bundle.files.items()))
     out.print()
@@ -155,7 +155,7 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
         report = bundle.latency[file]
         predicted_ms = bundle.predicted_here_ms.get(file)
         yield (
-            f"{file}{' *' if file == manifest.default_model else ''}",
+            f"{'*' if file == manifest.default_model else ' '} {file}",
             tables.size(bundle.files[file]),
             f"{worst_db:.1f} dB" if worst_db is not None else "none",
             f"{gate_db:.0f} dB",
@@ -177,13 +177,13 @@ def _conditions(bundle: Bundle) -> Iterator[tuple[str, Cell]]:
 
 
 def conditions(report: LatencyReport) -> str:
-    """ "one evaluation, batch 1, on AMD EPYC, 2 threads, onnxruntime 1.31 cpu, 10 warm-ups, 50 runs"."""
+    """ "one evaluation, batch 1, on AMD EPYC, 2 threads, onnxruntime 1.31.1 cpu, 10 warm-ups, 50 runs"."""
     here = report.conditions
     threads = "all physical cores" if here.threads is None else tables.count(here.threads, "thread")
     warm = tables.count(report.warmups, "warm-up")
     return (
         f"one {report.subject}, batch {report.batch}, on {here.cpu}, {threads}, "
-        f"onnxruntime {here.runtime}, {here.provider}, {warm}, {tables.count(report.runs, 'run')}"
+        f"{here.runtime} {here.provider}, {warm}, {tables.count(report.runs, 'run')}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -74,6 +75,6 @@ def wanted_classes(loaded: LoadedBundle, names: list[str] | None) -> list[str] |
 def columns_for(n: int, rows: int) -> int:
     """How many images stand in a row: nearly a square for one class; for several, rows that each class fills."""
     if rows == 1:
-        return max(1, min(MAX_COLUMNS, round(n**0.5 + 0.49)))
+        return min(MAX_COLUMNS, math.ceil(math.sqrt(n)))
     fitting = [columns for columns in range(1, MAX_COLUMNS + 1) if n % columns == 0]
     return max(fitting) if max(fitting) >= min(n, 4) else n

@@ -67,7 +67,7 @@ def plan(
     ] = "exact",
     as_json: options.Json = False,
 ) -> None:  # fmt: skip
-    """Find the best model that a device affords.
+    """Decide on the best model that a device affords.
 
     The plan says how every matrix is stored and what the whole costs. With --arch nothing is solved and no weights are
     needed: the cost of a named architecture is printed.

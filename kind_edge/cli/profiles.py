@@ -41,7 +41,7 @@ def list_profiles(context: typer.Context, as_json: options.Json = False) -> None
         )
         for device in devices
     ]
-    rows.append((HOST, "this machine, measured on first use", "cpu", "", "", ""))
+    rows.append((HOST, "this machine", "cpu", "measured when used", "", ""))
     headers = ("name", "device", "units", "fp32 peak", "memory", "for one app")
     terminal.out.print()
     terminal.out.print(tables.figures(headers, rows, left=(0, 1, 2)))

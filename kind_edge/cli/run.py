@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 import traceback
@@ -43,13 +44,17 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             if not verbose and not sys.warnoptions:
+                # Libraries warn of their own affairs; what a user can act on comes as an error or in the result.
                 warnings.simplefilter("ignore")
+                logging.disable(logging.WARNING)
             code = app([*flags, *rest], prog_name=PROGRAM, standalone_mode=False)
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - this is the boundary where errors become exit codes
         return _report(error, Terminal(verbose=verbose))
+    finally:
+        logging.disable(logging.NOTSET)
     if code == INTERRUPTED:
         Terminal().say_error("interrupted")
     return code if isinstance(code, int) else 0
@@ -92,8 +97,8 @@ def _report_parsing(error: Exception, terminal: Terminal) -> int:
     """A usage error in our style: one line, with click's hint where it has one, and where help is."""
     message: str = error.format_message() if hasattr(error, "format_message") else str(error)
     context = getattr(error, "ctx", None)
-    text = " ".join(message.split()).rstrip(".")
+    text = " ".join(message.replace("Value error, ", "").split()).rstrip(".")
     if text:  # no verb at all: the help has been printed instead
         command = context.command_path if context is not None else PROGRAM
-        terminal.say_error(f"{text[0].lower()}{text[1:]}; see {command} --help")
+        terminal.say_error(f"{text[0].lower()}{text[1:]} (see {command} --help)")
     return UsageError.exit_code

@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kind_edge.units import format_bytes, format_params, format_seconds, format_share
+from kind_edge.units import format_bytes, format_params, format_share
 
 Cell = str | Text
 
@@ -23,20 +23,26 @@ def facts(rows: Iterable[tuple[str, Cell]]) -> Padding:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
-    return Padding(table, (0, 0, 0, 2))
+        table.add_row(name, _text(value))
+    return Padding(table, (0, 0, 0, 2), expand=False)
 
 
 def figures(headers: Sequence[str], rows: Iterable[Sequence[Cell]], left: Iterable[int] = (0,)) -> Padding:
     """A table with headers; columns are aligned at the right but for those in `left`."""
-    table = Table(box=None, header_style="dim", padding=(0, 3, 0, 0), pad_edge=False)
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
     kept_left = set(left)
     for number, header in enumerate(headers):
-        first = number in kept_left
-        table.add_column(header, justify="left" if first else "right", overflow="fold", no_wrap=not first)
+        aligned_left = number in kept_left
+        wraps = number > 0 and aligned_left  # names and numbers stay whole
+        table.add_column(header, justify="left" if aligned_left else "right", overflow="fold", no_wrap=not wraps)
     for row in rows:
-        table.add_row(*row)
-    return Padding(table, (0, 0, 0, 2))
+        table.add_row(*map(_text, row))
+    return Padding(table, (0, 0, 0, 2), expand=False)
+
+
+def _text(cell: Cell) -> Text:
+    """As it stands: rich would read a shape such as [batch, 3] as markup."""
+    return cell if isinstance(cell, Text) else Text(cell)
 
 
 def amount(number: float) -> str:
@@ -55,11 +61,10 @@ def span(numbers: Sequence[int]) -> str:
 
 
 def share(part: float, whole: float | None) -> str:
-    return format_share(part / whole) if whole else ""
-
-
-def seconds(number: float) -> str:
-    return format_seconds(number)
+    """ "36.5 %", in three digits or tenths of a percent, whichever is coarser."""
+    if not whole:
+        return ""
+    return format_share(round(part / whole, 3)) if part / whole >= 0.0005 else "< 0.1 %"
 
 
 def check(passed: bool) -> Text:

@@ -66,7 +66,7 @@ class Terminal:
     def stages(self) -> Iterator[Callable[[str], None]]:
         """A function that is told what begins now: a spinner on a terminal, a line in a log."""
         with self.working(), contextlib.ExitStack() as stack:
-            status = stack.enter_context(self.err.status("starting")) if self.animated else None
+            status = stack.enter_context(self.err.status("starting", refresh_per_second=4)) if self.animated else None
             current: list[tuple[str, float]] = []
 
             def finish() -> None:
@@ -117,7 +117,9 @@ class Terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[details]}"))
-        return Progress(*columns, TimeRemainingColumn(compact=True), console=self.err, transient=True)
+        return Progress(
+            *columns, TimeRemainingColumn(compact=True), console=self.err, transient=True, refresh_per_second=4
+        )
 
 
 def terminal_of(context: typer.Context) -> Terminal:

@@ -38,9 +38,10 @@ def train(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to train.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in DIR.")] = False,
 ) -> None:
-    """Train a decomposable model: a learngene that every image sees, and a tailor per class.
+    """Train one decomposable model.
 
-    An interrupted run is saved; the same command with --resume goes on with it.
+    It has a learngene that every image sees, and a tailor per class. An interrupted run is saved; the same command with
+    --resume goes on with it.
     """
     terminal = terminal_of(context)
     chosen = _chosen(preset, config)

@@ -23,10 +23,10 @@ def verify(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Check every hash, and every model file against the gated model.
+    """Check hashes, and every model file against the gated model.
 
-    The worst signal-to-noise ratio over classes and timesteps must reach 100 dB in fp32, 25 dB in int8. A parity that is
-    missed exits with 1, a file that was changed with 4.
+    The worst signal-to-noise ratio over classes and timesteps must reach 100 dB in fp32, 25 dB in int8. A parity that
+    is missed exits with 1, a file that was changed with 4.
     """
     terminal = terminal_of(context)
     with terminal.stages() as begin:

@@ -13,7 +13,7 @@ import numpy as np
 
 from kind_edge._version import __version__
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.planner import Candidate, predict_evaluation_s
+from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
@@ -101,13 +101,15 @@ def predict_here_ms(
     plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], rows: int
 ) -> dict[str, float]:
     """What the cost model says of this machine's CPU for every file: to be compared with what was measured."""
-    host = load_profile(HOST)
+    sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
+    request = Request(load_profile(HOST), plan.classes, sampling)
     return {
-        path: 1000 * predict_evaluation_s(
-            spec, plan.matrices, len(plan.classes), rows, Candidate(plan.form, entry["precision"], "cpu"), host, False
+        path: 1e3
+        * Deployment(spec, request, Candidate(plan.form, entry["precision"], "cpu")).evaluation_latency_s(
+            plan.matrices, sustained=False
         )
         for path, entry in entries.items()
-    }  # fmt: skip
+    }
 
 
 def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> None:

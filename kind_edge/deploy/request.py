@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kind_edge.budget.planner import Request, Sampling, Source, candidate_forms
+from kind_edge.budget.planner import candidate_forms
+from kind_edge.budget.problem import Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import spectra
 from kind_edge.deploy.merge import class_indices

@@ -103,7 +103,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     names = tuple(config["class_names"])
     if len(names) != spec.num_classes or len(set(names)) != len(names):
         raise InputError(f"{folder / CONFIG}: got {len(names)} class names, want {spec.num_classes} different ones")
-    return Checkpoint(spec, names, tensors, config.get("provenance", {}), folder)
+    return Checkpoint(spec, names, tensors, config["provenance"], folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -118,9 +118,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     version = config.get("schema_version") if isinstance(config, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version is {version!r}, this kind-edge reads {SCHEMA_VERSION}")
-    for key in ("model", "class_names"):
+    for key, kind, wanted in (("model", dict, "an object"), ("class_names", list, "a list of names")):
         if key not in config:
             raise InputError(f"{path}: missing key {key!r}")
+        if not isinstance(config[key], kind):
+            raise InputError(f"{path}: {key}: got {config[key]!r:.60}, want {wanted}")
+    if not all(isinstance(name, str) for name in config["class_names"]):
+        raise InputError(f"{path}: class_names: got {config['class_names']!r:.60}, want a list of names")
+    if not isinstance(config.setdefault("provenance", {}), dict):
+        raise InputError(f"{path}: provenance: got {config['provenance']!r:.60}, want an object")
     return config
 
 
@@ -130,10 +136,10 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         return [folder / WEIGHTS]
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
+        names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not a safetensors index: {error!r}") from error
-    return [folder / Path(name).name for name in sorted(names)]
+    return [folder / name for name in sorted(names)]
 
 
 def checkpoint_hash(folder: Path) -> str:

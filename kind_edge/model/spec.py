@@ -52,7 +52,8 @@ class MatrixShape(NamedTuple):
 class ModelSpec:
     """A diffusion transformer whose six block matrices are factored (or dense, for baselines).
 
-    `image_size` and `channels` are those of the network's own input: pixels, or latents of an autoencoder.
+    `image_size` and `channels` are those of the network's own input: pixels, or latents of an autoencoder, each of
+    which stands for `pixels_per_latent` pixels along a side (1: pixels).
     `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them.
     """
 
@@ -70,10 +71,20 @@ class ModelSpec:
     learned_sigma: bool = False
     objective: Objective = "flow"
     factored: bool = True
+    pixels_per_latent: int = 1
     matrix_ranks: Mapping[str, Ranks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "patch_size", "width", "depth", "heads", "num_classes"):
+        for name in (
+            "image_size",
+            "channels",
+            "patch_size",
+            "width",
+            "depth",
+            "heads",
+            "num_classes",
+            "pixels_per_latent",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"ModelSpec.{name}: got {value!r}, want an integer of at least 1")
@@ -81,10 +92,20 @@ class ModelSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(f"ModelSpec.{name}: got {value!r}, want an integer of at least 0")
+        for name in ("label_embedding", "learned_sigma", "factored"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"ModelSpec.{name}: got {getattr(self, name)!r}, want true or false")
+        ratio: Any = self.mlp_ratio
+        if not isinstance(ratio, int | float) or ratio * self.width < 1:
+            raise InputError(f"ModelSpec.mlp_ratio: got {ratio!r}, want a number that leaves a hidden layer")
         if self.image_size % self.patch_size:
             raise InputError(f"ModelSpec.patch_size: {self.patch_size} does not divide image_size {self.image_size}")
         if self.width % self.heads or self.width % 4:
             raise InputError(f"ModelSpec.width: {self.width} must be a multiple of heads ({self.heads}) and of 4")
+        if self.pixels_per_latent not in (1, 8):
+            raise InputError(
+                f"ModelSpec.pixels_per_latent: got {self.pixels_per_latent}, want 1 (pixels) or 8 (SD latents)"
+            )
         if self.objective not in OBJECTIVES:
             raise InputError(f"ModelSpec.objective: got {self.objective!r}, want one of {', '.join(OBJECTIVES)}")
         if self.learned_sigma and self.objective != "epsilon":
@@ -148,8 +169,18 @@ class ModelSpec:
         if missing:
             raise InputError(f"{where}: missing {', '.join(missing)}")
         parsed = dict(values)
-        parsed["matrix_ranks"] = {name: Ranks(*ranks) for name, ranks in values.get("matrix_ranks", {}).items()}
+        parsed["matrix_ranks"] = _parse_ranks(values.get("matrix_ranks", {}), where)
         return cls(**parsed)
+
+
+def _parse_ranks(values: Any, where: str) -> dict[str, Ranks]:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: matrix_ranks: got {values!r}, want a pair of ranks per matrix")
+    for name, ranks in values.items():
+        pair = isinstance(ranks, list | tuple) and len(ranks) == 2
+        if not pair or not all(isinstance(rank, int) and not isinstance(rank, bool) and rank >= 0 for rank in ranks):
+            raise InputError(f"{where}: matrix_ranks[{name!r}]: got {ranks!r}, want [learngene rank, tailor rank]")
+    return {name: Ranks(*ranks) for name, ranks in values.items()}
 
 
 def named_spec(arch: str, num_classes: int, **overrides: Any) -> ModelSpec:
@@ -167,7 +198,7 @@ def named_spec(arch: str, num_classes: int, **overrides: Any) -> ModelSpec:
     base: dict[str, Any] = {
         "image_size": 32, "channels": 4, "patch_size": int(match[2]), "width": width, "depth": depth, "heads": heads,
         "num_classes": num_classes, "label_embedding": True, "learned_sigma": True, "objective": "epsilon",
-        "factored": False,
+        "factored": False, "pixels_per_latent": 8,
     }  # fmt: skip
     return ModelSpec(**(base | overrides))
 
