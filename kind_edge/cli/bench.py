@@ -70,18 +70,18 @@ def _bundle(
         reports = {file: _model(folder / file, provider, threads, runs, begin) for file in files}
         begin("measuring one image")
         image = bench_image(folder, None, threads, runs=max(1, runs // IMAGE_SHARE), provider=provider)
-    return {**reports, f"one image, {image.file}": image}
+    return {**reports, "one image": image}
 
 
 def _print(terminal: Terminal, reports: dict[str, LatencyReport]) -> None:
     first = next(iter(reports.values()))
     terminal.out.print(tables.heading("Latency", conditions(first)))
-    headers = ("", "size", "load", "mean", "p50", "p90", "p99", "peak memory", "runs")
+    headers = ("", "size", "load", "p50", "p90", "p99", "peak memory", "runs")
     rows = [
         (
             name,
             tables.size(report.size_bytes),
-            *map(milliseconds, (report.cold_load_ms, report.mean_ms, report.p50_ms, report.p90_ms, report.p99_ms)),
+            *map(milliseconds, (report.cold_load_ms, report.p50_ms, report.p90_ms, report.p99_ms)),
             tables.size(report.peak_memory_bytes) if report.peak_memory_bytes is not None else "unknown",
             str(report.runs),
         )

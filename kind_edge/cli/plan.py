@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from kind_edge.cli import options, tables
 from kind_edge.cli.terminal import Terminal, terminal_of
@@ -81,9 +82,10 @@ def plan(
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
     }  # fmt: skip
     if arch is not None:
-        fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, "output": output, **limits}
+        fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
         _refuse_with_arch(fixed | {"form": None if form == "auto" else form})
-        _architecture(terminal, as_json, arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
+        costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
+        _show_architecture(terminal, costs, title, output, as_json)
         return
     if rank is not None or num_classes is not None:
         raise UsageError(
@@ -98,10 +100,12 @@ def plan(
             precision=precision, unit=unit, steps=steps, guidance=guidance, sampler=sampler, **limits,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
-    _show(terminal, made, paper, output, as_json)
+    _show(terminal, made, paper, checkpoint, output, as_json)
 
 
-def _show(terminal: Terminal, made: Plan, paper: PaperRow | None, output: Path | None, as_json: bool) -> None:
+def _show(
+    terminal: Terminal, made: Plan, paper: PaperRow | None, checkpoint: str | None, output: Path | None, as_json: bool
+) -> None:
     from kind_edge.cli.plan_view import print_plan
 
     values = made.to_dict()
@@ -116,8 +120,9 @@ def _show(terminal: Terminal, made: Plan, paper: PaperRow | None, output: Path |
         terminal.out.print(_paper_table([("this plan", paper)]))
     terminal.out.print()
     if output is not None:
-        terminal.line(f"plan    {output}")
-        terminal.line(f"next    kind-edge export {made.model} --plan {output}")
+        source = f" {checkpoint}" if checkpoint else ""
+        terminal.line(Text.assemble(("  written  ", "dim"), str(output)))
+        terminal.line(Text.assemble(("  next     ", "dim"), f"kind-edge export{source} --plan {output}"))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,8 +139,6 @@ def _refuse_with_arch(values: dict[str, Any]) -> None:
 
 
 def _architecture(
-    terminal: Terminal,
-    as_json: bool,
     arch: str,
     num_classes: int | None,
     rank: int | None,
@@ -145,8 +148,8 @@ def _architecture(
     unit: options.UnitChoice,
     steps: int | None,
     guidance: float | None,
-) -> None:
-    """Cost of an architecture from its shape alone."""
+) -> tuple[list[ArchitectureCost], str]:
+    """Cost of an architecture from its shape alone: dense, and at the rank where one is given; and the device."""
     from kind_edge.budget.architecture import architecture_cost
     from kind_edge.budget.profile import load_profile
     from kind_edge.model.spec import named_spec
@@ -159,16 +162,20 @@ def _architecture(
     costs = [
         architecture_cost(arch, spec, one, device, convention, precision, unit, steps, evaluations) for one in wanted
     ]
-    if as_json:
-        terminal.json(costs[-1].to_dict())
-    else:
-        _print_architecture(terminal, costs, device.title)
+    return costs, device.title
 
 
-def _print_architecture(terminal: Terminal, costs: list[ArchitectureCost], device: str) -> None:
+def _show_architecture(
+    terminal: Terminal, costs: list[ArchitectureCost], device: str, output: Path | None, as_json: bool
+) -> None:
     from kind_edge.units import format_flops, format_seconds
 
     cost = costs[-1]
+    if output is not None:
+        write_text(output, json.dumps(cost.to_dict(), indent=2) + "\n")
+    if as_json:
+        terminal.json(cost.to_dict())
+        return
     terminal.out.print(tables.heading(f"{cost.arch}, {cost.num_classes} classes, on {device}", cost.describe()))
     names = ["dense" if each.rank is None else f"rank {each.rank}" for each in costs]
     if cost.convention == "paper":

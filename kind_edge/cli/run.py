@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -51,6 +52,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except SystemExit:  # how rich and typer answer a pipe whose reader has gone: with 1, which is a failed gate here
+        return _broken_pipe()
     except Exception as error:  # noqa: BLE001 - this is the boundary where errors become exit codes
         return _report(error, Terminal(verbose=verbose))
     finally:
@@ -71,9 +74,7 @@ def split_verbosity(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _report(error: Exception, terminal: Terminal) -> int:
     """Say what is wrong and return the exit code for it."""
     if isinstance(error, BrokenPipeError):
-        # The reader has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _broken_pipe()
     if isinstance(error, _PARSING_ERROR):
         return _report_parsing(error, terminal)
     if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
@@ -91,6 +92,13 @@ def _report(error: Exception, terminal: Terminal) -> int:
         "please report it with your command line and what the same command prints with -v"
     )
     return BUG
+
+
+def _broken_pipe() -> int:
+    """Quiet: nobody reads. Python would complain once more when it flushes at exit, so nothing may be left to flush."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def _report_parsing(error: Exception, terminal: Terminal) -> int:

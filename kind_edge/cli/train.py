@@ -58,7 +58,7 @@ def train(
     terminal.out.print(tables.heading("Checkpoint", str(folder)))
     terminal.out.print(tables.facts(_result(folder)))
     terminal.out.print()
-    terminal.line(f"  next     kind-edge export {folder} --profile host")
+    terminal.line(f"  next        kind-edge export {folder} --profile host")
 
 
 def _chosen(preset: str | None, config: Path | None) -> TrainConfig:

@@ -70,7 +70,7 @@ def check_tensors(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], where:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
     """Write config and weights, each file by renaming a finished one into place."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in checkpoint.tensors.items()}
+    tensors = {n: t.detach().to("cpu", dtype or t.dtype).contiguous() for n, t in sorted(checkpoint.tensors.items())}
     check_tensors(checkpoint.spec, {name: tuple(t.shape) for name, t in tensors.items()}, str(folder))
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=SHARD_BYTES)
     for name, keys in split.filename_to_tensors.items():

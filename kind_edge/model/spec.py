@@ -170,7 +170,10 @@ class ModelSpec:
             raise InputError(f"{where}: missing {', '.join(missing)}")
         parsed = dict(values)
         parsed["matrix_ranks"] = _parse_ranks(values.get("matrix_ranks", {}), where)
-        return cls(**parsed)
+        try:
+            return cls(**parsed)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
 
 def _parse_ranks(values: Any, where: str) -> dict[str, Ranks]:

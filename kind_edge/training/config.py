@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from kind_edge.errors import InputError, nearest, unknown
 from kind_edge.model.spec import ModelSpec
+
+DATASETS = ("fashion-mnist",)
 
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
@@ -31,6 +34,19 @@ class TrainConfig:
     null_share: float = 0.1
     """Share of images trained with every gate closed: the unconditional branch of guidance."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dataset not in DATASETS:
+            raise InputError(f"dataset: got {self.dataset!r}, want one of {', '.join(DATASETS)}")
+        for name, lowest in (("images", 1), ("batch_size", 1), ("warmup_steps", 0), ("weight_decay", 0)):
+            if not lowest <= getattr(self, name) < math.inf:
+                raise InputError(f"{name}: got {getattr(self, name)}, want at least {lowest}")
+        for name in ("learning_rate", "gradient_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}: got {getattr(self, name)}, want a number above 0")
+        for name in ("ema_decay", "null_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, want at least 0 and less than 1")
 
     @property
     def steps(self) -> int:
@@ -53,7 +69,10 @@ class TrainConfig:
             if not isinstance(value, wanted) or isinstance(value, bool):
                 raise InputError(f"{where}: {key}: got {value!r}, want {known[key]}")
         spec = ModelSpec.from_dict(values["model"], f"{where} [model]")
-        return cls(spec=spec, **{key: value for key, value in values.items() if key != "model"})
+        try:
+            return cls(spec=spec, **{key: value for key, value in values.items() if key != "model"})
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
 
 _FASHION = ModelSpec(

@@ -17,7 +17,7 @@ from kind_edge.model.calibration import calibrate_on_images, save_calibration
 from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, Checkpoint, save_checkpoint, write_tensors
 from kind_edge.model.spec import default_sampler
 from kind_edge.training.config import TrainConfig
-from kind_edge.training.data import CLASS_NAMES, FashionMNIST, load_fashion_mnist
+from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE, FashionMNIST, load_fashion_mnist
 from kind_edge.training.loop import STATE, Progress, TrainState, load_state, run, save_state, start
 
 CALIBRATION_IMAGES = 1024
@@ -49,13 +49,17 @@ def train(
     Raises `UsageError` if the folder holds something already and `resume` is not given.
     """
     place = pick_device(device)
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; choose another -o")
     if not resume and output.exists() and any(output.iterdir()):
         begun = (output / STATE).exists()
         advice = "add --resume to go on with the run in it" if begun else "choose another -o"
         raise UsageError(f"{output} exists and is not empty; {advice}")
     dataset = load_fashion_mnist(data)
-    if config.spec.num_classes != len(CLASS_NAMES):
-        raise UsageError(f"the model has {config.spec.num_classes} classes, Fashion-MNIST has {len(CLASS_NAMES)}")
+    wanted = {"num_classes": len(CLASS_NAMES), "image_size": IMAGE_SIDE, "channels": 1}
+    for name, value in wanted.items():
+        if getattr(config.spec, name) != value:
+            raise UsageError(f"the model has {name} {getattr(config.spec, name)}, Fashion-MNIST has {value}")
     output.mkdir(parents=True, exist_ok=True)
     images, labels = tensors(dataset.train_images, dataset.train_labels)
     state = load_state(output, config, place) if resume else start(config, place)

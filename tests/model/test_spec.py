@@ -53,7 +53,7 @@ def test_matrices_are_the_six_of_every_block() -> None:
 def test_nonsense_is_refused_by_name(changes: dict[str, Any], words: tuple[str, ...]) -> None:
     with pytest.raises(InputError) as caught:
         ModelSpec.from_dict({**VALID, **changes}, "config.json: model")
-    for word in words:
+    for word in ("config.json: model", *words):
         assert word in str(caught.value)
 
 

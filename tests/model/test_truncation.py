@@ -75,7 +75,7 @@ def test_whitening_and_its_inverse_undo_each_other_though_fp16_lost_some() -> No
     whitening = Whitening.of(covariance)
     assert torch.isfinite(whitening.inverse_root).all()
     torch.testing.assert_close(whitening.root @ whitening.inverse_root, torch.eye(24, dtype=torch.float64), atol=1e-6, rtol=0)
-    torch.testing.assert_close(whitening.root @ whitening.root, covariance, atol=1e-5, rtol=0)
+    torch.testing.assert_close(whitening.root @ whitening.root, covariance, atol=1e-4, rtol=0)
 
 
 def test_signs_are_fixed_so_equal_products_give_equal_factors() -> None:

@@ -1,0 +1,206 @@
+"""The loop learns, resumes bit for bit, keeps its schedule, and never leaves half a state file."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import kind_edge.model.checkpoint as checkpoint_module
+from kind_edge.errors import InputError, UsageError
+from kind_edge.model.spec import ModelSpec
+from kind_edge.training.config import TrainConfig
+from kind_edge.training.loop import (
+    STATE,
+    ClassBatches,
+    Progress,
+    TrainState,
+    learning_rate,
+    load_state,
+    run,
+    save_state,
+    start,
+    train_step,
+)
+
+CPU = torch.device("cpu")
+SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 3, learngene_rank=4, tailor_rank=2)
+CONFIG = TrainConfig(SPEC, images=6 * 12, batch_size=12, warmup_steps=2, ema_decay=0.9, null_share=0.2)
+GENERATOR = torch.Generator().manual_seed(0)
+LABELS = torch.arange(36) % 3
+# Each class has a brightness of its own, so there is something to learn.
+IMAGES = (torch.randint(40, (36, 1, 8, 8), generator=GENERATOR) + 100 * LABELS.view(-1, 1, 1, 1)).to(torch.uint8)
+
+
+def train_on(config: TrainConfig, state: TrainState, steps: int | None = None) -> list[float]:
+    batches = ClassBatches(LABELS, 3, config.batch_size, config.seed)
+    count = config.steps - state.step if steps is None else steps
+    return [float(train_step(config, state, IMAGES, batches)) for _ in range(count)]
+
+
+def everything(state: TrainState, folder: Path) -> dict[str, torch.Tensor]:
+    """Weights, averages and both moments of every parameter, by name."""
+    folder.mkdir(exist_ok=True)
+    save_state(folder, state)
+    return load_file(folder / STATE)
+
+
+def test_the_loss_falls() -> None:
+    config = dataclasses.replace(CONFIG, images=12 * 150, learning_rate=5e-3, warmup_steps=5)
+    losses = train_on(config, start(config, CPU))
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+
+@pytest.mark.parametrize("objective", ["flow", "epsilon"])
+def test_a_resumed_run_is_the_same_run(objective: str, tmp_path: Path) -> None:
+    sigma = {"objective": objective, "learned_sigma": objective == "epsilon", "label_embedding": objective == "epsilon"}
+    config = dataclasses.replace(CONFIG, spec=dataclasses.replace(SPEC, **sigma))
+    whole = start(config, CPU)
+    losses = train_on(config, whole)
+    first = start(config, CPU)
+    before = train_on(config, first, 3)
+    save_state(tmp_path, first)
+    second = load_state(tmp_path, config, CPU)
+    assert second.step == 3
+    assert before + train_on(config, second) == losses
+    wanted, got = everything(whole, tmp_path / "whole"), everything(second, tmp_path / "resumed")
+    assert set(wanted) == set(got)
+    assert any(name.startswith("adam.exp_avg_sq.") for name in wanted)
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_only_the_seed_decides(tmp_path: Path) -> None:
+    a, b, other = (start(dataclasses.replace(CONFIG, seed=seed), CPU) for seed in (3, 3, 4))
+    seed3, seed4 = dataclasses.replace(CONFIG, seed=3), dataclasses.replace(CONFIG, seed=4)
+    torch.manual_seed(111)
+    losses = train_on(seed3, a)
+    torch.manual_seed(222)
+    assert train_on(seed3, b) == losses
+    assert train_on(seed4, other) != losses
+
+
+def test_run_saves_at_the_end_and_reports_every_step(tmp_path: Path) -> None:
+    reports: list[Progress] = []
+    state = run(CONFIG, start(CONFIG, CPU), IMAGES, LABELS, lambda s: save_state(tmp_path, s), reports.append)
+    assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
+    assert reports[-1].left_s == 0
+    assert state.loss == reports[-1].loss
+    again = load_state(tmp_path, CONFIG, CPU)
+    assert (again.step, again.seconds, again.loss) == (6, state.seconds, state.loss)
+
+
+def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
+    def interrupt(progress: Progress) -> None:
+        if progress.step == 4:
+            raise KeyboardInterrupt
+
+    whole = start(CONFIG, CPU)
+    train_on(CONFIG, whole)
+    with pytest.raises(KeyboardInterrupt):
+        run(CONFIG, start(CONFIG, CPU), IMAGES, LABELS, lambda s: save_state(tmp_path, s), interrupt)
+    second = load_state(tmp_path, CONFIG, CPU)
+    assert second.step == 4
+    run(CONFIG, second, IMAGES, LABELS, lambda _: None, lambda _: None)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+
+
+def test_a_loss_that_explodes_stops_the_run() -> None:
+    state = start(CONFIG, CPU)
+    state.model.final.linear.bias.data.fill_(math.inf)
+    with pytest.raises(InputError, match=r"loss became .* at step 1"):
+        run(CONFIG, state, IMAGES, LABELS, lambda _: None, lambda _: None)
+
+
+@pytest.mark.parametrize("written", [0, 1000])
+def test_a_save_that_fails_leaves_the_old_state(
+    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = start(CONFIG, CPU)
+    save_state(tmp_path, state)
+    old = (tmp_path / STATE).read_bytes()
+    train_on(CONFIG, state, 1)
+
+    def half(tensors: object, path: Path, metadata: object = None) -> None:
+        Path(path).write_bytes(b"x" * written)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_module, "save_file", half)
+        with pytest.raises(KeyboardInterrupt):
+            save_state(tmp_path, state)
+    assert [path.name for path in tmp_path.iterdir()] == [STATE]
+    assert (tmp_path / STATE).read_bytes() == old
+    save_state(tmp_path, state)
+    assert load_state(tmp_path, CONFIG, CPU).step == 1
+
+
+def test_resuming_needs_a_run_of_the_same_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--resume: .* holds no run"):
+        load_state(tmp_path, CONFIG, CPU)
+    save_state(tmp_path, start(CONFIG, CPU))
+    other = dataclasses.replace(CONFIG, spec=dataclasses.replace(SPEC, tailor_rank=3))
+    with pytest.raises(InputError, match=r"tailors.* file has \(.*\), model wants \("):
+        load_state(tmp_path, other, CPU)
+    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:500])
+    with pytest.raises(InputError, match="truncated or corrupt"):
+        load_state(tmp_path, CONFIG, CPU)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    config = dataclasses.replace(CONFIG, images=12 * 100, warmup_steps=10, learning_rate=0.4)
+    rates = [learning_rate(config, step) for step in range(config.steps + 1)]
+    cosine = [0.2 * (1 + math.cos(math.pi * step / 100)) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 * cosine[step] for step in range(10)])
+    assert rates[10:] == pytest.approx(cosine[10:])
+    assert rates[-1] == 0
+    assert learning_rate(dataclasses.replace(config, warmup_steps=0), 0) == 0.4
+
+
+def test_the_average_follows_the_weights_and_biases_do_not_decay() -> None:
+    state = start(CONFIG, CPU)
+    before = state.ema.final.linear.bias.clone()
+    train_on(CONFIG, state, 1)
+    wanted = torch.lerp(before, state.model.final.linear.bias.detach(), 1 - 1 / 10)
+    torch.testing.assert_close(state.ema.final.linear.bias, wanted)
+    decays = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
+    assert len(decays) == len(list(state.model.parameters()))
+    for name, parameter in state.model.named_parameters():
+        assert decays[id(parameter)] == (0 if name.endswith("bias") else CONFIG.weight_decay), name
+
+
+def test_batches_see_every_image_once_per_epoch_in_equal_groups() -> None:
+    batches = ClassBatches(LABELS, 3, 12, seed=5)
+    epochs = []
+    for epoch in range(2):
+        seen = []
+        for step in range(3 * epoch, 3 * epoch + 3):
+            classes, chosen = batches(step)
+            assert classes.tolist() == [0, 1, 2]
+            assert LABELS[chosen].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+            seen += chosen.tolist()
+        assert sorted(seen) == list(range(36))
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+    assert torch.equal(batches(4)[1], ClassBatches(LABELS, 3, 12, seed=5)(4)[1])
+    assert not torch.equal(batches(4)[1], ClassBatches(LABELS, 3, 12, seed=6)(4)[1])
+
+
+def test_batches_smaller_than_the_classes_take_turns_and_odd_class_sizes_work() -> None:
+    batches = ClassBatches(torch.tensor([0, 0, 0, 0, 0, 1, 2]), 3, 2, seed=0)
+    seen: set[int] = set()
+    for step in range(60):
+        classes, chosen = batches(step)
+        assert len(classes) == len(chosen) == 2
+        assert classes[0] < classes[1]  # in order: a gate with all classes takes the tailors as they lie
+        seen |= set(chosen.tolist())
+    assert seen == set(range(7))
+    _, chosen = ClassBatches(torch.tensor([0, 1, 1, 1]), 2, 6, seed=0)(0)  # a class smaller than its group
+    assert chosen.tolist()[:3] == [0, 0, 0]
+    with pytest.raises(InputError, match="no training image has class 1"):
+        ClassBatches(torch.tensor([0, 2]), 3, 2, seed=0)
