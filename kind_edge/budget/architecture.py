@@ -1,7 +1,7 @@
 """What a named architecture costs on a device, from its shape alone: no weights, nothing to solve.
 
 Under `paper` the figures are those of the KIND authors' mobile table; under `exact` what the model's operators cost
-as we deploy them, unbaked, with every block matrix dense or at one active rank. A decoder of latents is in neither.
+as we deploy them, unbaked, with every block matrix dense or at one active rank, and the decoder once per image.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kind_edge.budget.cost import (
     paper_table,
     peak_activation_bytes,
 )
+from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.problem import RUNTIME_MEMORY_BYTES, WEIGHT_COPIES
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
@@ -33,7 +34,11 @@ PAPER_STEPS, EXACT_STEPS = 250, 20
 
 @dataclass(frozen=True)
 class ArchitectureCost:
-    """`flops` are one evaluation at batch 1; latencies one image of steps x evaluations_per_step evaluations."""
+    """`params` and `flops` are of the network alone, one evaluation at batch 1.
+
+    Latencies are one image: steps x evaluations_per_step evaluations and the decoder. Bytes count the decoder too.
+    Under `paper` there is none.
+    """
 
     arch: str
     num_classes: int
@@ -50,6 +55,7 @@ class ArchitectureCost:
     peak_memory_bytes: int
     image_latency_s: float
     sustained_image_latency_s: float
+    decoder: DecoderCost
     matrix_names: tuple[str, ...]
 
     def paper_row(self) -> PaperRow:
@@ -83,6 +89,7 @@ class ArchitectureCost:
             "peak_memory_bytes": self.peak_memory_bytes,
             "image_latency_s": self.image_latency_s,
             "sustained_image_latency_s": self.sustained_image_latency_s,
+            "decoder": {"params": self.decoder.params, "flops": self.decoder.flops},
             "binding": [],
             "optimality_gap": 0.0,
             "matrices": {name: {**storage, "precision": self.precision} for name in self.matrix_names},
@@ -142,7 +149,8 @@ def _paper_cost(
     latency_s = row.latency_s * (steps * per_step) / PAPER_EVALUATIONS
     return ArchitectureCost(
         arch, spec.num_classes, "paper", rank, profile.name, "gpu", "fp32", steps, per_step,
-        row.params, row.flops, row.memory_bytes, row.memory_bytes, latency_s, latency_s, _names(spec),
+        row.params, row.flops, row.memory_bytes, row.memory_bytes, latency_s, latency_s,
+        DecoderCost(0, 0, 0), _names(spec),
     )  # fmt: skip
 
 
@@ -161,12 +169,15 @@ def _exact_cost(
         matrix_cost(spec, matrix, "dense" if rank is None else "factored", rank or 0, 0, 0, precision)
         for matrix in spec.matrices()
     ]
-    weight_bytes = fixed.weight_bytes + sum(matrix.weight_bytes for matrix in matrices)
+    decoder = decoder_cost(spec)
+    weight_bytes = fixed.weight_bytes + sum(matrix.weight_bytes for matrix in matrices) + 4 * decoder.params
+    activations = max(peak_activation_bytes(spec, precision, per_step), decoder.activation_bytes_peak)
     burst_s, sustained_s = (
         steps * per_step * (
             fixed_latency_s(fixed, profile, unit, sustained)
             + sum(matrix_latency_s(matrix, profile, unit, precision, sustained) for matrix in matrices)
         )
+        + (decoder.flops / profile.throughput(unit, "fp32", sustained) if decoder.flops else 0.0)
         for sustained in (False, True)
     )  # fmt: skip
     return ArchitectureCost(
@@ -174,11 +185,10 @@ def _exact_cost(
         params=fixed.params + sum(matrix.params for matrix in matrices),
         flops=fixed.flops + sum(matrix.flops for matrix in matrices),
         weight_bytes=weight_bytes,
-        peak_memory_bytes=RUNTIME_MEMORY_BYTES
-        + WEIGHT_COPIES * weight_bytes
-        + peak_activation_bytes(spec, precision, per_step),
+        peak_memory_bytes=RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * weight_bytes + activations,
         image_latency_s=burst_s,
         sustained_image_latency_s=sustained_s,
+        decoder=decoder,
         matrix_names=_names(spec),
     )  # fmt: skip
 

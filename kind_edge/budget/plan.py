@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kind_edge.errors import InputError, nearest
-from kind_edge.model.spec import FORMS, Form
+from kind_edge.model.spec import Form
 
 SCHEMA_VERSION = 1
 
@@ -92,15 +93,53 @@ class Plan:
                 raise InputError(f"{where}: unknown key {key!r}; nearest known: {nearest(key, known)}")
         if missing := sorted(known - set(given)):
             raise InputError(f"{where}: missing {', '.join(missing)}")
-        if given["form"] not in FORMS:
-            raise InputError(f"{where}: form {given['form']!r}, want one of {', '.join(FORMS)}")
-        try:
-            matrices = {name: MatrixPlan(**matrix) for name, matrix in given["matrices"].items()}
-        except (TypeError, AttributeError) as error:
-            raise InputError(f"{where}: matrices: {error}") from error
-        return cls(
-            **{**given, "matrices": matrices, "classes": tuple(given["classes"]), "binding": tuple(given["binding"])}
-        )
+        if not isinstance(given["matrices"], Mapping):
+            raise InputError(f"{where}: matrices: got {given['matrices']!r:.60}, want an object")
+        matrices = {name: _matrix(matrix, f"{where}: matrices: {name}") for name, matrix in given["matrices"].items()}
+        _check_types({**given, "matrices": {}}, cls, where)
+        if not given["classes"]:
+            raise InputError(f"{where}: classes: got none, want at least one")
+        lists = {"classes": tuple(given["classes"]), "binding": tuple(given["binding"])}
+        return cls(**{**given, **lists, "matrices": matrices})
+
+
+def _matrix(values: Any, where: str) -> MatrixPlan:
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: got {values!r:.60}, want an object")
+    try:
+        matrix = MatrixPlan(**values)
+    except TypeError as error:
+        raise InputError(f"{where}: {error}") from error
+    _check_types(values, MatrixPlan, where)
+    for name in ("learngene_rank", "tailor_rank", "rank"):
+        if (getattr(matrix, name) or 0) < 0:
+            raise InputError(f"{where}: {name}: got {getattr(matrix, name)}, want at least 0")
+    return matrix
+
+
+def _check_types(values: Mapping[str, Any], cls: type, where: str) -> None:
+    """Refuse what is not of its field's type; JSON knows no tuples, so lists are taken for them."""
+    kinds = get_type_hints(cls)
+    for key, value in values.items():
+        if not _fits(value, kinds[key]):
+            choices = get_args(kinds[key]) if get_origin(kinds[key]) is Literal else ()
+            wanted = ", ".join(choices) or getattr(kinds[key], "__name__", str(kinds[key]))
+            raise InputError(f"{where}: {key}: got {value!r:.60}, want {wanted}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind in (int, str, type(None)):
+        return isinstance(value, kind) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if get_origin(kind) is tuple:
+        strings = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+        return strings and len(set(value)) == len(value)
+    if get_origin(kind) is Mapping:
+        return isinstance(value, Mapping) and all(_fits(item, get_args(kind)[1]) for item in value.values())
+    return any(_fits(value, alternative) for alternative in get_args(kind))  # int | None
 
 
 def read_plan(path: Path) -> Plan:

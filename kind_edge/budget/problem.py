@@ -185,13 +185,15 @@ class Deployment:
     def limits(self) -> dict[str, int]:
         """The request's limits in the solver's units; memory is always limited by what the system allows an app."""
         dense = self.dense()
-        limits = {"peak_memory_bytes": int(self.request.profile.app_memory_limit_bytes.value)}
+        allowed = int(self.request.profile.app_memory_limit_bytes.value)
+        limits = {"peak_memory_bytes": allowed}
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]
             if quantity.unit == "share":
                 limits[cost] = int(dense[cost] * quantity.value)
             else:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
+        limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
         return limits
 
 

@@ -16,7 +16,7 @@ app = typer.Typer(
     epilog="Try: kind-edge export --profile snapdragon8g3 --classes sneaker,bag -o out",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     pretty_exceptions_enable=False,
 )

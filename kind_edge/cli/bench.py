@@ -74,8 +74,7 @@ def _bundle(
 
 
 def _print(terminal: Terminal, reports: dict[str, LatencyReport]) -> None:
-    first = next(iter(reports.values()))
-    terminal.out.print(tables.heading("Latency", conditions(first)))
+    terminal.out.print(tables.heading("Latency"))
     headers = ("", "size", "load", "p50", "p90", "p99", "peak memory", "runs")
     rows = [
         (
@@ -88,4 +87,7 @@ def _print(terminal: Terminal, reports: dict[str, LatencyReport]) -> None:
         for name, report in reports.items()
     ]
     terminal.out.print(tables.figures(headers, rows))
+    terminal.out.print()
+    first = next(iter(reports.values()))
+    terminal.out.print(tables.facts([("measured", conditions(first))]))
     terminal.out.print()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate(
     context: typer.Context,
     source: Annotated[
-        str, typer.Argument(metavar="[CHECKPOINT|BUNDLE]", help="A checkpoint, a shipped model's name, or a bundle.")
+        str, typer.Argument(metavar="CHECKPOINT|BUNDLE", help="A checkpoint, a shipped model's name, or a bundle.")
     ] = options.SHIPPED,
     images: Annotated[
         int, typer.Option("--images", min=1, metavar="N", help="Images in all; compare equal numbers only.")

@@ -24,7 +24,7 @@ def inspect(
     source: Annotated[
         str,
         typer.Argument(
-            metavar="[CHECKPOINT|BUNDLE|MODEL]",
+            metavar="CHECKPOINT|BUNDLE|MODEL",
             help="A checkpoint, a shipped model's name, a bundle, or any .onnx file.",
         ),
     ] = options.SHIPPED,

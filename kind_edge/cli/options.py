@@ -63,7 +63,7 @@ def check_writable(path: Path) -> None:
 
 
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="[CHECKPOINT]", help="A checkpoint's folder, or the name of a shipped model.")
+    str, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or the name of a shipped model.")
 ]
 ProfileOption = Annotated[
     str | None,
@@ -71,7 +71,7 @@ ProfileOption = Annotated[
         "--profile",
         metavar="NAME|FILE",
         callback=_known_profile,
-        help="The device: a name from [bold]kind-edge profiles list[/], or a TOML file.",
+        help="The device: a name from kind-edge profiles list, or a TOML file.",
     ),
 ]
 Classes = Annotated[

@@ -27,7 +27,7 @@ def plan(
     checkpoint: Annotated[
         str | None,
         typer.Argument(
-            metavar="[CHECKPOINT]",
+            metavar="CHECKPOINT",
             help="A checkpoint's folder, or the name of a shipped model.",
             show_default=options.SHIPPED,
         ),
@@ -197,7 +197,8 @@ def _show_architecture(
     ]
     terminal.out.print(tables.figures(headers, rows))
     terminal.out.print()
-    terminal.note("FLOPs: one evaluation at batch 1. A decoder of latents is not counted.")
+    decoder = f"{format_flops(cost.decoder.flops)}, {tables.size(4 * cost.decoder.params)} in fp32"
+    terminal.note(f"FLOPs: one evaluation at batch 1. Bytes and images count the decoder of latents too: {decoder}.")
 
 
 def _paper_row(checkpoint: str, made: Plan, profile: str) -> PaperRow:

@@ -29,7 +29,7 @@ def facts(rows: Iterable[tuple[str, Cell]]) -> Padding:
 
 def figures(headers: Sequence[str], rows: Iterable[Sequence[Cell]], left: Iterable[int] = (0,)) -> Padding:
     """A table with headers; columns are aligned at the right but for those in `left`."""
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(box=None, show_header=any(headers), header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
     kept_left = set(left)
     for number, header in enumerate(headers):
         aligned_left = number in kept_left

@@ -121,7 +121,8 @@ def train_step(config: TrainConfig, state: TrainState, images: Tensor, batches: 
     torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip)
     state.optimizer.step()
     decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-    torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    with torch.no_grad():  # or the average would keep the graph of every step since the first
+        torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
     state.step += 1
     return loss.detach()
 

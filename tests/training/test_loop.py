@@ -168,6 +168,7 @@ def test_the_average_follows_the_weights_and_biases_do_not_decay() -> None:
     train_on(CONFIG, state, 1)
     wanted = torch.lerp(before, state.model.final.linear.bias.detach(), 1 - 1 / 10)
     torch.testing.assert_close(state.ema.final.linear.bias, wanted)
+    assert not any(p.requires_grad or p.grad_fn for p in state.ema.parameters())  # a graph would grow step by step
     decays = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
     assert len(decays) == len(list(state.model.parameters()))
     for name, parameter in state.model.named_parameters():

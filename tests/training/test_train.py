@@ -56,7 +56,7 @@ def test_it_leaves_a_checkpoint_in_fp16(trained: Path) -> None:
     assert TrainConfig.from_dict(provenance["config"], "provenance") == CONFIG
     assert provenance["data_sha256"] == DATA_SHA256
     assert 0 < provenance["final_loss"] < 10
-    assert provenance["recommended"] == {"steps": 20, "guidance": 1.5}
+    assert provenance["recommended"].keys() == {"steps", "guidance", "sampler"}
 
 
 def test_it_leaves_what_planning_needs(trained: Path, images: Path) -> None:

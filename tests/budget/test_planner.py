@@ -1,0 +1,238 @@
+"""From a request to a plan: what is allowed, what limits mean, and that the figures add up to the deployed model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kind_edge.budget.deployed import deployed_fixed_cost
+from kind_edge.budget.plan import Plan
+from kind_edge.budget.planner import candidate_forms, candidates, make_plan
+from kind_edge.budget.problem import GRAPH_BYTES_PER_OPERATOR, Request, Sampling, Source, rank_levels
+from kind_edge.budget.profile import HOST, load_profile, profile_names
+from kind_edge.budget.sensitivity import spectra
+from kind_edge.budget.whole_model import model_cost
+from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.errors import NoPlanError, UsageError
+from kind_edge.model.calibration import Calibration, load_calibration
+from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, load_checkpoint
+from kind_edge.units import Quantity, parse_quantity
+
+PHONE = load_profile("snapdragon8g3")
+DEVICES = [name for name in profile_names() if name != HOST]  # the host is measured, and tested with the pipeline
+GUIDED, UNGUIDED = Sampling("euler", 4, 1.5, 4), Sampling("euler", 4, 1.0, 4)
+TWO, ONE = ("sneaker", "bag"), ("coat",)
+MakePlan = Callable[..., Plan]
+ROUNDING = 1 + 1e-5
+"""The solver counts whole nanoseconds, matrix by matrix."""
+
+
+@pytest.fixture(scope="module")
+def opened(tiny_folder: Path) -> tuple[Checkpoint, Calibration]:
+    checkpoint = load_checkpoint(tiny_folder)
+    return checkpoint, load_calibration(tiny_folder / CALIBRATION, checkpoint.spec)
+
+
+@pytest.fixture(scope="module")
+def plan(opened: tuple[Checkpoint, Calibration]) -> MakePlan:
+    """`plan(max_size="40%", classes=..., form=...)` of the tiny model on a phone."""
+    checkpoint, calibration = opened
+
+    def make(**asked: Any) -> Plan:
+        kinds = {"max_flops": "flops", "max_size": "bytes", "max_memory": "bytes", "max_latency": "seconds"}
+        limits = {name: parse_quantity(asked.pop(name), kind) for name, kind in kinds.items() if name in asked}
+        request = Request(**{"profile": PHONE, "classes": TWO, "sampling": GUIDED, "limits": limits, **asked})
+        kept = class_indices(checkpoint, request.classes)
+        forms = {form: spectra(checkpoint, kept, form, calibration) for form in candidate_forms(request)}
+        return make_plan(Source("tiny", "ab" * 32, checkpoint.spec, forms, "whitened", calibration.source), request)
+
+    return make
+
+
+@pytest.mark.parametrize("name", DEVICES)
+@pytest.mark.parametrize("precision", ["auto", "fp32", "int8"])
+def test_every_device_gets_a_plan_or_a_reason(name: str, precision: str, plan: MakePlan) -> None:
+    device = load_profile(name)
+    for unit in ("auto", "cpu", "gpu", "npu"):
+        try:
+            made = plan(profile=device, precision=precision, unit=unit)
+        except UsageError as error:
+            assert unit != "auto"
+            assert f"--unit {unit}" in str(error)
+            assert name in str(error)
+            continue
+        assert made.profile == name
+        assert precision in ("auto", made.precision)
+        assert made.unit in device.units_for(made.precision)
+        assert unit in ("auto", made.unit)
+        assert made.unit == "cpu" or made.precision != "int8"
+        assert made.retained_energy == pytest.approx(1)
+        assert set(made.binding) <= {"max_memory"}
+        assert 0 < made.image_latency_s <= made.sustained_image_latency_s * ROUNDING
+        assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
+
+
+def test_unplanned_precisions_and_impossible_units_are_refused(plan: MakePlan) -> None:
+    with pytest.raises(UsageError, match="--precision fp16: cannot be written yet"):
+        plan(precision="fp16")
+    with pytest.raises(UsageError, match="--unit npu: profile 'snapdragon8g3' cannot run --precision int8"):
+        plan(precision="int8", unit="npu")
+    with pytest.raises(UsageError, match="--unit gpu"):
+        plan(precision="int8", unit="gpu")
+
+
+@pytest.mark.parametrize(
+    ("form", "classes", "sampling", "forms"),
+    [
+        ("auto", TWO, GUIDED, ("switch",)),
+        ("auto", TWO, UNGUIDED, ("switch",)),
+        ("auto", ONE, GUIDED, ("switch",)),
+        ("auto", ONE, UNGUIDED, ("switch", "single")),
+        ("switch", ONE, GUIDED, ("switch",)),
+        ("single", ONE, UNGUIDED, ("single",)),
+        ("union", TWO, UNGUIDED, ("union",)),
+        ("single", TWO, UNGUIDED, "--form single holds one class, got 2"),
+        ("single", ONE, GUIDED, "--form single has no null branch"),
+        ("union", TWO, GUIDED, "--form union has no null branch"),
+    ],
+)
+def test_forms(form: Any, classes: tuple[str, ...], sampling: Sampling, forms: tuple[str, ...] | str) -> None:
+    request = Request(PHONE, classes, sampling, form=form)
+    if isinstance(forms, str):
+        with pytest.raises(UsageError, match=forms):
+            candidate_forms(request)
+        return
+    assert candidate_forms(request) == forms
+    assert {candidate.form for candidate in candidates(request)} == set(forms)
+
+
+def test_evaluations_follow_guidance_and_form(plan: MakePlan) -> None:
+    guided, unguided = plan(precision="fp32"), plan(precision="fp32", sampling=UNGUIDED)
+    assert (guided.evaluations_per_step, unguided.evaluations_per_step) == (2, 1)
+    assert guided.sustained_image_latency_s == pytest.approx(2 * unguided.sustained_image_latency_s, rel=1e-5)
+    assert guided.evaluation_latency_s == pytest.approx(guided.sustained_image_latency_s / 8, rel=1e-5)
+    heun = plan(precision="fp32", sampling=Sampling("heun", 4, 1.0, 7))  # the table grows a little
+    assert heun.sustained_image_latency_s == pytest.approx(7 / 4 * unguided.sustained_image_latency_s, rel=1e-2)
+
+
+@pytest.mark.parametrize("limit", ["max_flops", "max_size", "max_memory", "max_latency"])
+def test_a_tighter_limit_never_keeps_more(limit: str, plan: MakePlan) -> None:
+    cost = {"max_flops": "flops", "max_size": "weight_bytes", "max_memory": "peak_memory_bytes"}
+    free = plan(precision="fp32", unit="cpu")
+    whole = getattr(free, cost[limit]) if limit in cost else free.sustained_image_latency_s
+    unit = {"max_flops": "FLOPs", "max_latency": "s"}.get(limit, "B")
+    fixed = 16 * 2**20 if limit == "max_memory" else 0  # of which a tiny model is a small part
+    kept, losing = free.retained_energy, 0
+    for share in (0.9, 0.7, 0.55) if limit == "max_flops" else (0.95, 0.85, 0.75, 0.7):
+        amount = fixed + share * (whole - fixed)
+        made = plan(precision="fp32", unit="cpu", **{limit: f"{amount:.9f}{unit}"})
+        spent = getattr(made, cost[limit]) if limit in cost else made.sustained_image_latency_s
+        assert spent <= amount
+        assert made.retained_energy <= kept * (1 + 1e-4)
+        assert limit in made.binding or made.retained_energy == pytest.approx(1)
+        losing += made.retained_energy < 0.999
+        kept = made.retained_energy
+    assert losing > 0
+
+
+def test_percentages_refer_to_the_dense_fp32_model(plan: MakePlan, opened: tuple[Checkpoint, Calibration]) -> None:
+    spec = opened[0].spec
+    dense = model_cost(spec.dense(), "exact")
+    made = plan(max_flops="90%", max_size="80%", max_memory="150%", max_latency="300%", precision="fp32", unit="cpu")
+    assert made.dense["params"] == dense.params
+    assert made.dense["flops"] == dense.flops
+    assert made.dense["weight_bytes"] == 4 * dense.params
+    assert made.limits == {
+        "max_flops": int(0.9 * dense.flops),
+        "max_size": int(0.8 * 4 * dense.params),
+        "max_memory": int(1.5 * made.dense["peak_memory_bytes"]),
+        "max_latency": int(3 * made.dense["latency_ns"]),
+    }
+    assert made.flops <= 0.9 * dense.flops
+    assert made.weight_bytes <= 0.8 * 4 * dense.params
+
+
+def test_memory_is_never_more_than_the_system_allows(plan: MakePlan) -> None:
+    allowed = int(PHONE.app_memory_limit_bytes.value)
+    assert plan().limits == {"max_memory": allowed}
+    assert plan(max_memory="1TiB").limits == {"max_memory": allowed}
+    assert plan(max_memory="100MiB").limits == {"max_memory": 100 * 2**20}
+    small = dataclasses.replace(PHONE.app_memory_limit_bytes, value=2.0**20)
+    with pytest.raises(NoPlanError, match="--max-memory"):
+        plan(profile=dataclasses.replace(PHONE, app_memory_limit_bytes=small))
+
+
+@pytest.mark.parametrize("limits", [{"max_size": "1kB"}, {"max_flops": "1%"}, {"max_latency": "1ns"}, {"max_memory": "1MB"}])
+def test_what_cannot_fit_is_said(limits: dict[str, str], plan: MakePlan) -> None:
+    flag = "--" + next(iter(limits)).replace("_", "-")
+    with pytest.raises(NoPlanError, match=f"no plan fits: {flag} .* is below the smallest possible"):
+        plan(**limits)
+
+
+@pytest.mark.parametrize("form", ["switch", "single", "union"])
+@pytest.mark.parametrize("max_flops", ["100%", "80%"])
+def test_figures_equal_a_recount_from_the_matrices(
+    form: str, max_flops: str, plan: MakePlan, opened: tuple[Checkpoint, Calibration]
+) -> None:
+    """FLOPs and bytes from ranks by hand, and parameters from the deployed model itself."""
+    checkpoint, calibration = opened
+    classes = ONE if form == "single" else TWO
+    sampling = GUIDED if form == "switch" else UNGUIDED
+    made = plan(form=form, classes=classes, sampling=sampling, max_flops=max_flops, precision="fp32")
+    fixed = deployed_fixed_cost(checkpoint.spec, len(classes), 4, True, "fp32")
+    flops, params, operators = fixed.flops, fixed.params, fixed.operators
+    for shape in checkpoint.spec.matrices():
+        chosen, n, m = made.matrices[shape.name], shape.outputs, shape.inputs
+        shared = {"dense": n * m, "factored": (n + m) * chosen.shared_rank, "dropped": 0}[chosen.storage]
+        tailor = (n + m) * (chosen.tailor_rank or 0)
+        flops += 2 * checkpoint.spec.tokens * (shared + tailor)
+        params += shared + len(classes) * tailor
+        operators += {"dense": 1, "factored": 2 if chosen.shared_rank else 0, "dropped": 0}[chosen.storage]
+        operators += 5 if tailor else 0  # two gathers, two products, one sum
+    assert made.flops == flops
+    assert made.params == params
+    assert made.weight_bytes == 4 * params + GRAPH_BYTES_PER_OPERATOR * operators
+    plain = fold(truncate(checkpoint, made, calibration), made, torch.arange(4.0))
+    assert made.params == sum(parameter.numel() for parameter in plain.parameters())
+
+
+def test_int8_is_smaller_and_a_kept_class_more_is_larger(plan: MakePlan) -> None:
+    plans = {p: plan(precision=p, unit="cpu") for p in ("fp32", "int8")}
+    assert plans["int8"].weight_bytes < plans["fp32"].weight_bytes
+    assert plans["int8"].params == plans["fp32"].params
+    assert plans["int8"].flops == plans["fp32"].flops
+    three = plan(classes=("sneaker", "bag", "coat"), precision="fp32")
+    assert three.weight_bytes > plans["fp32"].weight_bytes
+    assert three.flops == plans["fp32"].flops  # an image sees one tailor
+
+
+def test_spare_bytes_are_kept_out_of_the_file(plan: MakePlan) -> None:
+    free = plan(precision="fp32")
+    with_spare = plan(precision="fp32", max_size=f"{free.weight_bytes + 500}B", spare_bytes=500)
+    assert with_spare.weight_bytes == free.weight_bytes
+    with_spare = plan(precision="fp32", max_size=f"{free.weight_bytes + 499}B", spare_bytes=500)
+    assert with_spare.weight_bytes < free.weight_bytes
+
+
+def test_limits_are_bytes_and_nanoseconds() -> None:
+    request = Request(PHONE, TWO, GUIDED, limits={"max_latency": Quantity(0.25, "seconds")})
+    from kind_edge.budget.problem import Candidate, Deployment
+    from kind_edge.model.spec import ModelSpec
+
+    spec = ModelSpec(8, 1, 2, 16, 2, 2, 3, learngene_rank=4, tailor_rank=2)
+    assert Deployment(spec, request, Candidate("switch", "fp32", "cpu")).limits()["latency_ns"] == 250_000_000
+
+
+@pytest.mark.parametrize("full", [0, 1, 2, 15, 16, 17, 48, 154])
+def test_rank_levels_rise_to_the_full_rank(full: int) -> None:
+    levels = rank_levels(full)
+    assert levels == sorted(set(levels))
+    assert (levels[-1] if levels else 0) == full
+    assert all(1 <= level <= full for level in levels)
+    assert len(levels) <= 32
