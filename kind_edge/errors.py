@@ -6,7 +6,8 @@ A message says what was wrong, where, what was expected and what to do next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class KindEdgeError(Exception):
@@ -16,9 +17,13 @@ class KindEdgeError(Exception):
 
 
 class GateError(KindEdgeError):
-    """A check of the result failed: parity, size or latency."""
+    """A check of the result failed: parity, size or latency. `report` has the figures, where there are any."""
 
     exit_code = 1
+
+    def __init__(self, message: str, report: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class UsageError(KindEdgeError):

@@ -41,7 +41,8 @@ class MatrixPlan:
 class Plan:
     """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
-    `limits` are what was asked for, in the solver's units; `binding` those that kept the plan from being better.
+    `precision` is what the app loads, `precisions` what is written. `limits` are what was asked for, in the solver's
+    units; `binding` those that kept the plan from being better.
     `dense` holds the same figures of the dense fp32 model of the same shape: what percentages refer to.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     form: Form
     classes: tuple[str, ...]
     precision: str
+    precisions: tuple[str, ...]
     sampler: str
     steps: int
     guidance: float
@@ -76,7 +78,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         values["matrices"] = {name: matrix.to_dict() for name, matrix in self.matrices.items()}
-        values |= {"classes": list(self.classes), "binding": list(self.binding)}
+        values |= {name: list(getattr(self, name)) for name in _LISTS}
         return {"schema_version": SCHEMA_VERSION, **values}
 
     @classmethod
@@ -99,8 +101,11 @@ class Plan:
         _check_types({**given, "matrices": {}}, cls, where)
         if not given["classes"]:
             raise InputError(f"{where}: classes: got none, want at least one")
-        lists = {"classes": tuple(given["classes"]), "binding": tuple(given["binding"])}
+        lists = {name: tuple(given[name]) for name in _LISTS}
         return cls(**{**given, **lists, "matrices": matrices})
+
+
+_LISTS = ("classes", "precisions", "binding")
 
 
 def _matrix(values: Any, where: str) -> MatrixPlan:

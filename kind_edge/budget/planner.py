@@ -99,6 +99,7 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         form=candidate.form,
         classes=request.classes,
         precision=candidate.precision,
+        precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
         sampler=sampling.sampler,
         steps=sampling.steps,
         guidance=sampling.guidance,

@@ -17,7 +17,6 @@ from kind_edge.registry import FORMATS
 from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
-    from kind_edge.budget.plan import Plan
     from kind_edge.deploy.bench import LatencyReport
     from kind_edge.deploy.pipeline import Bundle
 
@@ -62,24 +61,21 @@ def export(
     if profile is None and plan_file is None:
         raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
     wanted = _known_formats(formats)
-    asked = {
+    choices = {
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
+        "form": form, "precision": precision, "unit": unit,
     }  # fmt: skip
-    chosen = {"form": form, "precision": precision, "unit": unit}
-    plan = None
-    if plan_file is not None:
-        _refuse_with_plan({**asked, **{name: None if value == "auto" else value for name, value in chosen.items()}})
-        plan = _stored_plan(plan_file, profile)
-        profile = None
     options.check_writable(output or Path("bundle"))
     with terminal.stages() as begin:
         begin("starting")
+        from kind_edge.budget.plan import read_plan
         from kind_edge.deploy import pipeline
 
+        plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed,
-            on_stage=begin, **chosen, **asked,  # type: ignore[arg-type]  # their types were checked one by one above
+            on_stage=begin, **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
     if as_json:
         terminal.json(bundle.to_dict())
@@ -97,24 +93,6 @@ def _known_formats(text: str) -> list[str]:
         if name not in FORMATS:
             raise unknown("format", name, FORMATS)
     return names
-
-
-def _refuse_with_plan(asked: dict[str, object]) -> None:
-    """A plan is replayed as it is."""
-    given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
-    if given:
-        raise UsageError(
-            f"--plan has its own {', '.join(given)}; leave that out, or make another plan with kind-edge plan"
-        )
-
-
-def _stored_plan(path: Path, profile: str | None) -> Plan:
-    from kind_edge.budget.plan import read_plan
-
-    plan = read_plan(path)
-    if profile is not None and profile != plan.profile:
-        raise UsageError(f"--profile {profile}: {path} was made for {plan.profile}; leave --profile out, or plan anew")
-    return plan
 
 
 def print_bundle(terminal: Terminal, bundle: Bundle) -> None:

@@ -8,6 +8,7 @@ import typer
 
 from kind_edge.cli import options, tables
 from kind_edge.cli.terminal import terminal_of
+from kind_edge.errors import GateError
 
 
 def verify(
@@ -33,7 +34,12 @@ def verify(
         begin("verifying")
         from kind_edge.deploy import pipeline
 
-        report = pipeline.verify(bundle, checkpoint)
+        try:
+            report = pipeline.verify(bundle, checkpoint)
+        except GateError as error:
+            if as_json and error.report is not None:
+                terminal.json(dict(error.report))
+            raise
     if as_json:
         terminal.json(report.to_dict())
         return

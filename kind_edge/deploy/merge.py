@@ -33,14 +33,17 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
     """The checkpoint with the plan's classes and ranks. `checkpoint` is not changed.
 
     Ensures: an ordinary checkpoint of K classes in the plan's order. In *single* and *union* the folded product is its
-    learngene and its tailors are empty. A matrix that keeps its full rank keeps its factors, bit for bit.
+    learngene and its tailors are empty; with a label embedding its null label is that of the class (in *union* the mean
+    of the classes' labels). A matrix that keeps its full rank keeps its factors, bit for bit.
     """
     kept = class_indices(checkpoint, plan.classes)
     tensors = {
         name: t for name, t in checkpoint.tensors.items() if ".learngene." not in name and ".tailors." not in name
     }
     if checkpoint.spec.label_embedding:
-        tensors["y_embed.weight"] = checkpoint.tensors["y_embed.weight"][[*kept, checkpoint.spec.num_classes]]
+        labels = checkpoint.tensors["y_embed.weight"].float()
+        last = labels[-1:] if plan.form == "switch" else labels[kept].mean(0, keepdim=True)
+        tensors["y_embed.weight"] = torch.cat([labels[kept], last])
     ranks: dict[str, Ranks] = {}
     for shape in checkpoint.spec.matrices():
         if shape.name not in plan.matrices:

@@ -15,14 +15,17 @@ from kind_edge.model.gated_linear import ClassGate
 def check_merge(checkpoint: Checkpoint, plan: Plan, timesteps: torch.Tensor) -> float:
     """The worst SQNR in dB over kept classes, null class (*switch*) and five steps; `GateError` below 100 dB.
 
-    *union* promises nothing for a single class, so it is compared with the gated model with all kept gates open.
+    *union* promises nothing for a single class, so it is compared with the gated model with all kept gates open (and,
+    where there is a label embedding, the mean of their labels).
     """
     spec = checkpoint.spec
     whole = full_rank(plan, {matrix.name: spec.ranks(matrix.name) for matrix in spec.matrices()})
     plain = fold(truncate(checkpoint, whole, None), whole, timesteps)
     gated = checkpoint.model()
     kept = class_indices(checkpoint, plan.classes)
-    labels = [*kept, spec.num_classes] if plan.form == "switch" else kept[:1]
+    labels = {"switch": [*kept, spec.num_classes], "single": kept, "union": [spec.num_classes]}[plan.form]
+    if plan.form == "union" and gated.y_embed is not None:
+        gated.y_embed.weight[-1] = gated.y_embed.weight[kept].mean(0)
     steps = torch.linspace(0, len(timesteps) - 1, 5).round().long()
     generator = torch.Generator().manual_seed(0)
     worst = float("inf")

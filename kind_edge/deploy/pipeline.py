@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import torch
@@ -21,13 +21,13 @@ from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
 from kind_edge.deploy.quality import HeldoutLoss, heldout_losses
 from kind_edge.deploy.reference import make_reference
-from kind_edge.deploy.request import OpenedModel, make_request, make_source, open_model
+from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_source, open_model
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
-from kind_edge.registry import exporter
+from kind_edge.registry import Exporter, exporter
 from kind_edge.units import format_bytes
 
 if TYPE_CHECKING:
@@ -67,30 +67,14 @@ class Bundle:
         }
 
 
-def plan(
-    model: str | Path = DEFAULT_MODEL,
-    *,
-    profile: str,
-    classes: Sequence[str] | None = None,
-    form: str = "auto",
-    precision: str = "auto",
-    unit: str = "auto",
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    max_latency: str | None = None,
-    max_memory: str | None = None,
-    max_flops: str | None = None,
-    max_size: str | None = None,
-) -> Plan:
+def plan(model: str | Path = DEFAULT_MODEL, *, profile: str, **choices: Unpack[Choices]) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
-    limits = {"max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size}
     device = load_profile(profile)
     opened = open_model(model)
-    request = make_request(opened.checkpoint, device, classes, form, precision, unit, steps, guidance, sampler, limits)
+    request = make_request(opened.checkpoint, device, **choices)
     return make_plan(make_source(opened, request), request)
 
 
@@ -101,19 +85,9 @@ def export(
     plan: Plan | None = None,
     output: str | Path | None = None,
     formats: Sequence[str] = ("onnx",),
-    classes: Sequence[str] | None = None,
-    form: str = "auto",
-    precision: str = "auto",
-    unit: str = "auto",
-    steps: int | None = None,
-    guidance: float | None = None,
-    sampler: str | None = None,
-    max_latency: str | None = None,
-    max_memory: str | None = None,
-    max_flops: str | None = None,
-    max_size: str | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
+    **choices: Unpack[Choices],
 ) -> Bundle:
     """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
 
@@ -121,7 +95,6 @@ def export(
     """
     stage = on_stage or (lambda _: None)
     exporters = [exporter(name) for name in formats]
-    limits = {"max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size}
     stage("reading the model")
     opened = open_model(model)
     request = None
@@ -130,19 +103,16 @@ def export(
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
         device = load_profile(profile)
-        request = make_request(
-            opened.checkpoint, device, classes, form, precision, unit, steps, guidance, sampler, limits
-        )
+        request = make_request(opened.checkpoint, device, **choices)
         source = make_source(opened, request)
         plan = make_plan(source, request)
     else:
-        device = load_profile(plan.profile)
-        _check_replay(plan, opened, profile, classes, limits)
-    precisions = ("fp32", "int8") if precision == "auto" or plan.precision == "int8" else ("fp32",)
+        device = load_profile(profile or plan.profile)
+        _check_replay(plan, opened, device, choices)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         for attempt in range(_SIZE_ATTEMPTS):
-            made = _make(opened, plan, folder, exporters, precisions, stage)
+            made = _make(opened, plan, folder, exporters, stage)
             excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
             if excess <= 0:
                 break
@@ -157,14 +127,13 @@ def export(
         return _finish(opened, plan, device, folder, destination, made, stage)
 
 
-def _check_replay(
-    plan: Plan, model: OpenedModel, profile: str | None, classes: Sequence[str] | None, limits: Mapping[str, str | None]
-) -> None:
+def _check_replay(plan: Plan, model: OpenedModel, device: DeviceProfile, choices: Mapping[str, Any]) -> None:
     """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
-    asked = [name for name, value in {"profile": profile, "classes": classes, **limits}.items() if value is not None]
-    if asked:
+    if asked := [name for name, value in choices.items() if value not in (None, "auto")]:
         flags = ", ".join("--" + name.replace("_", "-") for name in asked)
-        raise UsageError(f"--plan has its own {flags}; leave it out, or make a new plan with kind-edge plan")
+        raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
+    if device.name != plan.profile:
+        raise UsageError(f"--profile {device.name}: the plan was made for {plan.profile}; leave it out, or plan anew")
     if plan.checkpoint_sha256 != model.sha256:
         raise InputError(
             f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
@@ -185,9 +154,7 @@ class _Made:
     quality: tuple[HeldoutLoss, ...]
 
 
-def _make(
-    model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Any], precisions: tuple[str, ...], stage: OnStage
-) -> _Made:
+def _make(model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Exporter], stage: OnStage) -> _Made:
     """Merge, export and verify into `folder`."""
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
     timesteps = torch.from_numpy(table.timestep)
@@ -203,7 +170,7 @@ def _make(
     entries = {
         file.path: file.entry
         for each in exporters
-        for file in each.export(plain, folder, tuple(p for p in precisions if p in each.precisions))
+        for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
     stage("verifying")
     reference = make_reference(truncated, plan.form, timesteps, own)
@@ -262,7 +229,7 @@ def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyRe
 def _fresh_reference(plan_values: Mapping[str, Any], checkpoint: str | Path) -> Mapping[str, Any]:
     stored = Plan.from_dict(plan_values, "manifest.json: plan")
     model = open_model(checkpoint)
-    _check_replay(stored, model, None, None, {})
+    _check_replay(stored, model, load_profile(stored.profile), {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     truncated = truncate(model.checkpoint, stored, model.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None

@@ -95,8 +95,8 @@ class ModulationNetwork(nn.Module):
 
     def forward(self, timestep: Tensor, class_index: Tensor | None) -> Tensor:
         c = self.t_embed(timestep)
-        if self.y_embed is not None and class_index is not None:
-            c = c + self.y_embed(class_index)
+        if self.y_embed is not None:  # a folded model has one label for all, kept where the null label was
+            c = c + (self.y_embed.weight[-1] if class_index is None else self.y_embed(class_index))
         c = F.silu(c)
         return torch.cat([layer(c) for layer in self.adaln], -1)
 

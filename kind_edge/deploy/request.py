@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from kind_edge.budget.planner import candidate_forms
 from kind_edge.budget.problem import Request, Sampling, Source
@@ -49,19 +50,38 @@ def open_model(model: str | Path) -> OpenedModel:
     return OpenedModel(folder.resolve().name, checkpoint_hash(folder), checkpoint, calibration, load_heldout(folder))
 
 
+class Choices(TypedDict, total=False):
+    """What may be asked of a plan, beside model and device; limits are texts with a unit, as on the command line."""
+
+    classes: Sequence[str] | None
+    form: str
+    precision: str
+    unit: str
+    steps: int | None
+    guidance: float | None
+    sampler: str | None
+    max_latency: str | None
+    max_memory: str | None
+    max_flops: str | None
+    max_size: str | None
+
+
 def make_request(
     checkpoint: Checkpoint,
     device: DeviceProfile,
-    classes: Sequence[str] | None,
-    form: str,
-    precision: str,
-    unit: str,
-    steps: int | None,
-    guidance: float | None,
-    sampler: str | None,
-    limits: Mapping[str, str | None],
-    spare_bytes: int = 0,
+    *,
+    classes: Sequence[str] | None = None,
+    form: str = "auto",
+    precision: str = "auto",
+    unit: str = "auto",
+    steps: int | None = None,
+    guidance: float | None = None,
+    sampler: str | None = None,
+    **limits: str | None,
 ) -> Request:
+    """Check every choice; what is left open comes from the checkpoint's own recommendation."""
+    if unknown_names := set(limits) - set(_LIMIT_KINDS):
+        raise TypeError(f"unknown arguments: {', '.join(sorted(unknown_names))}")
     _known("--form", form, ("auto", *FORMS))
     _known("--precision", precision, ("auto", "fp32", "int8"))
     _known("--unit", unit, ("auto", "cpu", "gpu", "npu"))
@@ -85,7 +105,7 @@ def make_request(
         if text is not None
     }
     sampling = Sampling(kind, count, guidance, rows)
-    return Request(device, wanted, sampling, form, precision, unit, parsed, spare_bytes)  # type: ignore[arg-type]
+    return Request(device, wanted, sampling, form, precision, unit, parsed)  # type: ignore[arg-type]
 
 
 def _known(flag: str, value: str, choices: Sequence[str]) -> None:

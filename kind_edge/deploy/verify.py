@@ -73,7 +73,7 @@ class VerifyReport:
     def require(self) -> VerifyReport:
         """Itself if everything passed; `GateError` that lists every failure otherwise."""
         if not self.passed:
-            raise GateError("parity failed: " + "; ".join(self.failures))
+            raise GateError("parity failed: " + "; ".join(self.failures), self.to_dict())
         return self
 
 

@@ -120,7 +120,9 @@ def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
                 got = "nothing" if packed is None else f"{len(packed)} values"
                 raise InputError(f"{path}: {shape.name}.{branch}: file has {got}, model wants {wanted} values")
             if not (torch.isfinite(packed).all() and torch.isfinite(scale).all()):
-                raise InputError(f"{path}: {shape.name}.{branch}: holds NaN or infinity; remove the file or calibrate anew")
+                raise InputError(
+                    f"{path}: {shape.name}.{branch}: holds NaN or infinity; remove the file or calibrate anew"
+                )
             rows, columns = torch.tril_indices(shape.inputs, shape.inputs)
             covariance = torch.zeros(shape.inputs, shape.inputs, dtype=torch.float64)
             covariance[rows, columns] = packed.double() * scale.double()

@@ -1,0 +1,116 @@
+"""What `plan` and `export` are asked, before anything is planned."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kind_edge.budget.problem import Request
+from kind_edge.budget.profile import load_profile
+from kind_edge.deploy.request import make_request, make_source, open_model
+from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import CALIBRATION, HELDOUT, Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
+from kind_edge.units import Quantity
+
+PHONE = load_profile("snapdragon8g3")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_folder: Path) -> Checkpoint:
+    return load_checkpoint(tiny_folder)
+
+
+def request_with(checkpoint: Checkpoint, **asked: Any) -> Request:
+    values = {
+        "classes": None, "form": "auto", "precision": "auto", "unit": "auto", "steps": None, "guidance": None,
+        "sampler": None, "limits": {},
+    }  # fmt: skip
+    return make_request(checkpoint, PHONE, **{**values, **asked})
+
+
+def test_defaults_are_all_classes_and_what_the_checkpoint_recommends(checkpoint: Checkpoint) -> None:
+    request = request_with(checkpoint)
+    assert request.classes == checkpoint.class_names
+    assert dataclasses.astuple(request.sampling) == ("euler", 4, 1.5, 4)
+    silent = dataclasses.replace(checkpoint, provenance={})
+    assert dataclasses.astuple(request_with(silent).sampling) == ("euler", 20, 1.5, 20)
+    advised = dataclasses.replace(checkpoint, provenance={"recommended": {"sampler": "heun", "steps": 3}})
+    assert dataclasses.astuple(request_with(advised).sampling) == ("heun", 3, 1.5, 5)
+
+
+@pytest.mark.parametrize(("form", "guidance"), [("auto", 1.5), ("switch", 1.5), ("single", 1.0), ("union", 1.0)])
+def test_folded_forms_are_unguided_unless_asked(form: str, guidance: float, checkpoint: Checkpoint) -> None:
+    assert request_with(checkpoint, form=form).sampling.guidance == guidance
+    assert request_with(checkpoint, form=form, guidance=3.0).sampling.guidance == 3.0
+
+
+def test_limits_are_parsed_with_their_units(checkpoint: Checkpoint) -> None:
+    limits = {"max_size": "2MiB", "max_latency": "250ms", "max_flops": "40%", "max_memory": None}
+    assert request_with(checkpoint, limits=limits).limits == {
+        "max_size": Quantity(2 * 2**20, "bytes"),
+        "max_latency": Quantity(0.25, "seconds"),
+        "max_flops": Quantity(0.4, "share"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"classes": ["beg"]}, "unknown class 'beg'; did you mean: bag"),
+        ({"classes": []}, "--classes: got none"),
+        ({"classes": ["bag", "bag"]}, "--classes: got bag, bag; want at least one class, each once"),
+        ({"form": "swich"}, "--form 'swich'; did you mean: switch"),
+        ({"precision": "fp8"}, "--precision 'fp8'"),
+        ({"unit": "tpu"}, "--unit 'tpu'"),
+        ({"sampler": "ddim"}, "--sampler 'ddim'"),
+        ({"steps": 0}, "--steps: got 0"),
+        ({"steps": 1001}, "--steps: got 1001"),
+        ({"guidance": 0.0}, "--guidance: got 0.0"),
+        ({"guidance": float("nan")}, "--guidance: got nan"),
+        ({"limits": {"max_size": "300"}}, "--max-size '300': a bare number says no unit"),
+        ({"limits": {"max_latency": "3MB"}}, "--max-latency '3MB'"),
+    ],
+)
+def test_mistakes_are_refused_in_the_words_of_the_command_line(
+    asked: dict[str, Any], words: str, checkpoint: Checkpoint
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        request_with(checkpoint, **asked)
+    assert words in str(caught.value)
+
+
+def test_opening_a_model_reads_what_lies_beside_it(tiny_folder: Path, tmp_path: Path, checkpoint: Checkpoint) -> None:
+    opened = open_model(tiny_folder)
+    assert (opened.name, opened.sha256) == (tiny_folder.name, checkpoint_hash(tiny_folder))
+    assert opened.heldout is not None
+    assert opened.calibration.source == "stored with the checkpoint"
+    save_checkpoint(tmp_path / "bare", checkpoint)
+    bare = open_model(tmp_path / "bare")
+    assert bare.heldout is None
+    assert bare.calibration.source == "own sampling trajectories"
+    for name in (CALIBRATION, HELDOUT):
+        (tmp_path / "bare" / name).write_bytes(b"not safetensors")
+        with pytest.raises(InputError, match=f"{name}: truncated or corrupt"):
+            open_model(tmp_path / "bare")
+        (tmp_path / "bare" / name).unlink()
+
+
+def test_a_dense_model_cannot_be_cut(tmp_path: Path, checkpoint: Checkpoint) -> None:
+    from kind_edge.model.dit import DiT
+
+    spec = checkpoint.spec.dense()
+    save_checkpoint(tmp_path, Checkpoint(spec, checkpoint.class_names, DiT(spec).state_dict()), torch.float16)
+    with pytest.raises(UsageError, match="a dense model has no learngene"):
+        open_model(tmp_path)
+
+
+def test_the_source_has_a_spectrum_for_every_form_that_is_allowed(tiny_folder: Path) -> None:
+    opened = open_model(tiny_folder)
+    request = request_with(opened.checkpoint, classes=["bag"], guidance=1.0)
+    source = make_source(opened, request)
+    assert set(source.spectra) == {"switch", "single"}
+    assert (source.name, source.truncation) == (tiny_folder.name, "whitened")
