@@ -109,9 +109,7 @@ def install_torch(environment: Environment) -> None:
     if platform.system() == "Linux":
         if environment.pip(f"{TORCH}+cpu", quiet=True):
             return
-        say(
-            f"pip knows no CPU build of {TORCH}: the CUDA build is taken, several GB; CONTRIBUTING.md says more"
-        )
+        say(f"pip knows no CPU build of {TORCH}: the CUDA build is taken, several GB; CONTRIBUTING.md says more")
     if not environment.pip(TORCH):
         raise SetupError(f"pip could not install {TORCH}; its message is above")
 

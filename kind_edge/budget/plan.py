@@ -101,6 +101,8 @@ class Plan:
         _check_types({**given, "matrices": {}}, cls, where)
         if not given["classes"]:
             raise InputError(f"{where}: classes: got none, want at least one")
+        if given["precision"] not in given["precisions"]:
+            raise InputError(f"{where}: precision {given['precision']} is not among precisions {given['precisions']}")
         lists = {name: tuple(given[name]) for name in _LISTS}
         return cls(**{**given, **lists, "matrices": matrices})
 

@@ -108,7 +108,7 @@ def export(
         plan = make_plan(source, request)
     else:
         device = load_profile(profile or plan.profile)
-        _check_replay(plan, opened, device, choices)
+        _check_replay(plan, opened, device.name, choices)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         for attempt in range(_SIZE_ATTEMPTS):
@@ -127,13 +127,13 @@ def export(
         return _finish(opened, plan, device, folder, destination, made, stage)
 
 
-def _check_replay(plan: Plan, model: OpenedModel, device: DeviceProfile, choices: Mapping[str, Any]) -> None:
+def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
     """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
     if asked := [name for name, value in choices.items() if value not in (None, "auto")]:
         flags = ", ".join("--" + name.replace("_", "-") for name in asked)
         raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
-    if device.name != plan.profile:
-        raise UsageError(f"--profile {device.name}: the plan was made for {plan.profile}; leave it out, or plan anew")
+    if profile != plan.profile:
+        raise UsageError(f"--profile {profile}: the plan was made for {plan.profile}; leave it out, or plan anew")
     if plan.checkpoint_sha256 != model.sha256:
         raise InputError(
             f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
@@ -229,7 +229,7 @@ def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyRe
 def _fresh_reference(plan_values: Mapping[str, Any], checkpoint: str | Path) -> Mapping[str, Any]:
     stored = Plan.from_dict(plan_values, "manifest.json: plan")
     model = open_model(checkpoint)
-    _check_replay(stored, model, load_profile(stored.profile), {})
+    _check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     truncated = truncate(model.checkpoint, stored, model.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kind_edge.model.sampling import make_scheduler
@@ -40,8 +41,10 @@ def sampler_table(kind: str, objective: str, steps: int) -> SamplerTable:
     if objective == "flow":
         return _flow_table(timestep, scheduler.sigmas.double().numpy(), heun=kind == "heun")
     if kind == "ddim":
-        bars = scheduler.alphas_cumprod.double().numpy()[scheduler.timesteps.numpy()]
-        return _ddim_table(timestep, bars)
+        # As diffusers has it: a whole number of training steps at a time, though the timesteps may lie a little apart.
+        here, after = scheduler.timesteps, scheduler.timesteps - scheduler.config.num_train_timesteps // steps
+        bars = scheduler.alphas_cumprod.double()
+        return _ddim_table(timestep, bars[here].numpy(), torch.where(after < 0, 1.0, bars[after.clamp(0)]).numpy())
     return _dpm_solver_table(timestep, scheduler.sigmas.double().numpy())
 
 
@@ -58,9 +61,8 @@ def _flow_table(timestep: Row, sigma: Row, heun: bool) -> SamplerTable:
     return SamplerTable(timestep, zero, one, one, b, c)
 
 
-def _ddim_table(timestep: Row, bars: Row) -> SamplerTable:
-    """Song et al. (2021), equation 12 with eta 0; d is the predicted x_0."""
-    after = np.append(bars[1:], 1.0)
+def _ddim_table(timestep: Row, bars: Row, after: Row) -> SamplerTable:
+    """Song et al. (2021), equation 12 with eta 0, from signal share `bars` to `after`; d is the predicted x_0."""
     ratio = np.sqrt((1 - after) / (1 - bars))
     zero = np.zeros(len(bars))
     return SamplerTable(

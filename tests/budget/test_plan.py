@@ -22,7 +22,7 @@ names = st.text(min_size=1, max_size=8)
 seconds = st.floats(1e-6, 1e3)
 PLAN = Plan(
     model="tiny", checkpoint_sha256="ab" * 32, profile="host", unit="cpu", form="switch", classes=("sneaker", "bag"),
-    precision="fp32", sampler="euler", steps=4, guidance=1.5, evaluations_per_step=2, modulation="baked",
+    precision="fp32", precisions=("fp32", "int8"), sampler="euler", steps=4, guidance=1.5, evaluations_per_step=2, modulation="baked",
     truncation="whitened", calibration="training images", params=1000, flops=2000, weight_bytes=4000,
     peak_memory_bytes=9000, evaluation_latency_s=0.001, image_latency_s=0.007, sustained_image_latency_s=0.008,
     retained_energy=0.9, limits={"max_size": 5000.0}, binding=("max_size",), optimality_gap=1e-5,
@@ -78,6 +78,7 @@ def values_with(changes: dict[str, Any]) -> dict[str, Any]:
         ({"classes": []}, ("classes",)),
         ({"classes": ["bag", "bag"]}, ("classes", "bag")),
         ({"binding": 3}, ("binding", "3")),
+        ({"precisions": ["int8"]}, ("precision", "fp32", "int8")),
         ({"limits": []}, ("limits", "[]")),
         ({"limits": {"max_size": "3MB"}}, ("limits", "3MB")),
         ({"modulation": "fried"}, ("modulation", "fried")),

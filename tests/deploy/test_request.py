@@ -25,11 +25,7 @@ def checkpoint(tiny_folder: Path) -> Checkpoint:
 
 
 def request_with(checkpoint: Checkpoint, **asked: Any) -> Request:
-    values = {
-        "classes": None, "form": "auto", "precision": "auto", "unit": "auto", "steps": None, "guidance": None,
-        "sampler": None, "limits": {},
-    }  # fmt: skip
-    return make_request(checkpoint, PHONE, **{**values, **asked})
+    return make_request(checkpoint, PHONE, **asked)
 
 
 def test_defaults_are_all_classes_and_what_the_checkpoint_recommends(checkpoint: Checkpoint) -> None:
@@ -50,7 +46,7 @@ def test_folded_forms_are_unguided_unless_asked(form: str, guidance: float, chec
 
 def test_limits_are_parsed_with_their_units(checkpoint: Checkpoint) -> None:
     limits = {"max_size": "2MiB", "max_latency": "250ms", "max_flops": "40%", "max_memory": None}
-    assert request_with(checkpoint, limits=limits).limits == {
+    assert request_with(checkpoint, **limits).limits == {
         "max_size": Quantity(2 * 2**20, "bytes"),
         "max_latency": Quantity(0.25, "seconds"),
         "max_flops": Quantity(0.4, "share"),
@@ -71,8 +67,8 @@ def test_limits_are_parsed_with_their_units(checkpoint: Checkpoint) -> None:
         ({"steps": 1001}, "--steps: got 1001"),
         ({"guidance": 0.0}, "--guidance: got 0.0"),
         ({"guidance": float("nan")}, "--guidance: got nan"),
-        ({"limits": {"max_size": "300"}}, "--max-size '300': a bare number says no unit"),
-        ({"limits": {"max_latency": "3MB"}}, "--max-latency '3MB'"),
+        ({"max_size": "300"}, "--max-size '300': a bare number says no unit"),
+        ({"max_latency": "3MB"}, "--max-latency '3MB'"),
     ],
 )
 def test_mistakes_are_refused_in_the_words_of_the_command_line(
