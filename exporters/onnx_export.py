@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kind_edge.deploy.session import open_session
+from kind_edge.deploy.ort import require_onnxruntime
+from kind_edge.deploy.session import open_session, runtime_errors
+from kind_edge.errors import InputError
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
@@ -41,9 +43,13 @@ class OnnxExporter:
     def open(self, path: Path) -> Interpreter:
         """Runs the file in ONNX Runtime on the CPU; needs nothing else."""
         session = open_session(path)
+        refusals = runtime_errors(require_onnxruntime())
 
         def run(inputs: Arrays) -> Any:
-            return session.run(["prediction"], dict(inputs))[0]
+            try:
+                return session.run(["prediction"], dict(inputs))[0]
+            except refusals as error:
+                raise InputError(f"{path}: ONNX Runtime cannot run it: {error}") from error
 
         return run
 

@@ -42,7 +42,7 @@ def quantize_int8(model: onnx.ModelProto) -> onnx.ModelProto:
                 extra_options={"MatMulConstBOnly": True},
             )
         quantized = onnx.load_model(target)
-    del quantized.graph.value_info[:]
+    del quantized.graph.value_info[:], quantized.metadata_props[:]
     quantized.producer_name, quantized.producer_version = model.producer_name, ""
     return _quantize_gathered(quantized)
 

@@ -124,7 +124,14 @@ def export(
             spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
             request = dataclasses.replace(request, spare_bytes=spare_bytes)
             plan = make_plan(source, request)
-        return _finish(opened, plan, device, folder, destination, made, stage)
+        bundle = _finish(opened, plan, device, folder, destination, made, stage)
+    return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of every file below a folder, by path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
@@ -205,11 +212,8 @@ def _finish(
     assemble.draw_preview(folder, assemble.manifest_of(values, folder))
     assemble.write_texts(folder, plan, values)
     write_manifest(folder, values)
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
-    }
     return Bundle(
-        destination, files, made.verification.parity, latency, image, predicted, plan, made.quality, made.merge_db
+        destination, _sizes(folder), made.verification.parity, latency, image, predicted, plan, made.quality, made.merge_db
     )
 
 

@@ -6,6 +6,7 @@ SQNR = 10 log10(sum ref^2 / sum (ref - out)^2) in dB, per class and timestep; th
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from kind_edge.registry import Interpreter, exporter
 GATES_DB: Mapping[str, float] = {"fp32": 100.0, "fp16": 45.0, "int8": 25.0}
 MERGE_GATE_DB = 100.0
 REFERENCE_FILE = "verify/reference.npz"
+REFERENCE_ARRAYS = {"sample", "step_index", "timestep", "class_index", "prediction"}
 EXACT_DB = 400.0
 """What is reported for outputs that do not differ at all: more than float64 can tell apart, and still a JSON number."""
 
@@ -91,9 +93,12 @@ def load_reference(folder: Path) -> Reference:
     path = folder / REFERENCE_FILE
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError) as error:
+            reference = {name: stored[name] for name in stored.files}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot read the stored reference: {error}") from error
+    if set(reference) != REFERENCE_ARRAYS or len({len(array) for array in reference.values()}) != 1:
+        raise InputError(f"{path}: want arrays of one length named {', '.join(sorted(REFERENCE_ARRAYS))}")
+    return reference
 
 
 def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> VerifyReport:
@@ -105,6 +110,8 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
 
 def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes: tuple[str, ...]) -> FileParity:
     """One model file; its format is the first part of its path."""
+    if entry.precision not in GATES_DB:
+        raise InputError(f"{entry.path}: precision {entry.precision!r}, want one of {', '.join(GATES_DB)}")
     gate = GATES_DB[entry.precision]
     failures = list(_interface_failures(entry, reference))
     points: list[Mapping[str, Any]] = []

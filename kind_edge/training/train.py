@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
@@ -79,7 +80,7 @@ def finish(config: TrainConfig, state: TrainState, output: Path, dataset: Fashio
         "command": "kind-edge " + shlex.join(sys.argv[1:]),
         "config": config.to_dict(),
         "data_sha256": dataset.data_sha256,
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {next(state.model.parameters()).device}",
+        "hardware": hardware(next(state.model.parameters()).device),
         "seconds": round(state.seconds, 1),
         "images_seen": state.step * config.batch_size,
         "final_loss": state.loss,
@@ -97,6 +98,17 @@ def finish(config: TrainConfig, state: TrainState, output: Path, dataset: Fashio
     save_heldout(output, dataset)
     save_checkpoint(output, checkpoint, torch.float16)
     assert (output / CONFIG).exists()
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU's name, or the CPU's with the threads in use."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
 def save_heldout(output: Path, dataset: FashionMNIST) -> None:
