@@ -22,12 +22,16 @@ names = st.text(min_size=1, max_size=8)
 seconds = st.floats(1e-6, 1e3)
 PLAN = Plan(
     model="tiny", checkpoint_sha256="ab" * 32, profile="host", unit="cpu", form="switch", classes=("sneaker", "bag"),
-    precision="fp32", precisions=("fp32", "int8"), sampler="euler", steps=4, guidance=1.5, evaluations_per_step=2, modulation="baked",
-    truncation="whitened", calibration="training images", params=1000, flops=2000, weight_bytes=4000,
+    precision="fp32", precisions=("fp32", "int8"), sampler="euler", steps=4, guidance=1.5,
+    evaluations_per_step=2, modulation="baked", truncation="whitened", calibration="training images",
+    params=1000, flops=2000, weight_bytes=4000,
     peak_memory_bytes=9000, evaluation_latency_s=0.001, image_latency_s=0.007, sustained_image_latency_s=0.008,
     retained_energy=0.9, limits={"max_size": 5000.0}, binding=("max_size",), optimality_gap=1e-5,
     dense={"params": 3000.0},
-    matrices={"blocks.0.attn.q": MatrixPlan("factored", "fp32", 4, 2), "blocks.0.attn.k": MatrixPlan("dropped", "fp32", 0, 0)},
+    matrices={
+        "blocks.0.attn.q": MatrixPlan("factored", "fp32", 4, 2),
+        "blocks.0.attn.k": MatrixPlan("dropped", "fp32", 0, 0),
+    },
 )  # fmt: skip
 
 
@@ -109,7 +113,7 @@ def test_files_that_are_no_plans(content: bytes, tmp_path: Path) -> None:
 
 
 def test_full_rank_restores_every_matrix() -> None:
-    sizes = {name: (6, 3) for name in PLAN.matrices}
+    sizes = dict.fromkeys(PLAN.matrices, (6, 3))
     whole = full_rank(PLAN, sizes)
     assert whole.matrices == {
         "blocks.0.attn.q": MatrixPlan("factored", "fp32", 6, 3),

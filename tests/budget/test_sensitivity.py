@@ -11,7 +11,7 @@ import torch
 from kind_edge.budget.sensitivity import spectra
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
-from kind_edge.model.truncation import fold_matrix
+from kind_edge.model.truncation import SortedFactors, fold_matrix
 
 MakeCheckpoint = Callable[..., Checkpoint]
 
@@ -53,15 +53,18 @@ def test_a_spectrum_is_the_output_energy_that_the_cut_retains(make_checkpoint: M
     calibration, inputs = calibration_of_inputs(checkpoint)
     result = spectra(checkpoint, [2, 0], "switch", calibration)
 
-    def energy(name: str, rank: int) -> float:
-        cut = fold_matrix(checkpoint, name, [2, 0], "switch", calibration).shared.cut(rank)
-        return float((inputs[name] @ (cut.U * cut.s @ cut.V.T).T).square().sum() / 300)
+    def energy(name: str, factors: SortedFactors) -> float:
+        return float((inputs[name] @ (factors.U * factors.s @ factors.V.T).T).square().sum() / 300)
 
-    name, other = "blocks.0.mlp.fc1", "blocks.1.attn.v"
-    per_share = energy(name, 6) / result[name].shared[6]  # every matrix's energy is a share of one total
-    for matrix in (name, other):
+    scale = None  # every matrix's energy is a share of one total
+    for name in ("blocks.0.mlp.fc1", "blocks.1.attn.v"):
+        folded, spectrum = fold_matrix(checkpoint, name, [2, 0], "switch", calibration), result[name]
+        scale = scale or energy(name, folded.shared) / spectrum.shared[6]
         for rank in range(1, 7):
-            assert energy(matrix, rank) == pytest.approx(per_share * result[matrix].shared[rank], rel=1e-4)
+            assert energy(name, folded.shared.cut(rank)) == pytest.approx(scale * spectrum.shared[rank], rel=1e-4)
+        for rank in (1, 2):  # an image sees one tailor: their mean counts
+            mean = sum(energy(name, tailor.cut(rank)) for tailor in folded.tailors) / 2
+            assert mean == pytest.approx(scale * spectrum.tailor[rank], rel=1e-4)
 
 
 def test_a_model_without_tailors_or_without_learngene(make_checkpoint: MakeCheckpoint) -> None:

@@ -44,10 +44,10 @@ def plan_of(checkpoint: Checkpoint, form: str, classes: tuple[str, ...], matrice
     modulation = "network" if checkpoint.spec.label_embedding else "baked"
     return Plan(
         model="tiny", checkpoint_sha256="", profile="host", unit="cpu", form=form, classes=classes, precision="fp32",
-        precisions=("fp32",), sampler="euler", steps=4, guidance=1.0, evaluations_per_step=1, modulation=modulation, truncation="whitened",
-        calibration="", params=0, flops=0, weight_bytes=0, peak_memory_bytes=0, evaluation_latency_s=0.0,
-        image_latency_s=0.0, sustained_image_latency_s=0.0, retained_energy=1.0, limits={}, binding=(),
-        optimality_gap=0.0, dense={}, matrices=matrices,
+        precisions=("fp32",), sampler="euler", steps=4, guidance=1.0, evaluations_per_step=1, modulation=modulation,
+        truncation="whitened", calibration="", params=0, flops=0, weight_bytes=0, peak_memory_bytes=0,
+        evaluation_latency_s=0.0, image_latency_s=0.0, sustained_image_latency_s=0.0, retained_energy=1.0, limits={},
+        binding=(), optimality_gap=0.0, dense={}, matrices=matrices,
     )  # fmt: skip
 
 
@@ -68,7 +68,11 @@ def matrix_plans(checkpoint: Checkpoint, form: str, classes: tuple[str, ...], cu
 
 
 def compared(
-    plain: PlainDiT, checkpoint: Checkpoint, wanted: Callable[[Tensor, Tensor], Tensor], steps: Tensor, label: int | None
+    plain: PlainDiT,
+    checkpoint: Checkpoint,
+    wanted: Callable[[Tensor, Tensor], Tensor],
+    steps: Tensor,
+    label: int | None,
 ) -> float:
     """SQNR in dB of the plain model against `wanted(sample, timestep)` at every step, the worst."""
     spec, worst = checkpoint.spec, float("inf")
@@ -241,5 +245,5 @@ def test_the_merge_check_notices_a_wrong_merge(
         return plain
 
     monkeypatch.setattr(merge_check, "fold", noisy)
-    with pytest.raises(GateError, match="merge: at full rank the merged model differs: .* dB, want at least 100 dB"):
+    with pytest.raises(GateError, match=r"merge: at full rank the merged model differs: .* dB, want at least 100"):
         check_merge(checkpoint, plan, TIMESTEPS)

@@ -40,10 +40,11 @@ FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/refer
 def export_both(tiny_folder: Path, output: Path) -> None:
     """Two classes, cut to 60 % of the dense model's work; what `export --json` prints goes beside the bundle."""
     stages: list[str] = []
-    bundle = pipeline.export(
-        tiny_folder, profile=DEVICE, classes=["shirt", "bag"], max_flops="60%", output=output / "b", on_stage=stages.append
+    asked: dict[str, Any] = {"profile": DEVICE, "classes": ["shirt", "bag"], "max_flops": "60%"}
+    bundle = pipeline.export(tiny_folder, **asked, output=output / "b", on_stage=stages.append)
+    assert ", ".join(stages) == (
+        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview"
     )
-    assert stages == "reading the model,planning,merging,exporting,verifying,measuring,drawing the preview".split(",")
     (output / "export.json").write_text(json.dumps(bundle.to_dict()))
 
 
@@ -108,11 +109,12 @@ def test_images_are_those_of_the_gated_model(bundle: Path, tiny_folder: Path) ->
         got = load_bundle(bundle, model="fp32").generate(name, n=3, seed=7)
         assert got.dtype == np.uint8
         assert np.abs(got.astype(int) - to_pixels(images.astype(np.float32)).astype(int)).max() <= 1
-    assert not np.array_equal(kind_edge.load_bundle(bundle).generate("bag"), kind_edge.load_bundle(bundle).generate("shirt"))
+    loaded = kind_edge.load_bundle(bundle)
+    assert not np.array_equal(loaded.generate("bag"), loaded.generate("shirt"))
 
 
 @pytest.mark.slow
-def test_verify_passes_as_folder_as_zip_and_against_the_checkpoint(bundle: Path, tiny_folder: Path, tmp_path: Path) -> None:
+def test_verify_passes_for_folder_zip_and_checkpoint(bundle: Path, tiny_folder: Path, tmp_path: Path) -> None:
     report = pipeline.verify(bundle)
     assert report.passed
     assert report.gates == {FP32: 100, INT8: 25}
@@ -204,7 +206,8 @@ def test_a_file_that_computes_something_else_is_not_shipped(
 ) -> None:
     graph_of_bundle(1e-3)
     plan = read_plan(bundle / "plan.json")
-    with pytest.raises(GateError, match=r"parity failed: onnx/denoiser\.onnx: shirt at step 0: .* want 100 dB") as caught:
+    words = r"parity failed: onnx/denoiser\.onnx: shirt at step 0: .* want 100 dB"
+    with pytest.raises(GateError, match=words) as caught:
         pipeline.export(tiny_folder, plan=plan, output=tmp_path / "out", keep_failed=keep_failed)
     assert caught.value.exit_code == 1
     assert [path.name for path in tmp_path.iterdir()] == (["out.failed"] if keep_failed else [])
@@ -232,9 +235,8 @@ def test_a_file_that_turns_out_too_large_is_solved_again(
 
     folder = make_checkpoint_folder(tmp_path / "model", depth=1, width=32, learngene_rank=12)
     monkeypatch.setattr(problem, "GRAPH_BYTES_PER_OPERATOR", 20)
-    asked: dict[str, Any] = {"profile": DEVICE, "classes": ["bag"], "precision": "fp32", "guidance": 1.0}
-    free = pipeline.plan(folder, **asked, form="switch")
-    limit = free.weight_bytes + 1000
+    asked: dict[str, Any] = {"profile": DEVICE, "classes": ["bag"], "precision": "fp32", "form": "single"}
+    limit = pipeline.plan(folder, **asked).weight_bytes + 1000
     stages: list[str] = []
 
     def on_stage(stage: str) -> None:
@@ -244,7 +246,7 @@ def test_a_file_that_turns_out_too_large_is_solved_again(
 
     with pytest.raises(KeyboardInterrupt):
         pipeline.export(
-            folder, **asked, form="switch", max_size=f"{limit}B", output=tmp_path / "out", keep_failed=True, on_stage=on_stage
+            folder, **asked, max_size=f"{limit}B", output=tmp_path / "out", keep_failed=True, on_stage=on_stage
         )
     assert stages.count("exporting") == 2
     assert (tmp_path / "out.failed" / FP32).stat().st_size <= limit
@@ -316,12 +318,13 @@ def test_the_checkpoint_is_only_read(tiny_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_latency_gate_is_for_this_machine_alone(made: Path, bundle: Path) -> None:
-    plan, latency = read_plan(bundle / "plan.json"), json.loads((bundle / "manifest.json").read_text())["latency"]["image"]
-    report = LatencyReport(**latency)
+    plan = read_plan(bundle / "plan.json")
+    report = LatencyReport(**read_manifest(bundle).raw["latency"]["image"])
     limit_ns = report.p90_ms * 1e6
 
     def gate(device: str, limits: dict[str, float]) -> None:
-        latency_gate(dataclasses.replace(plan, limits=limits), dataclasses.replace(load_profile(DEVICE), name=device), report)
+        profile = dataclasses.replace(load_profile(DEVICE), name=device)
+        latency_gate(dataclasses.replace(plan, limits=limits), profile, report)
 
     gate(HOST, {"max_latency": limit_ns * 1.01})
     gate(HOST, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,10 +60,21 @@ def test_a_lost_learngene_changes_everything(full: Checkpoint, heldout: Heldout)
     assert losses[0].increase == pytest.approx(losses[0].plan / losses[0].full - 1)
 
 
+def test_the_same_model_with_fewer_classes_is_as_good(full: Checkpoint, heldout: Heldout) -> None:
+    """Classes have other numbers there, and must be shown the same images and noise all the same."""
+    tensors = {name: t[[3, 1]] if ".tailors." in name else t for name, t in full.tensors.items()}
+    fewer = Checkpoint(dataclasses.replace(full.spec, num_classes=2), ("shirt", "bag"), tensors)
+    losses = heldout_losses(full, fewer, "switch", [3, 1], heldout)
+    assert [loss.name for loss in losses] == ["shirt", "bag", "null"]
+    assert all(loss.increase == pytest.approx(0, abs=1e-6) for loss in losses)
+
+
 def test_kept_classes_are_numbered_anew(full: Checkpoint, heldout: Heldout) -> None:
     own = heldout.of_classes([3, 1])
     assert own.labels.tolist() == [0] * 8 + [1] * 8
-    assert torch.equal(own.images, torch.cat([heldout.images[heldout.labels == 3], heldout.images[heldout.labels == 1]]))
+    assert torch.equal(
+        own.images, torch.cat([heldout.images[heldout.labels == 3], heldout.images[heldout.labels == 1]])
+    )
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,14 @@ from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile
 from kind_edge.deploy.request import make_request, make_source, open_model
 from kind_edge.errors import InputError, UsageError
-from kind_edge.model.checkpoint import CALIBRATION, HELDOUT, Checkpoint, checkpoint_hash, load_checkpoint, save_checkpoint
+from kind_edge.model.checkpoint import (
+    CALIBRATION,
+    HELDOUT,
+    Checkpoint,
+    checkpoint_hash,
+    load_checkpoint,
+    save_checkpoint,
+)
 from kind_edge.units import Quantity
 
 PHONE = load_profile("snapdragon8g3")

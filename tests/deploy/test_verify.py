@@ -150,7 +150,11 @@ def changed_input(entry: ModelEntry, which: str, **changes: Any) -> ModelEntry:
         ("step_index", {"dtype": "int64"}, ("input step_index is int64, want int32",)),
         ("class_index", {"dtype": "int32"}, ("input class_index is int32, want int64",)),
         ("sample", {"dtype": "float16"}, ("input sample is float16, want float32",)),
-        ("sample", {"shape": ("batch", 1, 5, 6)}, ("input sample has shape ['batch', 1, 5, 6], want [batch, 1, 6, 5]",)),
+        (
+            "sample",
+            {"shape": ("batch", 1, 5, 6)},
+            ("input sample has shape ['batch', 1, 5, 6], want [batch, 1, 6, 5]",),
+        ),
         ("class_index", {"shape": ("batch", 1)}, ("input class_index has shape ['batch', 1], want [batch, ]",)),
     ],
 )

@@ -99,7 +99,9 @@ def test_covariances_of_another_model_are_refused(
         load_calibration(tiny_folder / CALIBRATION, make_checkpoint(**change).spec)
 
 
-def test_corrupt_covariances_are_refused(calibration: Calibration, tmp_path: Path, make_checkpoint: MakeCheckpoint) -> None:
+def test_corrupt_covariances_are_refused(
+    calibration: Calibration, tmp_path: Path, make_checkpoint: MakeCheckpoint
+) -> None:
     path = tmp_path / CALIBRATION
     save_calibration(path, calibration)
     path.write_bytes(path.read_bytes()[:-10])

@@ -83,7 +83,8 @@ def test_tensor_names_are_those_of_the_contract(make_checkpoint: MakeCheckpoint)
     d, h, n_g, n_t, c = 16, 64, 6, 2, 4
     wanted: dict[str, tuple[int, ...]] = {
         "patch_embed.weight": (d, 2, 2, 2), "patch_embed.bias": (d,), "pos_embed": (16, d),
-        "t_embed.fc1.weight": (d, 256), "t_embed.fc1.bias": (d,), "t_embed.fc2.weight": (d, d), "t_embed.fc2.bias": (d,),
+        "t_embed.fc1.weight": (d, 256), "t_embed.fc1.bias": (d,),
+        "t_embed.fc2.weight": (d, d), "t_embed.fc2.bias": (d,),
         "y_embed.weight": (c + 1, d),
         "final.adaln.weight": (2 * d, d), "final.adaln.bias": (2 * d,),
         "final.linear.weight": (8, d), "final.linear.bias": (8,),
@@ -94,7 +95,11 @@ def test_tensor_names_are_those_of_the_contract(make_checkpoint: MakeCheckpoint)
         for part, (n, m) in {**shapes, "mlp.fc1": (h, d), "mlp.fc2": (d, h)}.items():
             name = f"blocks.{i}.{part}"
             wanted |= {f"{name}.learngene.U": (n, n_g), f"{name}.learngene.s": (n_g,), f"{name}.learngene.V": (m, n_g)}
-            wanted |= {f"{name}.tailors.U": (c, n, n_t), f"{name}.tailors.s": (c, n_t), f"{name}.tailors.V": (c, m, n_t)}
+            wanted |= {
+                f"{name}.tailors.U": (c, n, n_t),
+                f"{name}.tailors.s": (c, n_t),
+                f"{name}.tailors.V": (c, m, n_t),
+            }
             wanted[f"{name}.bias"] = (n,)
     assert {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()} == wanted
     assert "y_embed.weight" not in make_checkpoint().tensors

@@ -82,7 +82,6 @@ def test_the_variance_term_is_the_kl_divergence_in_bits() -> None:
     """With the true mean predicted, KL(N(m, v1) | N(m, v2)) has only its variance part."""
     step, fraction = 2, 0.25
     noise = noise_of()
-    noised, _ = add_noise("epsilon", IMAGES, noise, torch.full((2,), float(step)))
     prediction = torch.cat([noise, torch.full_like(noise, fraction)], 1)
     loss = loss_per_image("epsilon", lambda x, t: prediction, IMAGES, noise, torch.full((2,), float(step)))
     bars = alphas_cumprod()

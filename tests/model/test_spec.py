@@ -25,7 +25,9 @@ def test_round_trip_through_json() -> None:
 
 def test_matrices_are_the_six_of_every_block() -> None:
     shapes = list(ModelSpec(**VALID).matrices())
-    names = [f"blocks.{i}.{part}" for i in (0, 1) for part in "attn.q attn.k attn.v attn.o mlp.fc1 mlp.fc2".split()]
+    names = [
+        f"blocks.{i}.{part}" for i in (0, 1) for part in ["attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2"]
+    ]
     assert [shape.name for shape in shapes] == names
     assert {shape[1:] for shape in shapes} == {(16, 16), (64, 16), (16, 64)}
 

@@ -74,7 +74,9 @@ def test_whitening_and_its_inverse_undo_each_other_though_fp16_lost_some() -> No
     assert torch.linalg.eigvalsh(covariance).min() < 1e-6
     whitening = Whitening.of(covariance)
     assert torch.isfinite(whitening.inverse_root).all()
-    torch.testing.assert_close(whitening.root @ whitening.inverse_root, torch.eye(24, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        whitening.root @ whitening.inverse_root, torch.eye(24, dtype=torch.float64), atol=1e-6, rtol=0
+    )
     torch.testing.assert_close(whitening.root @ whitening.root, covariance, atol=1e-4, rtol=0)
 
 
@@ -106,4 +108,6 @@ def test_folding_keeps_every_function(form: str, make_checkpoint: Callable[..., 
                     torch.testing.assert_close(product(tailor), tailors[c], rtol=1e-4, atol=1e-6)
             else:
                 assert folded.tailors == ()
-                torch.testing.assert_close(product(folded.shared), learngene + tailors[kept].sum(0), rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(
+                    product(folded.shared), learngene + tailors[kept].sum(0), rtol=1e-4, atol=1e-6
+                )

@@ -77,5 +77,5 @@ def test_no_file_and_no_preset(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="cannot read"):
         read_config(tmp_path / "bytes.toml")
-    with pytest.raises(UsageError, match="did you mean: .*fashion-mnist"):
+    with pytest.raises(UsageError, match=r"did you mean: .*fashion-mnist"):
         preset("fashion-mnits")

@@ -118,9 +118,7 @@ def test_a_loss_that_explodes_stops_the_run() -> None:
 
 
 @pytest.mark.parametrize("written", [0, 1000])
-def test_a_save_that_fails_leaves_the_old_state(
-    written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_that_fails_leaves_the_old_state(written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = start(CONFIG, CPU)
     save_state(tmp_path, state)
     old = (tmp_path / STATE).read_bytes()
