@@ -212,9 +212,8 @@ def _finish(
     assemble.draw_preview(folder, assemble.manifest_of(values, folder))
     assemble.write_texts(folder, plan, values)
     write_manifest(folder, values)
-    return Bundle(
-        destination, _sizes(folder), made.verification.parity, latency, image, predicted, plan, made.quality, made.merge_db
-    )
+    sizes, parity = _sizes(folder), made.verification.parity
+    return Bundle(destination, sizes, parity, latency, image, predicted, plan, made.quality, made.merge_db)
 
 
 def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyReport:
