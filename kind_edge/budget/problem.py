@@ -28,7 +28,7 @@ from kind_edge.errors import UsageError
 from kind_edge.model.spec import Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
 
-GRAPH_BYTES_PER_OPERATOR = 300
+GRAPH_BYTES_PER_OPERATOR = 180
 """Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
 
 RUNTIME_MEMORY_BYTES = 16 * 2**20
@@ -174,11 +174,14 @@ class Deployment:
         matrices = [matrix_cost(spec, matrix, "dense", 0, 0, 0, "fp32") for matrix in spec.matrices()]
         seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32") for matrix in matrices)
         seconds += fixed_latency_s(fixed, profile, unit)
+        decoder = decoder_cost(self.spec)
+        weight_bytes = 4 * (params + decoder.params)
+        activations = max(2 * fixed.activation_bytes_peak, decoder.activation_bytes_peak)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
-            "weight_bytes": 4 * params,
-            "peak_memory_bytes": RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * 4 * params + 2 * fixed.activation_bytes_peak,
+            "weight_bytes": weight_bytes,
+            "peak_memory_bytes": RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * weight_bytes + activations,
             "latency_ns": _ns(seconds * self.evaluations + self.decoder_latency_s()),
         }
 

@@ -53,7 +53,7 @@ class ClassGate:
 
     @classmethod
     def grouped(cls, classes: Tensor, closed: Tensor, num_classes: int) -> ClassGate:
-        """A batch sorted into equal groups already: `classes` [G]; `closed` [G*M] is true where the gate is shut."""
+        """A batch sorted into equal groups already: `classes` [G] ascending; `closed` [G*M]: gate shut."""
         labels = classes.repeat_interleave(len(closed) // len(classes))
         return cls(torch.where(closed, num_classes, labels), classes, None, (~closed).float())
 
