@@ -21,7 +21,7 @@ TRIALS = (
 )
 TRIAL_IMAGES = 2_000
 TRIAL_GUIDANCE = (1.0, 1.5)
-SWEEP_GUIDANCE = (1.0, 1.25, 1.5, 2.0, 2.5)
+SWEEP_GUIDANCE = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 SHIPPED_IMAGES = 10_000
 
 
@@ -62,8 +62,8 @@ def shipped(folder: Path) -> list[dict[str, Any]]:
 
 
 def fit_to_ship(row: dict[str, Any]) -> bool:
-    """With a margin over 95 %, 85 % and 0.5, as 2,000 images are a small sample."""
-    return row["class_accuracy"] >= 0.96 and min(row["per_class_accuracy"].values()) >= 0.87 and row["recall"] >= 0.5
+    """With a margin over 95 %, 85 % and 0.5: the worst class of 2,000 images looks better than it is."""
+    return row["class_accuracy"] >= 0.96 and min(row["per_class_accuracy"].values()) >= 0.9 and row["recall"] >= 0.5
 
 
 def brief(row: dict[str, Any]) -> dict[str, Any]:

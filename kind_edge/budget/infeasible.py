@@ -36,10 +36,12 @@ class _Words:
     ways_out: tuple[str, ...]
 
 
+_SMALLER = ("keep fewer classes", "take fewer --steps", "lower --precision")
+
 _WORDS: Mapping[str, _Words] = {
     "flops": _Words("--max-flops", "flops", format_flops, 1, ()),
-    "weight_bytes": _Words("--max-size", "bytes", format_bytes, 1, ("keep fewer classes", "lower --precision")),
-    "peak_memory_bytes": _Words("--max-memory", "bytes", format_bytes, 1, ("keep fewer classes", "lower --precision")),
+    "weight_bytes": _Words("--max-size", "bytes", format_bytes, 1, _SMALLER),
+    "peak_memory_bytes": _Words("--max-memory", "bytes", format_bytes, 1, _SMALLER),
     "latency_ns": _Words(
         "--max-latency", "seconds", format_seconds, 10**9, ("take fewer --steps", "lower --precision")
     ),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kind_edge.errors import InputError, nearest
-from kind_edge.model.spec import Form
+from kind_edge.model.spec import Form, ModelSpec
 
 SCHEMA_VERSION = 1
 
@@ -49,7 +49,7 @@ class Plan:
     model: str
     checkpoint_sha256: str
     profile: str
-    unit: str
+    unit: Literal["cpu", "gpu", "npu"]
     form: Form
     classes: tuple[str, ...]
     precision: str
@@ -152,11 +152,26 @@ def _fits(value: Any, kind: Any) -> bool:
 def read_plan(path: Path) -> Plan:
     try:
         values = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot read the plan: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: want a JSON object, the plan, not {type(values).__name__}")
     return Plan.from_dict(values, str(path))
+
+
+def check_replayable(plan: Plan, spec: ModelSpec) -> None:
+    """A stored plan must be about this model's matrices, and say of each what its form needs; `InputError` if not."""
+    names = {matrix.name for matrix in spec.matrices()}
+    if odd := sorted(names ^ set(plan.matrices)):
+        raise InputError(f"the plan and the model do not have the same matrices: {', '.join(odd[:3])}; solve again")
+    wanted = ("learngene_rank", "tailor_rank") if plan.form == "switch" else ("rank",)
+    for name, matrix in plan.matrices.items():
+        if any(getattr(matrix, key) is None for key in wanted):
+            raise InputError(f"the plan's matrix {name} lacks {' or '.join(wanted)}; solve again")
+    if not {plan.precision} <= set(plan.precisions) <= {"fp32", "int8"}:
+        raise InputError(f"the plan's precisions {', '.join(plan.precisions)} cannot be written; solve again")
+    if not 0 < plan.guidance < 100 or plan.evaluations_per_step not in (1, 2):
+        raise InputError(f"the plan's guidance {plan.guidance} is out of range; solve again")
 
 
 def full_rank(plan: Plan, ranks: Mapping[str, tuple[int, int]]) -> Plan:

@@ -233,9 +233,10 @@ def _shared_options(deployment: Deployment, matrix: MatrixShape, spectrum: Spect
 
 
 def _tailor_options(deployment: Deployment, matrix: MatrixShape, spectrum: Spectrum) -> Iterator[Option]:
-    for rank in [0, *rank_levels(len(spectrum.tailor) - 1)]:
+    """Never rank 0: tailors carry little energy, so a tight budget would drop them first, and the classes with them."""
+    for rank in rank_levels(len(spectrum.tailor) - 1):
         costs = deployment.matrix_costs(deployment.tailors(matrix, rank))
-        yield Option("factored" if rank else "dropped", 0, rank, float(spectrum.tailor[rank]), costs)
+        yield Option("factored", 0, rank, float(spectrum.tailor[rank]), costs)
 
 
 def _ns(seconds: float) -> int:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from kind_edge.deploy.bench import LatencyReport
     from kind_edge.deploy.pipeline import Bundle
 
+LARGE_INCREASE = 0.25
+"""Of held-out loss. Up to a few percent is not to be seen; a quarter is."""
+
 
 def export(
     context: typer.Context,
@@ -77,6 +80,12 @@ def export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed,
             on_stage=begin, **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
+    worst = max(bundle.quality, key=lambda loss: loss.increase, default=None)
+    if worst is not None and worst.increase > LARGE_INCREASE:
+        terminal.say_warning(
+            f"the held-out loss of {worst.name} rises by {worst.increase:.0%}: its pictures will show it; "
+            "look at preview.png, and relax a limit or keep fewer classes"
+        )
     if as_json:
         terminal.json(bundle.to_dict())
     else:

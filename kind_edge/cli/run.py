@@ -9,6 +9,7 @@ import contextlib
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -37,6 +38,8 @@ _PLACE_ERRORS = (
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors are printed, never raised."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    with contextlib.suppress(ValueError):  # only a main thread may: a kill then cleans up like Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     flags, rest = split_verbosity(given)
     verbose = bool({"-v", "--verbose"} & set(flags))
     for stream in (sys.stdout, sys.stderr):

@@ -43,6 +43,9 @@ class Terminal:
     def say_error(self, message: str) -> None:
         self.err.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
 
+    def say_warning(self, message: str) -> None:
+        self.err.print(Text.assemble(("warning: ", "yellow"), message), soft_wrap=True)
+
     def note(self, message: str) -> None:
         """Something beside the result."""
         if not self.quiet:

@@ -136,7 +136,7 @@ def _run_worker(request: Mapping[str, Any]) -> dict[str, Any]:
     """Run `bench_worker` in a fresh interpreter that finds this very package, and re-raise what it refuses."""
     root = str(Path(__file__).resolve().parents[2])
     search = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "kind_edge.deploy.bench_worker", json.dumps(request)]
+    command = [sys.executable, "-P", "-m", "kind_edge.deploy.bench_worker", json.dumps(request)]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": search}, check=False
     )

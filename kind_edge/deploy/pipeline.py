@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import torch
 
-from kind_edge.budget.plan import Plan
+from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.profile import DeviceProfile, load_profile
+from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import open_bundle, verified_manifest, write_manifest, writing_bundle
@@ -107,6 +107,8 @@ def export(
         source = make_source(opened, request)
         plan = make_plan(source, request)
     else:
+        if profile is None and plan.profile not in profile_names():
+            raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         _check_replay(plan, opened, device.name, choices)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
@@ -141,6 +143,7 @@ def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping
         raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
     if profile != plan.profile:
         raise UsageError(f"--profile {profile}: the plan was made for {plan.profile}; leave it out, or plan anew")
+    check_replayable(plan, model.checkpoint.spec)
     if plan.checkpoint_sha256 != model.sha256:
         raise InputError(
             f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kind_edge.deploy.verify import TIMESTEPS
 from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import HELDOUT, Checkpoint, read_tensors
 from kind_edge.model.diffusion import add_noise
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.model.spec import Form
+from kind_edge.model.spec import Form, ModelSpec
 
-TIMESTEPS = 5
 IMAGES_PER_POINT = 2
 
 
@@ -34,14 +34,20 @@ class Heldout:
         return Heldout(torch.cat(chosen), torch.cat(labels))
 
 
-def load_heldout(folder: Path) -> Heldout | None:
-    """The checkpoint's held-out images, if it has any."""
+def load_heldout(folder: Path, spec: ModelSpec) -> Heldout | None:
+    """The checkpoint's held-out images, if it has any; `InputError` for what cannot be images of this model."""
     path = folder / HELDOUT
     if not path.exists():
         return None
     tensors = read_tensors(path)
     if set(tensors) != {"images", "labels"} or len(tensors["images"]) != len(tensors["labels"]):
         raise InputError(f"{path}: want tensors images [n, ch, H, W] and labels [n]")
+    images, labels = tensors["images"], tensors["labels"]
+    shape = (len(labels), spec.channels, spec.image_size, spec.image_size)
+    if tuple(images.shape) != shape or labels.ndim != 1 or images.dtype != torch.uint8:
+        raise InputError(f"{path}: images are {images.dtype} {tuple(images.shape)}, want torch.uint8 {shape}")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= spec.num_classes:
+        raise InputError(f"{path}: labels must be 0 to {spec.num_classes - 1}, at least one")
     return Heldout(tensors["images"].float() / 127.5 - 1, tensors["labels"].long())
 
 

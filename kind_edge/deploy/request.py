@@ -47,7 +47,9 @@ def open_model(model: str | Path) -> OpenedModel:
     if not checkpoint.spec.factored:
         raise UsageError(f"{folder}: a dense model has no learngene and no tailors to cut; give a KIND checkpoint")
     calibration = calibration_of(checkpoint, folder / CALIBRATION)
-    return OpenedModel(folder.resolve().name, checkpoint_hash(folder), checkpoint, calibration, load_heldout(folder))
+    return OpenedModel(
+        folder.resolve().name, checkpoint_hash(folder), checkpoint, calibration, load_heldout(folder, checkpoint.spec)
+    )
 
 
 class Choices(TypedDict, total=False):
@@ -85,6 +87,8 @@ def make_request(
     _known("--form", form, ("auto", *FORMS))
     _known("--precision", precision, ("auto", "fp32", "int8"))
     _known("--unit", unit, ("auto", "cpu", "gpu", "npu"))
+    if isinstance(classes, str):
+        raise UsageError(f"classes: got the text {classes!r}, want a list of names such as [{classes!r}]")
     wanted = tuple(checkpoint.class_names if classes is None else classes)
     class_indices(checkpoint, wanted)
     if not wanted or len(set(wanted)) != len(wanted):

@@ -24,6 +24,9 @@ FloatArray = npt.NDArray[np.float32]
 IndexArray = npt.NDArray[np.int64]
 OnStep = Callable[[int, int], None]
 
+MAX_IMAGES = 100_000
+"""Images per call of `generate`: they are all held in memory."""
+
 MAX_BATCH = 32
 """Images per call of the network: bounds memory, and beyond it a CPU gains nothing."""
 
@@ -80,6 +83,8 @@ class LoadedBundle:
         """
         if n < 1:
             raise UsageError(f"n: got {n}, want at least 1 image")
+        if n > MAX_IMAGES:
+            raise UsageError(f"n: got {n}, want at most {MAX_IMAGES} images at once; use other seeds for more")
         indices = self._class_indices(class_name)
         noise = gaussian_noise(seed, 0, n, self.noise_shape)
         images = self.sample_float(np.tile(noise, (len(indices), 1, 1, 1)), np.repeat(indices, n), on_step)

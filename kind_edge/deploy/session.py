@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -50,6 +51,8 @@ def open_session(
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads: got {threads}, want at least 1")
+    if threads is not None and threads > 4 * (os.cpu_count() or 1):
+        raise UsageError(f"threads: got {threads}, but this machine has {os.cpu_count()} cores; take at most four each")
     runtime = require_onnxruntime()
     name = resolve_provider(provider)
     if not Path(path).is_file():

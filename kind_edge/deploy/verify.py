@@ -22,6 +22,7 @@ from kind_edge.registry import Interpreter, exporter
 GATES_DB: Mapping[str, float] = {"fp32": 100.0, "fp16": 45.0, "int8": 25.0}
 MERGE_GATE_DB = 100.0
 REFERENCE_FILE = "verify/reference.npz"
+TIMESTEPS = 5
 REFERENCE_ARRAYS = {"sample", "step_index", "timestep", "class_index", "prediction"}
 EXACT_DB = 400.0
 """What is reported for outputs that do not differ at all: more than float64 can tell apart, and still a JSON number."""
@@ -102,7 +103,16 @@ def load_reference(folder: Path) -> Reference:
 
 
 def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> VerifyReport:
-    """Compare every model file of a bundle that lies in `folder` with the reference."""
+    """Compare every model file of a bundle that lies in `folder` with the reference, which must cover everything.
+
+    `InputError` if the reference lacks a class, the null class or a timestep: a gap must not pass for parity.
+    """
+    sampler = manifest.sampler
+    labels = len(manifest.classes) + 1 if sampler.null_index is not None else 1
+    steps = min(TIMESTEPS, len(sampler.tables))
+    points = set(zip(reference["class_index"].ravel().tolist(), reference["step_index"].ravel().tolist(), strict=True))
+    if {c for c, _ in points} != set(range(labels)) or len(points) != labels * steps:
+        raise InputError(f"{REFERENCE_FILE}: has {len(points)} points, want {labels} classes at {steps} timesteps each")
     return VerifyReport(
         tuple(verify_model(folder, entry, reference, manifest.classes) for entry in manifest.models.values())
     )

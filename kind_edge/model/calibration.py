@@ -116,10 +116,10 @@ def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
         for shape in spec.matrices():
             packed, scale = (tensors.get(f"{shape.name}.{branch}.{part}") for part in ("covariance", "scale"))
             wanted = shape.inputs * (shape.inputs + 1) // 2
-            if packed is None or scale is None or len(packed) != wanted:
-                got = "nothing" if packed is None else f"{len(packed)} values"
+            if packed is None or scale is None or packed.shape != (wanted,) or scale.shape != (1,):
+                got = "nothing" if packed is None else f"shape {tuple(packed.shape)}"
                 raise InputError(f"{path}: {shape.name}.{branch}: file has {got}, model wants {wanted} values")
-            if not (torch.isfinite(packed).all() and torch.isfinite(scale).all()):
+            if not (torch.isfinite(packed).all() and torch.isfinite(scale).all() and scale > 0):
                 raise InputError(
                     f"{path}: {shape.name}.{branch}: holds NaN or infinity; remove the file or calibrate anew"
                 )

@@ -26,6 +26,7 @@ from kind_edge.model.spec import ModelSpec
 
 SCHEMA_VERSION = 1
 SHARD_BYTES = 16 * 1000**2
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 CALIBRATION, HELDOUT = "calibration.safetensors", "heldout.safetensors"
 
@@ -98,6 +99,9 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     spec = ModelSpec.from_dict(config["model"], f"{folder / CONFIG}: model")
     check_tensors(spec, {name: tuple(t.shape) for name, t in tensors.items()}, str(folder))
     for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise InputError(f"{folder}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, want {wanted}")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: tensor {name} holds NaN or infinity")
     names = tuple(config["class_names"])
@@ -113,7 +117,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder} is not a checkpoint: it has no {CONFIG}")
     try:
         config = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}") from error
     version = config.get("schema_version") if isinstance(config, dict) else None
     if version != SCHEMA_VERSION:
@@ -127,6 +131,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path}: class_names: got {config['class_names']!r:.60}, want a list of names")
     if not isinstance(config.setdefault("provenance", {}), dict):
         raise InputError(f"{path}: provenance: got {config['provenance']!r:.60}, want an object")
+    advice = config["provenance"].get("recommended", {})
+    kinds: dict[str, Any] = {"steps": int, "guidance": (int, float), "sampler": str}
+    if not isinstance(advice, dict) or any(k in advice and not isinstance(advice[k], kinds[k]) for k in kinds):
+        raise InputError(f"{path}: provenance: recommended: got {advice!r:.60}, want steps, guidance and sampler")
     return config
 
 
@@ -137,7 +145,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     try:
         names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not a safetensors index: {error!r}") from error
     return [folder / name for name in sorted(names)]
 

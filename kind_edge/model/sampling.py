@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,12 @@ def make_scheduler(kind: str, objective: str, steps: int) -> Any:
         scheduler.set_timesteps(sigmas=[1 - step / steps for step in range(steps)])
     else:
         scheduler.set_timesteps(steps)
+    timesteps, rows = scheduler.timesteps.tolist(), 2 * steps - 1 if kind == "heun" else steps
+    falling = all(a > b for a, b in itertools.pairwise(timesteps)) or kind == "heun"
+    if len(timesteps) != rows or not falling or timesteps[-1] < 0:  # diffusers rounds, and some counts do not come out
+        raise UsageError(
+            f"--steps {steps}: {kind} cannot space that many steps over {TRAIN_STEPS}; take another number"
+        )
     return scheduler
 
 

@@ -22,9 +22,10 @@ def shipped_models() -> tuple[str, ...]:
 def find_model(name_or_path: str | Path) -> Path:
     """The folder of a checkpoint: a path as it is, or a shipped model by name."""
     path = Path(name_or_path)
-    if path.is_dir():
+    shipped = str(name_or_path) in shipped_models()
+    if path.is_dir() and (not shipped or (path / "config.json").is_file()):  # a data folder may bear the same name
         return path
-    if str(name_or_path) in shipped_models():
+    if shipped:
         return models_folder() / str(name_or_path)
     names = shipped_models()
     hint = f"; shipped models: {nearest(str(name_or_path), names)}" if names else ""

@@ -96,7 +96,7 @@ class ModelSpec:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"ModelSpec.{name}: got {getattr(self, name)!r}, want true or false")
         ratio: Any = self.mlp_ratio
-        if not isinstance(ratio, int | float) or ratio * self.width < 1:
+        if not isinstance(ratio, int | float) or not 1 <= ratio * self.width < 2**31:
             raise InputError(f"ModelSpec.mlp_ratio: got {ratio!r}, want a number that leaves a hidden layer")
         if self.image_size % self.patch_size:
             raise InputError(f"ModelSpec.patch_size: {self.patch_size} does not divide image_size {self.image_size}")

@@ -44,8 +44,8 @@ def test_auto_takes_the_fastest_unit() -> None:
 
 def planned(spec: ModelSpec, matrix: MatrixPlan) -> Plan:
     return Plan(
-        "m", "0", DEVICE.name, "gpu", "switch", ("a",), "fp32", "euler", 20, 1.5, 2, "baked", "whitened", "none",
-        0, 0, 0, 0, 0.0, 0.0, 0.0, 1.0, {}, (), 0.0, {}, {shape.name: matrix for shape in spec.matrices()},
+        "m", "0", DEVICE.name, "gpu", "switch", ("a",), "fp32", ("fp32",), "euler", 20, 1.5, 2, "baked", "whitened",
+        "none", 0, 0, 0, 0, 0.0, 0.0, 0.0, 1.0, {}, (), 0.0, {}, {shape.name: matrix for shape in spec.matrices()},
     )  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kind_edge.budget.plan import MatrixPlan, Plan, full_rank, read_plan
+from kind_edge.budget.plan import MatrixPlan, Plan, check_replayable, full_rank, read_plan
 from kind_edge.errors import InputError
+from kind_edge.model.spec import ModelSpec
 
 ranks = st.integers(0, 64)
 storages = st.sampled_from(["dense", "factored", "dropped"])
@@ -102,7 +103,7 @@ def test_nonsense_is_refused_by_name(changes: dict[str, Any], words: tuple[str, 
         assert word in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"3", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[1]", b"3", b"", b"[" * 100_000, b"9" * 5000])
 def test_files_that_are_no_plans(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_bytes(content)
@@ -110,6 +111,27 @@ def test_files_that_are_no_plans(content: bytes, tmp_path: Path) -> None:
         read_plan(path)
     with pytest.raises(InputError, match="cannot read the plan"):
         read_plan(tmp_path / "none.json")
+
+
+def test_only_a_plan_about_this_model_is_replayed() -> None:
+    spec = ModelSpec(image_size=8, channels=1, patch_size=4, width=16, depth=1, heads=2, num_classes=3)
+    switch = dict.fromkeys((matrix.name for matrix in spec.matrices()), MatrixPlan("factored", "fp32", 4, 2))
+    plan = dataclasses.replace(PLAN, matrices=switch)
+    check_replayable(plan, spec)
+    name = next(iter(switch))
+    without = {other: matrix for other, matrix in switch.items() if other != name}
+    for words, changes in {
+        f"the same matrices: {name}": {"matrices": without},
+        "the same matrices: extra": {"matrices": {**switch, "extra": switch[name]}},
+        f"{name} lacks learngene_rank or tailor_rank": {
+            "matrices": {**switch, name: MatrixPlan("dense", "fp32", rank=2)}
+        },
+        f"{name} lacks rank": {"form": "union"},
+        "precisions fp32, fp8": {"precisions": ("fp32", "fp8")},
+        "guidance -1": {"guidance": -1.0},
+    }.items():
+        with pytest.raises(InputError, match=words):
+            check_replayable(dataclasses.replace(plan, **changes), spec)
 
 
 def test_full_rank_restores_every_matrix() -> None:

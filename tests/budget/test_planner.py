@@ -139,16 +139,19 @@ def test_a_tighter_limit_never_keeps_more(limit: str, plan: MakePlan) -> None:
     free = plan(precision="fp32", unit="cpu")
     whole = getattr(free, cost[limit]) if limit in cost else free.sustained_image_latency_s
     unit = {"max_flops": "FLOPs", "max_latency": "s"}.get(limit, "B")
-    fixed = 16 * 2**20 if limit == "max_memory" else 0  # of which a tiny model is a small part
+    with pytest.raises(NoPlanError) as refused:
+        plan(precision="fp32", unit="cpu", **{limit: f"{whole / 10:.9f}{unit}"})
+    smallest = refused.value.diagnosis[0].smallest / (1e9 if limit == "max_latency" else 1)  # type: ignore[attr-defined]
     kept, losing = free.retained_energy, 0
-    for share in (0.9, 0.7, 0.55) if limit == "max_flops" else (0.95, 0.85, 0.75, 0.7):
-        amount = fixed + share * (whole - fixed)
+    for share in (0.8, 0.5, 0.25, 0.01):
+        amount = smallest + share * (whole - smallest)
         made = plan(precision="fp32", unit="cpu", **{limit: f"{amount:.9f}{unit}"})
         spent = getattr(made, cost[limit]) if limit in cost else made.sustained_image_latency_s
         assert spent <= amount
         assert made.retained_energy <= kept * (1 + 1e-4)
         assert limit in made.binding or made.retained_energy == pytest.approx(1)
         losing += made.retained_energy < 0.999
+        assert all(matrix.tailor_rank for matrix in made.matrices.values())  # a class without tailors is none
         kept = made.retained_energy
     assert losing > 0
 

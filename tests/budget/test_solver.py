@@ -221,7 +221,9 @@ def test_the_refusal_names_limit_smallest_and_a_way_out() -> None:
     message = str(caught.value)
     start = "no plan fits: --max-size 1 MiB is below the smallest possible 1.3 MiB (fixed parts 1.1 MiB);"
     assert message.startswith(start)
-    assert message.endswith("raise --max-size to at least 1.3 MiB, keep fewer classes, or lower --precision")
+    assert message.endswith(
+        "raise --max-size to at least 1.3 MiB, keep fewer classes, take fewer --steps, or lower --precision"
+    )
     assert caught.value.diagnosis == diagnose(problem)  # type: ignore[attr-defined]
 
 

@@ -23,8 +23,8 @@ def full(tiny_folder: Path) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def heldout(tiny_folder: Path) -> Heldout:
-    heldout = load_heldout(tiny_folder)
+def heldout(tiny_folder: Path, full: Checkpoint) -> Heldout:
+    heldout = load_heldout(tiny_folder, full.spec)
     assert heldout is not None
     return heldout
 
@@ -82,13 +82,17 @@ def test_kept_classes_are_numbered_anew(full: Checkpoint, heldout: Heldout) -> N
     [
         {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8)},
         {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "labels": torch.zeros(3, dtype=torch.uint8)},
+        {"images": torch.zeros(2, 1, 9, 8, dtype=torch.uint8), "labels": torch.zeros(2, dtype=torch.uint8)},
+        {"images": torch.zeros(2, 1, 8, 8), "labels": torch.zeros(2, dtype=torch.uint8)},
+        {"images": torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "labels": torch.full((2,), 77, dtype=torch.uint8)},
+        {"images": torch.zeros(0, 1, 8, 8, dtype=torch.uint8), "labels": torch.zeros(0, dtype=torch.uint8)},
     ],
 )
-def test_strange_heldout_files_are_refused(tensors: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    assert load_heldout(tmp_path) is None
+def test_strange_heldout_files_are_refused(tensors: dict[str, torch.Tensor], full: Checkpoint, tmp_path: Path) -> None:
+    assert load_heldout(tmp_path, full.spec) is None
     write_tensors(tmp_path / HELDOUT, tensors)
-    with pytest.raises(InputError, match=r"heldout\.safetensors: want tensors images"):
-        load_heldout(tmp_path)
+    with pytest.raises(InputError, match=r"heldout\.safetensors: (want tensors images|images are|labels must be)"):
+        load_heldout(tmp_path, full.spec)
 
 
 @pytest.mark.parametrize("form", ["switch", "union"])

@@ -87,6 +87,8 @@ def test_refusals_teach(make_bundle: MakeBundle) -> None:
         load_bundle(folder, model="int4")
     with pytest.raises(UsageError, match="threads: got 0"):
         load_bundle(folder, threads=0)
+    with pytest.raises(UsageError, match="cores"):
+        load_bundle(folder, threads=10**6)
     (folder / "onnx/denoiser.onnx").write_bytes(b"not a model")
     with pytest.raises(InputError, match=r"onnx/denoiser\.onnx: 11 bytes, the manifest says"):
         load_bundle(folder)

@@ -24,6 +24,7 @@ from kind_edge.deploy.verify import (
     load_reference,
     sqnr_db,
     verify_model,
+    verify_models,
 )
 from kind_edge.errors import GateError, InputError
 
@@ -199,6 +200,17 @@ def test_a_file_that_is_not_what_the_manifest_says(bundle: Path, check: Check) -
     (bundle / FP32).write_bytes(b"not a model")
     with pytest.raises(InputError, match="ONNX Runtime cannot load it"):
         check()
+
+
+def test_a_reference_with_a_gap_proves_nothing(bundle: Path, manifest: Manifest, own: Reference) -> None:
+    points = [(c, s) for c in range(3) for s in range(4)]
+    whole = {name: np.concatenate([array[:1]] * len(points)) for name, array in own.items()}
+    whole["class_index"] = np.array([c for c, _ in points])
+    whole["step_index"] = np.array([s for _, s in points], np.int32)
+    assert len(verify_models(bundle, manifest, whole).files) == len(manifest.models)
+    for gap in (whole["class_index"] != 2, whole["step_index"] != 3, np.arange(len(points)) != 5):
+        with pytest.raises(InputError, match=r"reference\.npz: .* 3 classes at 4 timesteps"):
+            verify_models(bundle, manifest, {name: array[gap] for name, array in whole.items()})
 
 
 def test_sqnr_is_the_formula_in_float64() -> None:

@@ -54,6 +54,8 @@ def test_a_perfect_noise_prediction_finds_the_image() -> None:
         ("eulr", "flow", 5, "euler"),
         ("euler", "flow", 0, "--steps"),
         ("ddim", "epsilon", 1001, "--steps"),
+        ("ddim", "epsilon", 998, "998: ddim cannot space"),
+        ("dpmsolver++", "epsilon", 1000, "1000: dpmsolver"),
     ],
 )
 def test_what_does_not_fit_is_refused(kind: str, objective: str, steps: int, words: str) -> None:

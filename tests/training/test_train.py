@@ -63,7 +63,7 @@ def test_it_leaves_what_planning_needs(trained: Path, images: Path) -> None:
     calibration = load_calibration(trained / CALIBRATION, CONFIG.spec)
     for covariance in calibration.pooled.values():
         assert torch.linalg.eigvalsh(covariance).min() > -1e-3 * covariance.diagonal().mean()
-    heldout = load_heldout(trained)
+    heldout = load_heldout(trained, CONFIG.spec)
     assert heldout is not None
     assert heldout.labels.bincount().tolist() == [50] * 10
     test_images = torch.from_numpy(load_fashion_mnist(images).test_images)
