@@ -66,5 +66,5 @@ def test_nested_training_is_repeatable_and_learns(teacher: bool) -> None:
 
 
 def test_shares_beyond_one_are_refused() -> None:
-    with pytest.raises(InputError, match="nested_share: got 1.5, want 0 to 1"):
+    with pytest.raises(InputError, match=r"nested_share: got 1\.5, want 0 to 1"):
         dataclasses.replace(CONFIG, nested_share=1.5)
