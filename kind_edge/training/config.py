@@ -15,7 +15,7 @@ from kind_edge.model.spec import ModelSpec
 
 DATASETS = ("fashion-mnist",)
 
-_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+_TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class TrainConfig:
     null_share: float = 0.1
     """Share of images trained with every gate closed: the unconditional branch of guidance."""
     seed: int = 0
+    nested_share: float = 0.0
+    """Share of steps that use only the leading part of every learngene: its size uniform in [nested_lowest, 1]."""
+    nested_lowest: float = 0.2
+    nested_from: float = 0.0
+    """Share of the run after which such steps begin."""
+    nested_teacher: bool = False
+    """Such steps learn the full model's own prediction instead of the target."""
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
@@ -47,6 +54,9 @@ class TrainConfig:
         for name in ("ema_decay", "null_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, want at least 0 and less than 1")
+        for name in ("nested_share", "nested_lowest", "nested_from"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name}: got {getattr(self, name)}, want 0 to 1")
 
     @property
     def steps(self) -> int:
@@ -66,7 +76,7 @@ class TrainConfig:
             raise InputError(f"{where}: missing table [model]")
         for key, value in values.items():
             wanted = _TYPES.get(str(known.get(key)), (object,))
-            if not isinstance(value, wanted) or isinstance(value, bool):
+            if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
                 raise InputError(f"{where}: {key}: got {value!r}, want {known[key]}")
         spec = ModelSpec.from_dict(values["model"], f"{where} [model]")
         try:

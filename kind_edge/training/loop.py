@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kind_edge.errors import InputError, UsageError
-from kind_edge.model.checkpoint import check_tensors, read_metadata, read_tensors, write_tensors
-from kind_edge.model.diffusion import draw_timesteps, loss_per_image
-from kind_edge.model.dit import DiT, initialise
+from kind_edge.errors import InputError
+from kind_edge.model.diffusion import add_noise, draw_timesteps, loss_per_image
 from kind_edge.model.gated_linear import ClassGate
+from kind_edge.training.batches import Batch, ClassBatches, generator
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.source import TrainingData
+from kind_edge.training.state import TrainState, follow
 
-STATE = "state.safetensors"
 SAVE_EVERY_S = 120.0
-_ADAM = ("step", "exp_avg", "exp_avg_sq")
+EXPLODED = 100.0
+"""A loss above this has diverged: a network that predicts zero scores 1 to 2, whatever the objective."""
 
 
 @dataclass(frozen=True)
@@ -35,117 +35,124 @@ class Progress:
     left_s: float
 
 
-@dataclass
-class TrainState:
-    """All that changes during a run. `seconds` is the time spent training, over all its sessions."""
-
-    model: DiT
-    ema: DiT
-    optimizer: torch.optim.AdamW
-    step: int = 0
-    seconds: float = 0.0
-    loss: float = math.nan
-    """Mean over about the last hundred steps."""
-
-
-class ClassBatches:
-    """Batches sorted into equal groups by class; every class is gone through in a new random order each epoch."""
-
-    def __init__(self, labels: Tensor, num_classes: int, batch_size: int, seed: int) -> None:
-        self.members = [(labels == c).nonzero().flatten() for c in range(num_classes)]
-        empty = [c for c, members in enumerate(self.members) if len(members) == 0]
-        if empty:
-            raise InputError(f"no training image has class {empty[0]}; every class of the model needs some")
-        self.group_count = min(num_classes, batch_size)
-        self.group_size = batch_size // self.group_count
-        self.seed = seed
-
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """The classes [G] of a step's batch and the images [G*M] of their groups."""
-        classes = torch.arange(len(self.members))
-        if self.group_count < len(self.members):
-            order = torch.randperm(len(self.members), generator=_generator(self.seed, step, 1))
-            classes = order[: self.group_count].sort().values
-        return classes, torch.cat([self._draw(int(c), step) for c in classes])
-
-    def _draw(self, c: int, step: int) -> Tensor:
-        members = self.members[c]
-        per_epoch = max(1, len(members) // self.group_size)
-        epoch, position = divmod(step, per_epoch)
-        order = torch.randperm(len(members), generator=_generator(self.seed, epoch, 2 + c))
-        wanted = torch.arange(position * self.group_size, (position + 1) * self.group_size) % len(members)
-        return members[order[wanted]]
-
-
-def _generator(seed: int, *path: int) -> torch.Generator:
-    """An independent stream for every (seed, path): a splitmix-style fold into 63 bits."""
-    value = seed
-    for part in path:
-        value = ((value ^ part) * 0x9E3779B97F4A7C15 + 0xD1B54A32D192ED03) & (2**63 - 1)
-        value ^= value >> 29
-    return torch.Generator().manual_seed(value)
-
-
-def start(config: TrainConfig, device: torch.device) -> TrainState:
-    model = initialise(DiT(config.spec), config.seed).to(device)
-    ema = DiT(config.spec).to(device).requires_grad_(False)
-    ema.load_state_dict(model.state_dict())
-    decay = [p for name, p in model.named_parameters() if not name.endswith("bias")]
-    rest = [p for name, p in model.named_parameters() if name.endswith("bias")]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return TrainState(model, ema, torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), fused=True))
-
-
 def learning_rate(config: TrainConfig, step: int) -> float:
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def train_step(config: TrainConfig, state: TrainState, images: Tensor, batches: ClassBatches) -> Tensor:
-    """One optimizer step on uint8 `images` [n, ch, H, W]; returns the loss."""
-    device = images.device
-    generator = _generator(config.seed, state.step, 0)
-    classes, chosen = batches(state.step)
-    x = images[chosen.to(device)].float() / 127.5 - 1
-    noise = torch.randn(x.shape, generator=generator).to(device)
-    timestep = draw_timesteps(config.spec.objective, len(x), generator).to(device)
-    closed = torch.rand(len(x), generator=generator) < config.null_share
-    gate = ClassGate.grouped(classes.to(device), closed.to(device), config.spec.num_classes)
-    loss = loss_per_image(
-        config.spec.objective, lambda noised, t: state.model(noised, t, gate), x, noise, timestep
-    ).mean()
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(config, state.step)
+def learngene_share(config: TrainConfig, step: int) -> float:
+    """The leading share of the learngene's components that a step uses: below 1 on `nested_share` of the steps."""
+    if config.nested_share == 0 or step < config.nested_from * config.steps:
+        return 1.0
+    chance, size = torch.rand(2, generator=generator(config.seed, step, 0, 0), dtype=torch.float64).tolist()
+    lowest = config.nested_lowest
+    return lowest + (1 - lowest) * size if chance < config.nested_share else 1.0
+
+
+@dataclass(frozen=True)
+class Noised:
+    """What a step does to its images: noise [B, ch, H, W], timesteps [B], and which gates it closes [B]."""
+
+    noise: Tensor
+    timestep: Tensor
+    closed: Tensor
+
+    @classmethod
+    def draw(cls, config: TrainConfig, step: int, shape: tuple[int, ...]) -> Noised:
+        stream = generator(config.seed, step, 0)
+        noise = torch.randn(shape, generator=stream)
+        timestep = draw_timesteps(config.spec.objective, shape[0], stream)
+        return cls(noise, timestep, torch.rand(shape[0], generator=stream) < config.null_share)
+
+
+def train_step(config: TrainConfig, state: TrainState, data: TrainingData, batches: ClassBatches) -> float:
+    """One optimizer step; returns the loss.
+
+    Raises `InputError` where the loss or its gradient is no number or has exploded: before anything is updated.
+    """
+    batch = batches(state.step)
+    noised = Noised.draw(config, state.step, (len(batch.images), *data.shape))
+    touched, row_of_image = batch.labels.unique(return_inverse=True)
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.gradient_clip)
+    gradient = torch.zeros(len(touched), state.tailors.layout.values, device=state.slots.rows.device)
+    loss = torch.zeros((), device=gradient.device)
+    for part in _parts(batch, config):
+        state.tailors.fill(state.slots, batch.labels[part.start : part.stop : batch.group_size])
+        share = batch_loss(config, state, data, batch, noised, part)
+        share.backward()
+        loss += share.detach()
+        rows = row_of_image[part.start : part.stop : batch.group_size]
+        state.tailors.collect(state.slots, rows, gradient)
+    norm = clip(state, gradient, config.gradient_clip)
+    _refuse_divergence(state.step + 1, float(loss), float(norm))
+    rate = learning_rate(config, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
     state.optimizer.step()
-    decay = min(config.ema_decay, (1 + state.step) / (10 + state.step))
-    with torch.no_grad():  # or the average would keep the graph of every step since the first
-        torch._foreach_lerp_(list(state.ema.parameters()), list(state.model.parameters()), 1 - decay)
+    state.tailors.update(touched, gradient, state.step, rate, config.weight_decay, config.ema_decay)
+    follow(config, state)
     state.step += 1
-    return loss.detach()
+    return float(loss)
+
+
+def _parts(batch: Batch, config: TrainConfig) -> Iterator[slice]:
+    yield slice(0, len(batch.images))
+
+
+def batch_loss(
+    config: TrainConfig, state: TrainState, data: TrainingData, batch: Batch, noised: Noised, part: slice
+) -> Tensor:
+    """The loss of a part of the batch, whose tailors lie in the slots."""
+    device, objective = state.slots.rows.device, config.spec.objective
+    x = data.batch(batch.images[part]).to(device)
+    noise, timestep, closed = (t[part].to(device) for t in (noised.noise, noised.timestep, noised.closed))
+    labels = batch.labels[part].to(device)
+
+    def predict(sample: Tensor, timestep: Tensor, share: float = learngene_share(config, state.step)) -> Tensor:
+        gate = ClassGate.gathered(labels, closed, config.spec.num_classes, share)
+        return state.model(sample, timestep, gate)
+
+    if config.nested_teacher and learngene_share(config, state.step) < 1:
+        sample, _ = add_noise(objective, x, noise, timestep)
+        with torch.no_grad():
+            whole = predict(sample, timestep, 1.0)
+        return (predict(sample, timestep) - whole).square().mean()
+    return loss_per_image(objective, predict, x, noise, timestep).mean()
+
+
+def clip(state: TrainState, tailor_gradient: Tensor, longest: float) -> Tensor:
+    """Scale the gradient of everything that a step updates, as one vector, to this length at most; its length."""
+    gradients = [p.grad for p in state.parameters().values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([*gradients, tailor_gradient])
+    scale = (longest / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([*gradients, tailor_gradient], scale)
+    return norm
+
+
+def _refuse_divergence(step: int, loss: float, norm: float) -> None:
+    if math.isfinite(norm) and loss < EXPLODED:  # false for NaN, too
+        return
+    what = "gradient" if loss < EXPLODED else "loss"
+    raise InputError(
+        f"the {what} became {norm if what == 'gradient' else loss:.3g} at step {step}; what was saved last is still "
+        "good; look at the images, or lower the learning rate and start again"
+    )
 
 
 def run(
     config: TrainConfig,
     state: TrainState,
-    images: Tensor,
-    labels: Tensor,
+    data: TrainingData,
     save: Callable[[TrainState], None],
     report: Callable[[Progress], None],
 ) -> TrainState:
     """Train to the configured number of images; saves every two minutes, at the end, and when interrupted."""
-    batches = ClassBatches(labels.cpu(), config.spec.num_classes, config.batch_size, config.seed)
+    batches = ClassBatches(data.labels.cpu(), config.spec.num_classes, config.batch_size, config.seed)
     began, first, saved = time.monotonic(), state.step, time.monotonic()
     seconds_before = state.seconds
     try:
         while state.step < config.steps:
-            loss = float(train_step(config, state, images, batches))
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss became {loss} at step {state.step}; lower the learning rate and start again"
-                )
+            loss = train_step(config, state, data, batches)
             state.loss = loss if math.isnan(state.loss) else state.loss + 0.01 * (loss - state.loss)
             elapsed = time.monotonic() - began
             state.seconds = seconds_before + elapsed
@@ -159,35 +166,4 @@ def run(
         save(state)
         raise
     save(state)
-    return state
-
-
-def save_state(folder: Path, state: TrainState) -> None:
-    """Write everything that `load_state` needs into one file, by renaming a finished one into place."""
-    names = {id(p): name for name, p in state.model.named_parameters()}
-    tensors = {f"model.{name}": t for name, t in state.model.state_dict().items()}
-    tensors |= {f"ema.{name}": t for name, t in state.ema.state_dict().items()}
-    for parameter, moments in state.optimizer.state.items():
-        tensors |= {f"adam.{key}.{names[id(parameter)]}": value for key, value in moments.items()}
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-    numbers = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
-    write_tensors(folder / STATE, tensors, {key: repr(value) for key, value in numbers.items()})
-
-
-def load_state(folder: Path, config: TrainConfig, device: torch.device) -> TrainState:
-    """The state of an interrupted run; a state of another model is refused."""
-    path = folder / STATE
-    if not path.exists():
-        raise UsageError(f"--resume: {folder} holds no run to continue ({STATE} is missing)")
-    tensors, numbers = read_tensors(path), read_metadata(path)
-    state = start(config, device)
-    for prefix, model in (("model.", state.model), ("ema.", state.ema)):
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        check_tensors(config.spec, {name: tuple(t.shape) for name, t in own.items()}, str(path))
-        model.load_state_dict(own)
-    for name, parameter in state.model.named_parameters():
-        moments = {key: tensors[k] for key in _ADAM if (k := f"adam.{key}.{name}") in tensors}
-        if len(moments) == len(_ADAM):  # none before the first step
-            state.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
-    state.step, state.seconds, state.loss = int(numbers["step"]), float(numbers["seconds"]), float(numbers["loss"])
     return state

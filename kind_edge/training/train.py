@@ -19,7 +19,9 @@ from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, Checkpoint,
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE, FashionMNIST, load_fashion_mnist
-from kind_edge.training.loop import STATE, Progress, TrainState, load_state, run, save_state, start
+from kind_edge.training.loop import Progress, run
+from kind_edge.training.source import InMemoryImages
+from kind_edge.training.state import STATE, TrainState, averaged_tensors, load_state, save_state, start
 
 CALIBRATION_IMAGES = 1024
 HELDOUT_PER_CLASS = 50
@@ -63,8 +65,9 @@ def train(
             raise UsageError(f"the model has {name} {getattr(config.spec, name)}, Fashion-MNIST has {value}")
     output.mkdir(parents=True, exist_ok=True)
     images, labels = tensors(dataset.train_images, dataset.train_labels)
+    source = InMemoryImages(images.to(place), labels, CLASS_NAMES, dataset.data_sha256)
     state = load_state(output, config, place) if resume else start(config, place)
-    run(config, state, images.to(place), labels, lambda s: save_state(output, s), on_progress)
+    run(config, state, source, lambda s: save_state(output, config, s), on_progress)
     finish(config, state, output, dataset)
     return output
 
@@ -80,7 +83,7 @@ def finish(config: TrainConfig, state: TrainState, output: Path, dataset: Fashio
         "command": "kind-edge " + shlex.join(sys.argv[1:]),
         "config": config.to_dict(),
         "data_sha256": dataset.data_sha256,
-        "hardware": hardware(next(state.model.parameters()).device),
+        "hardware": hardware(state.slots.rows.device),
         "seconds": round(state.seconds, 1),
         "images_seen": state.step * config.batch_size,
         "final_loss": state.loss,
@@ -91,14 +94,14 @@ def finish(config: TrainConfig, state: TrainState, output: Path, dataset: Fashio
             "sampler": default_sampler(config.spec.objective),
         },
     }
-    ema = state.ema.cpu().eval()
-    checkpoint = Checkpoint(config.spec, CLASS_NAMES, ema.state_dict(), provenance)
+    checkpoint = Checkpoint(config.spec, CLASS_NAMES, averaged_tensors(config, state), provenance)
     if config.spec.factored:
         chosen = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))[
             :CALIBRATION_IMAGES
         ]
         images, labels = tensors(dataset.train_images[chosen.numpy()], dataset.train_labels[chosen.numpy()])
-        save_calibration(output / CALIBRATION, calibrate_on_images(ema, images.float() / 127.5 - 1, labels))
+        calibration = calibrate_on_images(checkpoint.model(), images.float() / 127.5 - 1, labels)
+        save_calibration(output / CALIBRATION, calibration)
     save_heldout(output, dataset)
     save_checkpoint(output, checkpoint, torch.float16)
     assert (output / CONFIG).exists()

@@ -12,20 +12,13 @@ from safetensors.torch import load_file
 
 import kind_edge.model.checkpoint as checkpoint_module
 from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import read_metadata, read_tensors, write_tensors
 from kind_edge.model.spec import ModelSpec
+from kind_edge.training.batches import ClassBatches
 from kind_edge.training.config import TrainConfig
-from kind_edge.training.loop import (
-    STATE,
-    ClassBatches,
-    Progress,
-    TrainState,
-    learning_rate,
-    load_state,
-    run,
-    save_state,
-    start,
-    train_step,
-)
+from kind_edge.training.loop import Progress, learning_rate, run, train_step
+from kind_edge.training.source import InMemoryImages
+from kind_edge.training.state import STATE, TrainState, load_state, save_state, start
 
 CPU = torch.device("cpu")
 SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 3, learngene_rank=4, tailor_rank=2)
@@ -34,18 +27,19 @@ GENERATOR = torch.Generator().manual_seed(0)
 LABELS = torch.arange(36) % 3
 # Each class has a brightness of its own, so there is something to learn.
 IMAGES = (torch.randint(40, (36, 1, 8, 8), generator=GENERATOR) + 100 * LABELS.view(-1, 1, 1, 1)).to(torch.uint8)
+DATA = InMemoryImages(IMAGES, LABELS, ("a", "b", "c"), "0")
 
 
 def train_on(config: TrainConfig, state: TrainState, steps: int | None = None) -> list[float]:
     batches = ClassBatches(LABELS, 3, config.batch_size, config.seed)
     count = config.steps - state.step if steps is None else steps
-    return [float(train_step(config, state, IMAGES, batches)) for _ in range(count)]
+    return [train_step(config, state, DATA, batches) for _ in range(count)]
 
 
-def everything(state: TrainState, folder: Path) -> dict[str, torch.Tensor]:
+def everything(config: TrainConfig, state: TrainState, folder: Path) -> dict[str, torch.Tensor]:
     """Weights, averages and both moments of every parameter, by name."""
     folder.mkdir(exist_ok=True)
-    save_state(folder, state)
+    save_state(folder, config, state)
     return load_file(folder / STATE)
 
 
@@ -63,11 +57,11 @@ def test_a_resumed_run_is_the_same_run(objective: str, tmp_path: Path) -> None:
     losses = train_on(config, whole)
     first = start(config, CPU)
     before = train_on(config, first, 3)
-    save_state(tmp_path, first)
+    save_state(tmp_path, config, first)
     second = load_state(tmp_path, config, CPU)
     assert second.step == 3
     assert before + train_on(config, second) == losses
-    wanted, got = everything(whole, tmp_path / "whole"), everything(second, tmp_path / "resumed")
+    wanted, got = everything(config, whole, tmp_path / "whole"), everything(config, second, tmp_path / "resumed")
     assert set(wanted) == set(got)
     assert any(name.startswith("adam.exp_avg_sq.") for name in wanted)
     for name, tensor in wanted.items():
@@ -86,7 +80,7 @@ def test_only_the_seed_decides(tmp_path: Path) -> None:
 
 def test_run_saves_at_the_end_and_reports_every_step(tmp_path: Path) -> None:
     reports: list[Progress] = []
-    state = run(CONFIG, start(CONFIG, CPU), IMAGES, LABELS, lambda s: save_state(tmp_path, s), reports.append)
+    state = run(CONFIG, start(CONFIG, CPU), DATA, lambda s: save_state(tmp_path, CONFIG, s), reports.append)
     assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
     assert reports[-1].left_s == 0
     assert state.loss == reports[-1].loss
@@ -102,25 +96,25 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
     whole = start(CONFIG, CPU)
     train_on(CONFIG, whole)
     with pytest.raises(KeyboardInterrupt):
-        run(CONFIG, start(CONFIG, CPU), IMAGES, LABELS, lambda s: save_state(tmp_path, s), interrupt)
+        run(CONFIG, start(CONFIG, CPU), DATA, lambda s: save_state(tmp_path, CONFIG, s), interrupt)
     second = load_state(tmp_path, CONFIG, CPU)
     assert second.step == 4
-    run(CONFIG, second, IMAGES, LABELS, lambda _: None, lambda _: None)
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    run(CONFIG, second, DATA, lambda _: None, lambda _: None)
+    for name, tensor in everything(CONFIG, whole, tmp_path / "whole").items():
+        assert torch.equal(tensor, everything(CONFIG, second, tmp_path / "resumed")[name]), name
 
 
 def test_a_loss_that_explodes_stops_the_run() -> None:
     state = start(CONFIG, CPU)
     state.model.final.linear.bias.data.fill_(math.inf)
     with pytest.raises(InputError, match=r"loss became .* at step 1"):
-        run(CONFIG, state, IMAGES, LABELS, lambda _: None, lambda _: None)
+        run(CONFIG, state, DATA, lambda _: None, lambda _: None)
 
 
 @pytest.mark.parametrize("written", [0, 1000])
 def test_a_save_that_fails_leaves_the_old_state(written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = start(CONFIG, CPU)
-    save_state(tmp_path, state)
+    save_state(tmp_path, CONFIG, state)
     old = (tmp_path / STATE).read_bytes()
     train_on(CONFIG, state, 1)
 
@@ -131,20 +125,25 @@ def test_a_save_that_fails_leaves_the_old_state(written: int, tmp_path: Path, mo
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint_module, "save_file", half)
         with pytest.raises(KeyboardInterrupt):
-            save_state(tmp_path, state)
+            save_state(tmp_path, CONFIG, state)
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
     assert (tmp_path / STATE).read_bytes() == old
-    save_state(tmp_path, state)
+    save_state(tmp_path, CONFIG, state)
     assert load_state(tmp_path, CONFIG, CPU).step == 1
 
 
-def test_resuming_needs_a_run_of_the_same_model(tmp_path: Path) -> None:
+def test_resuming_needs_a_run_of_the_same_configuration(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--resume: .* holds no run"):
         load_state(tmp_path, CONFIG, CPU)
-    save_state(tmp_path, start(CONFIG, CPU))
-    other = dataclasses.replace(CONFIG, spec=dataclasses.replace(SPEC, tailor_rank=3))
-    with pytest.raises(InputError, match=r"tailors.* file has \(.*\), model wants \("):
+    save_state(tmp_path, CONFIG, start(CONFIG, CPU))
+    other = dataclasses.replace(CONFIG, spec=dataclasses.replace(SPEC, tailor_rank=3), learning_rate=0.5)
+    with pytest.raises(UsageError, match=r"learning_rate was 0.0015, now 0.5; model.tailor_rank was 2, now 3; give"):
         load_state(tmp_path, other, CPU)
+    tensors, metadata = read_tensors(tmp_path / STATE), read_metadata(tmp_path / STATE)
+    tensors["tailors.weight"] = tensors["tailors.weight"][:, 1:].contiguous()
+    write_tensors(tmp_path / STATE, tensors, metadata)
+    with pytest.raises(InputError, match=r"tailors.weight: file has \(3, .*\), model wants \(3, "):
+        load_state(tmp_path, CONFIG, CPU)
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:500])
     with pytest.raises(InputError, match="truncated or corrupt"):
         load_state(tmp_path, CONFIG, CPU)
@@ -158,48 +157,3 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[10:] == pytest.approx(cosine[10:])
     assert rates[-1] == 0
     assert learning_rate(dataclasses.replace(config, warmup_steps=0), 0) == 0.4
-
-
-def test_the_average_follows_the_weights_and_biases_do_not_decay() -> None:
-    state = start(CONFIG, CPU)
-    before = state.ema.final.linear.bias.clone()
-    train_on(CONFIG, state, 1)
-    wanted = torch.lerp(before, state.model.final.linear.bias.detach(), 1 - 1 / 10)
-    torch.testing.assert_close(state.ema.final.linear.bias, wanted)
-    assert not any(p.requires_grad or p.grad_fn for p in state.ema.parameters())  # a graph would grow step by step
-    decays = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
-    assert len(decays) == len(list(state.model.parameters()))
-    for name, parameter in state.model.named_parameters():
-        assert decays[id(parameter)] == (0 if name.endswith("bias") else CONFIG.weight_decay), name
-
-
-def test_batches_see_every_image_once_per_epoch_in_equal_groups() -> None:
-    batches = ClassBatches(LABELS, 3, 12, seed=5)
-    epochs = []
-    for epoch in range(2):
-        seen = []
-        for step in range(3 * epoch, 3 * epoch + 3):
-            classes, chosen = batches(step)
-            assert classes.tolist() == [0, 1, 2]
-            assert LABELS[chosen].tolist() == [0] * 4 + [1] * 4 + [2] * 4
-            seen += chosen.tolist()
-        assert sorted(seen) == list(range(36))
-        epochs.append(seen)
-    assert epochs[0] != epochs[1]
-    assert torch.equal(batches(4)[1], ClassBatches(LABELS, 3, 12, seed=5)(4)[1])
-    assert not torch.equal(batches(4)[1], ClassBatches(LABELS, 3, 12, seed=6)(4)[1])
-
-
-def test_batches_smaller_than_the_classes_take_turns_and_odd_class_sizes_work() -> None:
-    batches = ClassBatches(torch.tensor([0, 0, 0, 0, 0, 1, 2]), 3, 2, seed=0)
-    seen: set[int] = set()
-    for step in range(60):
-        classes, chosen = batches(step)
-        assert len(classes) == len(chosen) == 2
-        assert classes[0] < classes[1]  # in order: a gate with all classes takes the tailors as they lie
-        seen |= set(chosen.tolist())
-    assert seen == set(range(7))
-    _, chosen = ClassBatches(torch.tensor([0, 1, 1, 1]), 2, 6, seed=0)(0)  # a class smaller than its group
-    assert chosen.tolist()[:3] == [0, 0, 0]
-    with pytest.raises(InputError, match="no training image has class 1"):
-        ClassBatches(torch.tensor([0, 2]), 3, 2, seed=0)

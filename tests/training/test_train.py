@@ -14,7 +14,8 @@ from kind_edge.model.calibration import load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, load_checkpoint
 from kind_edge.training.config import TrainConfig, preset
 from kind_edge.training.data import CLASS_NAMES, DATA_SHA256, find_fashion_mnist, load_fashion_mnist
-from kind_edge.training.loop import STATE, Progress
+from kind_edge.training.loop import Progress
+from kind_edge.training.state import STATE
 from kind_edge.training.train import pick_device, train
 
 SMOKE = preset("smoke")

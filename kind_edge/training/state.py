@@ -1,0 +1,165 @@
+"""What changes during a run: weights, averages, optimizer and step. Everything random is a function of (seed, step)."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import read_metadata, read_tensors, write_tensors
+from kind_edge.model.dit import DiT, initialise
+from kind_edge.training.batches import group_count
+from kind_edge.training.config import TrainConfig
+from kind_edge.training.tailors import BETAS, Slots, Tailors, decay_at
+
+STATE = "state.safetensors"
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainState:
+    """The model's own parameters (learngene and what is dense), the tailors, and how far the run is."""
+
+    model: DiT
+    """Its layers hold the tailors of the current batch alone, in `slots`."""
+    slots: Slots
+    tailors: Tailors
+    average: dict[str, Tensor]
+    """EMA of the model's own parameters."""
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    seconds: float = 0.0
+    """Time spent training, over all sessions of the run."""
+    loss: float = math.nan
+    """Mean over about the last hundred steps."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's own parameters by name: all but tailors."""
+        return own_parameters(self.model, self.tailors)
+
+
+def own_parameters(model: DiT, tailors: Tailors) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if name not in tailors.layout.shapes}
+
+
+def start(config: TrainConfig, device: torch.device) -> TrainState:
+    """A fresh run."""
+    return start_from(config, initialise(DiT(config.spec), config.seed).to(device))
+
+
+def start_from(config: TrainConfig, model: DiT) -> TrainState:
+    """A run that begins with these weights. The model becomes the run's own."""
+    tailors = Tailors.of(model)
+    slots = tailors.lend(model, group_count(config.spec.num_classes, config.batch_size))
+    own = own_parameters(model, tailors)
+    decay = [p for name, p in own.items() if not name.endswith("bias")]
+    rest = [p for name, p in own.items() if name.endswith("bias")]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    average = {name: p.detach().clone() for name, p in own.items()}
+    return TrainState(model, slots, tailors, average, torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True))
+
+
+@torch.no_grad()
+def follow(config: TrainConfig, state: TrainState) -> None:
+    """Move the average of the model's own parameters towards their present values."""
+    weights = list(state.parameters().values())
+    torch._foreach_lerp_(list(state.average.values()), weights, 1 - decay_at(config.ema_decay, state.step))
+
+
+def averaged_tensors(config: TrainConfig, state: TrainState) -> dict[str, Tensor]:
+    """The averaged weights under the names of a checkpoint, on the CPU."""
+    rows = state.tailors.current_average(state.step, config.ema_decay)
+    tensors = {"pos_embed": state.model.pos_embed, **state.average, **dict(state.tailors.layout.views(rows))}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def save_state(folder: Path, config: TrainConfig, state: TrainState) -> None:
+    """Write everything that `load_state` needs into one file, by renaming a finished one into place.
+
+    Raises:
+        UsageError: the disk has no room for it; the file of an earlier save is still whole.
+    """
+    numbers = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
+    metadata = {key: repr(value) for key, value in numbers.items()}
+    write_tensors(folder / STATE, _tensors(state), {**metadata, "config": json.dumps(config.to_dict())})
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in state.parameters().items():
+        tensors |= {f"model.{name}": parameter, f"average.{name}": state.average[name]}
+        moments = state.optimizer.state.get(parameter, {})  # none before the first step
+        tensors |= {f"adam.{key}.{name}": moments[key] for key in _ADAM if key in moments}
+    tensors |= {f"tailors.{name}": tensor for name, tensor in state.tailors.tensors().items()}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def load_state(folder: Path, config: TrainConfig, device: torch.device) -> TrainState:
+    """The state of an interrupted run.
+
+    Raises:
+        UsageError: there is none, or it is of a run with another configuration.
+        InputError: the file is corrupt.
+    """
+    path = folder / STATE
+    if not path.exists():
+        raise UsageError(f"--resume: {folder} holds no run to continue ({STATE} is missing)")
+    numbers = read_metadata(path)
+    try:
+        check_same_run(folder, json.loads(numbers["config"]), config.to_dict())
+        progress = int(numbers["step"]), float(numbers["seconds"]), float(numbers["loss"])
+    except (KeyError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: not the state of a run, or of another version ({error!r}); start again") from error
+    tensors = read_tensors(path)
+    state = start_from(config, DiT(config.spec).to(device))
+    _check(tensors, state, path)
+    with torch.no_grad():
+        for name, parameter in state.parameters().items():
+            parameter.copy_(tensors[f"model.{name}"])
+            state.average[name].copy_(tensors[f"average.{name}"])
+            moments = {key: tensors[k] for key in _ADAM if (k := f"adam.{key}.{name}") in tensors}
+            if moments:
+                state.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
+        for name, tensor in state.tailors.tensors().items():
+            tensor.copy_(tensors[f"tailors.{name}"])
+    state.step, state.seconds, state.loss = progress
+    return state
+
+
+def check_same_run(folder: Path, stored: dict[str, object], wanted: dict[str, object]) -> None:
+    """Refuse to continue a run with another configuration, naming what differs."""
+
+    def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
+        pairs: dict[str, object] = {}
+        for key, value in values.items():
+            pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        return pairs
+
+    was, now = flat(stored), flat(json.loads(json.dumps(wanted)))
+    different = [key for key in sorted(was | now) if was.get(key) != now.get(key)]
+    if different:
+        listed = "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in different[:5])
+        more = f" (and {len(different) - 5} more)" if len(different) > 5 else ""
+        raise UsageError(
+            f"--resume: the run in {folder} has another configuration: {listed}{more}; "
+            "give the one it was started with, or another -o"
+        )
+
+
+def _check(tensors: dict[str, Tensor], state: TrainState, path: Path) -> None:
+    """Refuse a file whose tensors are not those of the configuration that it names."""
+    wanted = {name: tensor.shape for name, tensor in _tensors(state).items()}
+    faults = [f"{name}: missing, want {tuple(shape)}" for name, shape in wanted.items() if name not in tensors]
+    faults += [
+        f"{name}: file has {tuple(tensors[name].shape)}, model wants {tuple(shape)}"
+        for name, shape in wanted.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if faults:
+        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        raise InputError(f"{path}: tensors do not match the configuration: {'; '.join(faults[:3])}{more}")
