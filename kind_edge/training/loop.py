@@ -20,6 +20,7 @@ from kind_edge.model.diffusion import draw_timesteps, loss_per_image
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.gated_linear import ClassGate
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.data import TrainingData
 
 STATE = "state.safetensors"
 SAVE_EVERY_S = 120.0
@@ -101,12 +102,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def train_step(config: TrainConfig, state: TrainState, images: Tensor, batches: ClassBatches) -> Tensor:
-    """One optimizer step on uint8 `images` [n, ch, H, W]; returns the loss."""
-    device = images.device
+def train_step(config: TrainConfig, state: TrainState, data: TrainingData, batches: ClassBatches) -> Tensor:
+    """One optimizer step; returns the loss."""
+    device = next(state.model.parameters()).device
     generator = _generator(config.seed, state.step, 0)
     classes, chosen = batches(state.step)
-    x = images[chosen.to(device)].float() / 127.5 - 1
+    x = data.batch(chosen).to(device)
     noise = torch.randn(x.shape, generator=generator).to(device)
     timestep = draw_timesteps(config.spec.objective, len(x), generator).to(device)
     closed = torch.rand(len(x), generator=generator) < config.null_share
@@ -130,18 +131,17 @@ def train_step(config: TrainConfig, state: TrainState, images: Tensor, batches: 
 def run(
     config: TrainConfig,
     state: TrainState,
-    images: Tensor,
-    labels: Tensor,
+    data: TrainingData,
     save: Callable[[TrainState], None],
     report: Callable[[Progress], None],
 ) -> TrainState:
     """Train to the configured number of images; saves every two minutes, at the end, and when interrupted."""
-    batches = ClassBatches(labels.cpu(), config.spec.num_classes, config.batch_size, config.seed)
+    batches = ClassBatches(data.labels, config.spec.num_classes, config.batch_size, config.seed)
     began, first, saved = time.monotonic(), state.step, time.monotonic()
     seconds_before = state.seconds
     try:
         while state.step < config.steps:
-            loss = float(train_step(config, state, images, batches))
+            loss = float(train_step(config, state, data, batches))
             if not math.isfinite(loss):
                 raise InputError(
                     f"the loss became {loss} at step {state.step}; lower the learning rate and start again"

@@ -14,6 +14,7 @@ import kind_edge.model.checkpoint as checkpoint_module
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.data import TrainingData
 from kind_edge.training.loop import (
     STATE,
     ClassBatches,
@@ -34,12 +35,13 @@ GENERATOR = torch.Generator().manual_seed(0)
 LABELS = torch.arange(36) % 3
 # Each class has a brightness of its own, so there is something to learn.
 IMAGES = (torch.randint(40, (36, 1, 8, 8), generator=GENERATOR) + 100 * LABELS.view(-1, 1, 1, 1)).to(torch.uint8)
+DATA = TrainingData(LABELS, ("a", "b", "c"), (1, 8, 8), "none", (IMAGES.numpy(),), torch.arange(36))
 
 
 def train_on(config: TrainConfig, state: TrainState, steps: int | None = None) -> list[float]:
     batches = ClassBatches(LABELS, 3, config.batch_size, config.seed)
     count = config.steps - state.step if steps is None else steps
-    return [float(train_step(config, state, IMAGES, batches)) for _ in range(count)]
+    return [float(train_step(config, state, DATA, batches)) for _ in range(count)]
 
 
 def everything(state: TrainState, folder: Path) -> dict[str, torch.Tensor]:
@@ -86,7 +88,7 @@ def test_only_the_seed_decides(tmp_path: Path) -> None:
 
 def test_run_saves_at_the_end_and_reports_every_step(tmp_path: Path) -> None:
     reports: list[Progress] = []
-    state = run(CONFIG, start(CONFIG, CPU), IMAGES, LABELS, lambda s: save_state(tmp_path, s), reports.append)
+    state = run(CONFIG, start(CONFIG, CPU), DATA, lambda s: save_state(tmp_path, s), reports.append)
     assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
     assert reports[-1].left_s == 0
     assert state.loss == reports[-1].loss
@@ -102,10 +104,10 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
     whole = start(CONFIG, CPU)
     train_on(CONFIG, whole)
     with pytest.raises(KeyboardInterrupt):
-        run(CONFIG, start(CONFIG, CPU), IMAGES, LABELS, lambda s: save_state(tmp_path, s), interrupt)
+        run(CONFIG, start(CONFIG, CPU), DATA, lambda s: save_state(tmp_path, s), interrupt)
     second = load_state(tmp_path, CONFIG, CPU)
     assert second.step == 4
-    run(CONFIG, second, IMAGES, LABELS, lambda _: None, lambda _: None)
+    run(CONFIG, second, DATA, lambda _: None, lambda _: None)
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
 
@@ -114,7 +116,7 @@ def test_a_loss_that_explodes_stops_the_run() -> None:
     state = start(CONFIG, CPU)
     state.model.final.linear.bias.data.fill_(math.inf)
     with pytest.raises(InputError, match=r"loss became .* at step 1"):
-        run(CONFIG, state, IMAGES, LABELS, lambda _: None, lambda _: None)
+        run(CONFIG, state, DATA, lambda _: None, lambda _: None)
 
 
 @pytest.mark.parametrize("written", [0, 1000])
