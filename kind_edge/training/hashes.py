@@ -49,6 +49,7 @@ def hash_of_files(files: Iterable[tuple[str, Path]], sha256_of: Callable[[Path],
 def _opened(path: Path) -> sqlite3.Connection:
     memory = _connected(path)
     try:
+        memory.execute("PRAGMA synchronous = OFF")  # thousands of small writes, none of which is worth waiting for
         memory.execute(_TABLE)
         memory.execute("SELECT bytes, mtime_ns, sha256 FROM hashes LIMIT 1").fetchall()
     except sqlite3.OperationalError:  # busy: do without
@@ -62,6 +63,4 @@ def _opened(path: Path) -> sqlite3.Connection:
 
 
 def _connected(path: Path) -> sqlite3.Connection:
-    memory = sqlite3.connect(path, timeout=10, isolation_level=None)
-    memory.execute("PRAGMA synchronous = OFF")  # thousands of small writes, none of which is worth waiting for
-    return memory
+    return sqlite3.connect(path, timeout=10, isolation_level=None)

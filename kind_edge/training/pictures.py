@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = frozenset({"avif", "bmp", "gif", "jfif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"})
 """Of file names, in lower case and without the dot."""
-FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What Pillow may take a file for: formats that are pixels and start no other program."""
 
 _BACKGROUND = (255, 255, 255, 255)
@@ -48,7 +49,7 @@ def decode(content: bytes, size: int, channels: int) -> Picture:
         UnreadablePictureError: broken, cut short, of an unknown format, or without a known white level.
     """
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+        with Image.open(io.BytesIO(content), formats=_readable()) as opened:
             upright = ImageOps.exif_transpose(opened)
             picture = _plain(upright).convert("L" if channels == 1 else "RGB")
     except UnreadablePictureError:
@@ -62,6 +63,13 @@ def decode(content: bytes, size: int, channels: int) -> Picture:
     square = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
     return Picture(np.ascontiguousarray(pixels.transpose(2, 0, 1)), side < size)
+
+
+@cache
+def _readable() -> tuple[str, ...]:
+    """Those of FORMATS that this build of Pillow has."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def _plain(picture: Image.Image) -> Image.Image:
