@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_TABLE = "CREATE TABLE IF NOT EXISTS hashes (path TEXT PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, sha256 TEXT)"
+_TABLE = "CREATE TABLE IF NOT EXISTS hashes (path BLOB PRIMARY KEY, bytes INTEGER, mtime_ns INTEGER, sha256 TEXT)"
 _SETTLED_NS = 2_000_000_000
 """A file that changed less than this ago may change again without another time stamp: not remembered."""
 
@@ -22,7 +23,7 @@ def remembered_hashes(cache: Path) -> Iterator[Callable[[Path], str]]:
     with contextlib.closing(_opened(cache / "hashes.sqlite")) as memory:
 
         def sha256_of(path: Path) -> str:
-            place, facts = str(path.resolve()), path.stat()
+            place, facts = os.fsencode(path.resolve()), path.stat()
             with contextlib.suppress(sqlite3.Error):  # a memory that fails costs time, nothing else
                 row = memory.execute("SELECT bytes, mtime_ns, sha256 FROM hashes WHERE path = ?", (place,)).fetchone()
                 if row is not None and row[:2] == (facts.st_size, facts.st_mtime_ns):
@@ -39,10 +40,14 @@ def remembered_hashes(cache: Path) -> Iterator[Callable[[Path], str]]:
 
 
 def hash_of_files(files: Iterable[tuple[str, Path]], sha256_of: Callable[[Path], str]) -> str:
-    """One sha256 over names, sizes and contents, in order."""
+    """One sha256 over names, sizes and contents, in order. A file that cannot be read counts as that."""
     digest = hashlib.sha256()
     for name, path in files:
-        digest.update(f"{name}\0{path.stat().st_size}\0{sha256_of(path)}\n".encode())
+        try:
+            content = f"{path.stat().st_size}\0{sha256_of(path)}"
+        except OSError:
+            content = "unreadable"
+        digest.update(f"{name}\0{content}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

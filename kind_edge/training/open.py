@@ -27,7 +27,7 @@ from kind_edge.training.data import (
 from kind_edge.training.hashes import hash_of_files, remembered_hashes
 from kind_edge.training.latents import Encoder, autoencoder_files, open_encoder
 from kind_edge.training.mapping import ClassMap, choose_classes, read_class_map
-from kind_edge.training.prepare import SCHEMA_VERSION, Prepared, Work, describe, failures_file, prepare
+from kind_edge.training.prepare import CHUNK, SCHEMA_VERSION, Prepared, Work, describe, failures_file, prepare
 from kind_edge.training.sources import WANTED, Source, open_source
 
 HELDOUT_PER_CLASS = 50
@@ -73,7 +73,7 @@ def open_data(
     base = cache if cache is not None else cache_base()
     with remembered_hashes(base) as sha256_of:
         encoder = open_encoder(autoencoder, config.spec, device) if autoencoder is not None else None
-        report("computing checksums of the data; later runs remember them")
+        report("checksums of the data (each file is read once; later runs remember)")
         recipe = {
             "schema_version": SCHEMA_VERSION,
             "source": [source.kind, hash_of_files(source.files(items), sha256_of)],
@@ -176,6 +176,9 @@ def _work(
 
 
 def _report_prepared(prepared: Prepared, work: Work, report: Report) -> None:
+    if work.encode is not None:
+        spread = float(np.concatenate([shard[:CHUNK] for shard in prepared.shards]).astype(np.float32).std())
+        report(f"latents have a standard deviation of {spread:.2f}; the objective wants about 1")
     if prepared.enlarged:
         report(
             f"{prepared.enlarged} of {len(prepared.labels)} images are smaller than {work.size} x {work.size} pixels "

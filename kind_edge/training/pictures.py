@@ -50,6 +50,7 @@ def decode(content: bytes, size: int, channels: int) -> Picture:
     """
     try:
         with Image.open(io.BytesIO(content), formats=_readable()) as opened:
+            opened.draft(None, (2 * size, 2 * size))  # a JPEG much larger than that is not decoded in full
             upright = ImageOps.exif_transpose(opened)
             picture = _plain(upright).convert("L" if channels == 1 else "RGB")
     except UnreadablePictureError:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Work:
     def item_bytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
-    @property
+    @cached_property
     def ranges(self) -> list[range]:
         """The items of every shard."""
         most = self.shard_items or (SHARD_PIXELS if self.encode is None else SHARD_LATENTS)
@@ -192,15 +193,19 @@ def _make(work: Work, partial: Path, sha256_of: Callable[[Path], str], report: R
     failures = list(work.broken) + [failure for number in whole for failure in _record(partial, number)["failures"]]
     began = reported = time.monotonic()
     done = 0
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for number in missing:
-            for count, failed in _write_shard(work, partial, number, pool):
-                done += count
-                failures += failed
-                _check_failures(work, failures, partial)
-                if time.monotonic() - reported > REPORT_EVERY_S:
-                    reported = time.monotonic()
-                    report(f"prepared {done} of {items} images, {done / (reported - began):.0f} images/s")
+    try:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            for number in missing:
+                for count, failed in _write_shard(work, partial, number, pool):
+                    done += count
+                    failures += failed
+                    _check_failures(work, failures, partial)
+                    if time.monotonic() - reported > REPORT_EVERY_S:
+                        reported = time.monotonic()
+                        report(f"prepared {done} of {items} images, {done / (reported - began):.0f} images/s")
+    except KeyboardInterrupt:
+        report("what is prepared so far is kept; the same command goes on")
+        raise
     _list_failures(failures, partial)
     _write(partial / INDEX, json.dumps({"schema_version": SCHEMA_VERSION, "key": work.key}).encode())
 

@@ -67,10 +67,10 @@ def _training_part(parts: list[str], where: str) -> str:
 
 def _of_dataset(datasets: Any, dataset: Any, kind: str, where: str, files: Sequence[Path]) -> Source:
     image, label = _columns(datasets, dataset.features, where)
-    labels = dataset.select_columns([label]).with_format("numpy")[:][label] if len(dataset) else np.empty(0)
+    labels = dataset.select_columns([label]).with_format("arrow")[:].column(label).fill_null(-1).to_numpy()
     encoded = dataset.select_columns([image]).cast_column(image, datasets.Image(decode=False))
     names = dataset.features[label].names
-    return _source(kind, where, names, np.asarray(labels), lambda row: encoded[row][image], files)
+    return _source(kind, where, names, labels, lambda row: encoded[row][image], files)
 
 
 def _of_parquet(datasets: Any, files: Sequence[Path], kind: str, where: str) -> Source:
@@ -118,7 +118,7 @@ def _source(
     cell: Callable[[int], Any],
     files: Sequence[Path],
 ) -> Source:
-    labels = np.nan_to_num(labels, nan=-1).astype(np.int64)
+    labels = labels.astype(np.int64)
     strange = np.flatnonzero((labels < 0) | (labels >= len(names)))
     if len(strange):
         raise InputError(

@@ -68,7 +68,8 @@ def open_tars(shards: Sequence[Path], where: str) -> Source:
                 except _NoSampleError as error:
                     broken.append((f"{shard.name}:{sample['__key__']}", str(error)))
         except (tarfile.TarError, EOFError, ValueError) as error:
-            raise InputError(f"{shard}: not a whole, uncompressed tar of samples ({error}); make it anew") from error
+            why = error.args[0] if error.args else error  # webdataset appends what it was working on
+            raise InputError(f"{shard}: not a whole, uncompressed tar of samples ({why}); make it anew") from error
     if not slices:
         why = f"; {broken[0][0]}: {broken[0][1]}" if broken else ""
         raise InputError(f"--data {where}: no sample with an image and a label (cls, or json){why}")

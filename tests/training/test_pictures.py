@@ -14,7 +14,8 @@ from PIL import Image
 
 from kind_edge.training.pictures import UnreadablePictureError, decode
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow, of files that are broken on purpose
+# What Pillow says of files that are broken on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
 
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
