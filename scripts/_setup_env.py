@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-EXTRAS = "cpu,dev"
+EXTRAS = "cpu,dev,train"
 
 
 class SetupError(Exception):
@@ -65,7 +65,7 @@ class Environment:
         if self.folder.exists():
             say(f"bringing {self.folder} up to date with pyproject.toml and constraints.txt")
         else:
-            say(f"setting up {self.folder} from constraints.txt: about 2 minutes and 1.6 GB, once")
+            say(f"setting up {self.folder} from constraints.txt: about 2 minutes and 1.9 GB, once")
             self.folder.mkdir()
             self.unfinished.touch()
             self._create()

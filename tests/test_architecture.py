@@ -17,7 +17,10 @@ import kind_edge
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = {"kind_edge": "kind_edge", "exporters": "kind_edge.exporters", "profiles": "kind_edge.profiles"}
-HEAVY = {"coremltools", "diffusers", "onnx", "onnxruntime", "onnxscript", "optimum", "torch", "transformers"}
+HEAVY = {
+    "coremltools", "datasets", "diffusers", "onnx", "onnxruntime", "onnxscript", "optimum", "pyarrow", "torch",
+    "transformers", "webdataset",
+}  # fmt: skip
 
 ALL_BUT_EXPORTERS = {"budget", "cli", "deploy", "model", "profiles", "registry", "training"}
 FREE = {"errors", "units", "_version"}

@@ -33,7 +33,22 @@ def train(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="DIR", help="Folder of the data set.", show_default="the usual places"),
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="Images: a folder per class, .tar shards, or a Hugging Face data set; docs/data.md says more.",
+            show_default="the usual places of Fashion-MNIST",
+        ),
+    ] = None,
+    class_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--class-map", metavar="FILE", help='Which classes of the data, and merged how: shoe = ["sneaker", "boot"].'
+        ),
+    ] = None,
+    autoencoder: Annotated[
+        Path | None,
+        typer.Option("--autoencoder", metavar="DIR", help="For a model of latents: the autoencoder, from diffusers."),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to train.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in DIR.")] = False,
@@ -50,7 +65,17 @@ def train(
         from kind_edge.training.train import train as run
 
         try:
-            folder = run(chosen, output, data=data, device=device, resume=resume, on_progress=on_progress)
+            folder = run(
+                chosen,
+                output,
+                data=data,
+                class_map=class_map,
+                autoencoder=autoencoder,
+                device=device,
+                resume=resume,
+                on_progress=on_progress,
+                on_note=terminal.note,
+            )
         except KeyboardInterrupt:
             if output.exists():
                 terminal.note(f"saved in {output}; the same command with --resume goes on")

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kind_edge.deploy.verify import TIMESTEPS
 from kind_edge.errors import InputError
-from kind_edge.model.checkpoint import HELDOUT, Checkpoint, read_tensors
+from kind_edge.model.checkpoint import HELDOUT, HELDOUT_IMAGES, HELDOUT_LATENTS, Checkpoint, read_tensors
 from kind_edge.model.diffusion import add_noise
 from kind_edge.model.gated_linear import ClassGate
 from kind_edge.model.spec import Form, ModelSpec
@@ -22,7 +22,7 @@ IMAGES_PER_POINT = 2
 
 @dataclass(frozen=True)
 class Heldout:
-    """Images that training never saw: [n, ch, H, W] in [-1, 1], with their classes."""
+    """Images that training never saw: [n, ch, H, W], pixels in [-1, 1] or scaled latents, with their classes."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -40,15 +40,19 @@ def load_heldout(folder: Path, spec: ModelSpec) -> Heldout | None:
     if not path.exists():
         return None
     tensors = read_tensors(path)
-    if set(tensors) != {"images", "labels"} or len(tensors["images"]) != len(tensors["labels"]):
-        raise InputError(f"{path}: want tensors images [n, ch, H, W] and labels [n]")
-    images, labels = tensors["images"], tensors["labels"]
+    latent = spec.pixels_per_latent > 1
+    name, dtype = (HELDOUT_LATENTS, torch.float16) if latent else (HELDOUT_IMAGES, torch.uint8)
+    if set(tensors) != {name, "labels"} or len(tensors[name]) != len(tensors["labels"]):
+        raise InputError(f"{path}: want tensors {name} [n, ch, H, W] and labels [n]")
+    images, labels = tensors[name], tensors["labels"]
     shape = (len(labels), spec.channels, spec.image_size, spec.image_size)
-    if tuple(images.shape) != shape or labels.ndim != 1 or images.dtype != torch.uint8:
-        raise InputError(f"{path}: images are {images.dtype} {tuple(images.shape)}, want torch.uint8 {shape}")
+    if tuple(images.shape) != shape or labels.ndim != 1 or images.dtype != dtype:
+        raise InputError(f"{path}: {name} are {images.dtype} {tuple(images.shape)}, want {dtype} {shape}")
+    if not torch.isfinite(images).all():
+        raise InputError(f"{path}: {name} hold NaN or infinity; remove the file, or train anew")
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= spec.num_classes:
         raise InputError(f"{path}: labels must be 0 to {spec.num_classes - 1}, at least one")
-    return Heldout(tensors["images"].float() / 127.5 - 1, tensors["labels"].long())
+    return Heldout(images.float() if latent else images.float() / 127.5 - 1, labels.long())
 
 
 def make_reference(

@@ -29,6 +29,8 @@ SHARD_BYTES = 16 * 1000**2
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 CALIBRATION, HELDOUT = "calibration.safetensors", "heldout.safetensors"
+HELDOUT_IMAGES, HELDOUT_LATENTS = "images", "latents"
+"""Of HELDOUT, the tensor beside `labels`: uint8 pixels, or float16 latents in the network's own scale."""
 
 
 @dataclass(frozen=True)

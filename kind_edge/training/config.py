@@ -13,7 +13,8 @@ from typing import Any
 from kind_edge.errors import InputError, nearest, unknown
 from kind_edge.model.spec import ModelSpec
 
-DATASETS = ("fashion-mnist",)
+DATASETS = ("fashion-mnist", "files")
+"""With "files" the images are the user's own: what `--data` names."""
 
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 

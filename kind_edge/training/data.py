@@ -1,7 +1,8 @@
-"""Fashion-MNIST, read from the four published idx files and checked byte for byte.
+"""What training sees, item by item, whatever it came from; and Fashion-MNIST, checked byte for byte.
 
-The files come from `--data DIR`, else from the user's cache, else from Debian's package `dataset-fashion-mnist`.
-Checksums are of the *decompressed* contents: distributions recompress the same data with other gzip settings.
+Fashion-MNIST's four idx files come from `--data DIR`, else from the user's cache, else from Debian's package
+`dataset-fashion-mnist`. Checksums are of the *decompressed* contents: distributions recompress the same data with other
+gzip settings.
 """
 
 from __future__ import annotations
@@ -10,12 +11,16 @@ import gzip
 import hashlib
 import os
 import zlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from kind_edge.errors import InputError
 
@@ -78,6 +83,54 @@ DATA_SHA256: str = hashlib.sha256("".join(file.sha256 for file in _FILES).encode
 
 
 @dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Items by index, in any order: the same index is the same item in every run and on every machine.
+
+    `shards` hold the items end to end, [m, ch, H, W] each: uint8 pixels, or float16 latents in the network's own scale.
+    `rows` says where in them each of the n items lies; the shards may hold more, for instance what is held out.
+    """
+
+    labels: Tensor
+    """int64 [n], positions in `class_names`."""
+    class_names: tuple[str, ...]
+    shape: tuple[int, int, int]
+    """(ch, H, W) of one item."""
+    sha256: str
+    """Of everything that determines the items."""
+    shards: tuple[npt.NDArray[Any], ...]
+    rows: Tensor
+    """int64 [n]."""
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        return np.cumsum([0, *(len(shard) for shard in self.shards)])
+
+    def stored(self, indices: Tensor) -> Tensor:
+        """The items as they are kept: uint8 or float16 [b, ch, H, W] for int64 [b]."""
+        rows = self.rows[indices].numpy()
+        out = np.empty((len(rows), *self.shape), dtype=self.shards[0].dtype)
+        holders = np.searchsorted(self._starts, rows, side="right") - 1
+        for holder in np.unique(holders):
+            mine = holders == holder
+            out[mine] = self.shards[holder][rows[mine] - self._starts[holder]]
+        return torch.from_numpy(out)
+
+    def batch(self, indices: Tensor) -> Tensor:
+        """The items as the network takes them: float32 [b, ch, H, W] for int64 [b]; pixels in [-1, 1]."""
+        stored = self.stored(indices)
+        return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored.float()
+
+
+@dataclass(frozen=True, eq=False)
+class DataSplit:
+    """What a run learns from, what it never sees, and what its checkpoint says of both."""
+
+    training: TrainingData
+    heldout: TrainingData
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class FashionMNIST:
     """The data set in memory (about 56 MB)."""
 
@@ -88,10 +141,14 @@ class FashionMNIST:
     data_sha256: str
 
 
+def cache_base() -> Path:
+    """The user's cache: ${XDG_CACHE_HOME:-~/.cache}/kind-edge."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "kind-edge"
+
+
 def cache_folder() -> Path:
-    """Where `scripts/fetch-fashion-mnist` puts the files: ${XDG_CACHE_HOME:-~/.cache}/kind-edge/fashion-mnist."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "kind-edge" / "fashion-mnist"
+    """Where `scripts/fetch-fashion-mnist` puts the files: fashion-mnist in the user's cache."""
+    return cache_base() / "fashion-mnist"
 
 
 def find_fashion_mnist(root: Path | None = None) -> Path:
@@ -107,7 +164,10 @@ def find_fashion_mnist(root: Path | None = None) -> Path:
         if not missing:
             return folder
         reports.append(f"{folder} lacks {', '.join(missing) if len(missing) < len(FILE_NAMES) else 'all four files'}")
-    raise InputError(f"Fashion-MNIST not found: {'; '.join(reports)}; wanted {', '.join(FILE_NAMES)}; {HOW_TO_GET}")
+    own = '; for images of your own set dataset = "files" in a --config' if root is not None else ""
+    raise InputError(
+        f"Fashion-MNIST not found: {'; '.join(reports)}; wanted {', '.join(FILE_NAMES)}; {HOW_TO_GET}{own}"
+    )
 
 
 def load_fashion_mnist(root: Path | None = None) -> FashionMNIST:
@@ -125,6 +185,28 @@ def load_fashion_mnist(root: Path | None = None) -> FashionMNIST:
         test_labels=test_labels.astype(np.int64),
         data_sha256=DATA_SHA256,
     )
+
+
+def fashion_mnist_split(dataset: FashionMNIST, heldout_per_class: int) -> DataSplit:
+    """All training images, and the first test images of every class."""
+    chosen = [np.flatnonzero(dataset.test_labels == c)[:heldout_per_class] for c in range(len(CLASS_NAMES))]
+    rows = np.concatenate(chosen)
+    return DataSplit(
+        _as_data(dataset.train_images, dataset.train_labels, dataset.data_sha256),
+        _as_data(dataset.test_images[rows], dataset.test_labels[rows], dataset.data_sha256),
+        {"kind": "Fashion-MNIST"},
+    )
+
+
+def _as_data(images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64], sha256: str) -> TrainingData:
+    return in_memory(images[:, None], torch.from_numpy(labels), CLASS_NAMES, sha256)
+
+
+def in_memory(images: npt.NDArray[np.uint8], labels: Tensor, class_names: tuple[str, ...], sha256: str) -> TrainingData:
+    """Images [n, ch, H, W] that are in memory already."""
+    channels, height, width = images.shape[1:]
+    rows = torch.arange(len(labels))
+    return TrainingData(labels, class_names, (channels, height, width), sha256, (images,), rows)
 
 
 def _read_idx(path: Path, expected: _IdxFile) -> npt.NDArray[np.uint8]:

@@ -18,7 +18,7 @@ from kind_edge.model.diffusion import add_noise, draw_timesteps, loss_per_image
 from kind_edge.model.gated_linear import ClassGate
 from kind_edge.training.batches import Batch, ClassBatches, generator
 from kind_edge.training.config import TrainConfig
-from kind_edge.training.source import TrainingData
+from kind_edge.training.data import TrainingData
 from kind_edge.training.state import TrainState, follow
 
 SAVE_EVERY_S = 120.0

@@ -10,21 +10,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from kind_edge._version import __version__
 from kind_edge.errors import UsageError
 from kind_edge.model.calibration import calibrate_on_images, save_calibration
-from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, Checkpoint, save_checkpoint, write_tensors
+from kind_edge.model.checkpoint import (
+    CALIBRATION,
+    CONFIG,
+    HELDOUT,
+    HELDOUT_IMAGES,
+    HELDOUT_LATENTS,
+    Checkpoint,
+    save_checkpoint,
+    write_tensors,
+)
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
-from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE, FashionMNIST, load_fashion_mnist
+from kind_edge.training.data import DataSplit, TrainingData
 from kind_edge.training.loop import Progress, run
-from kind_edge.training.source import InMemoryImages
+from kind_edge.training.open import open_data
 from kind_edge.training.state import STATE, TrainState, averaged_tensors, load_state, save_state, start
 
 CALIBRATION_IMAGES = 1024
-HELDOUT_PER_CLASS = 50
 
 
 def pick_device(name: str) -> torch.device:
@@ -43,11 +50,16 @@ def train(
     output: Path,
     *,
     data: Path | None = None,
+    class_map: Path | None = None,
+    autoencoder: Path | None = None,
     device: str = "auto",
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train into folder `output`, which becomes a checkpoint; an interrupted run goes on with `resume`.
+
+    `data`, `class_map` and `autoencoder` are as in `open_data`; `on_note` is told what becomes of the data.
 
     Raises `UsageError` if the folder holds something already and `resume` is not given.
     """
@@ -58,31 +70,22 @@ def train(
         begun = (output / STATE).exists()
         advice = "add --resume to go on with the run in it" if begun else "choose another -o"
         raise UsageError(f"{output} exists and is not empty; {advice}")
-    dataset = load_fashion_mnist(data)
-    wanted = {"num_classes": len(CLASS_NAMES), "image_size": IMAGE_SIDE, "channels": 1}
-    for name, value in wanted.items():
-        if getattr(config.spec, name) != value:
-            raise UsageError(f"the model has {name} {getattr(config.spec, name)}, Fashion-MNIST has {value}")
+    split = open_data(config, data, class_map=class_map, autoencoder=autoencoder, device=place, report=on_note)
     output.mkdir(parents=True, exist_ok=True)
-    images, labels = tensors(dataset.train_images, dataset.train_labels)
-    source = InMemoryImages(images.to(place), labels, CLASS_NAMES, dataset.data_sha256)
     state = load_state(output, config, place) if resume else start(config, place)
-    run(config, state, source, lambda s: save_state(output, config, s), on_progress)
-    finish(config, state, output, dataset)
+    run(config, state, split.training, lambda s: save_state(output, config, s), on_progress)
+    finish(config, state, output, split)
     return output
 
 
-def tensors(images: object, labels: object) -> tuple[Tensor, Tensor]:
-    """NumPy images [n, H, W] and labels as uint8 [n, 1, H, W] and int64 [n]."""
-    return torch.tensor(images).unsqueeze(1), torch.tensor(labels).long()
-
-
-def finish(config: TrainConfig, state: TrainState, output: Path, dataset: FashionMNIST) -> None:
+def finish(config: TrainConfig, state: TrainState, output: Path, split: DataSplit) -> None:
     """Write the checkpoint from the averaged weights, in fp16, and what planning needs beside it."""
+    data = split.training
     provenance = {
         "command": "kind-edge " + shlex.join(sys.argv[1:]),
         "config": config.to_dict(),
-        "data_sha256": dataset.data_sha256,
+        "data": dict(split.facts),
+        "data_sha256": data.sha256,
         "hardware": hardware(state.slots.rows.device),
         "seconds": round(state.seconds, 1),
         "images_seen": state.step * config.batch_size,
@@ -94,15 +97,13 @@ def finish(config: TrainConfig, state: TrainState, output: Path, dataset: Fashio
             "sampler": default_sampler(config.spec.objective),
         },
     }
-    checkpoint = Checkpoint(config.spec, CLASS_NAMES, averaged_tensors(config, state), provenance)
+    checkpoint = Checkpoint(config.spec, data.class_names, averaged_tensors(config, state), provenance)
     if config.spec.factored:
-        chosen = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))[
-            :CALIBRATION_IMAGES
-        ]
-        images, labels = tensors(dataset.train_images[chosen.numpy()], dataset.train_labels[chosen.numpy()])
-        calibration = calibrate_on_images(checkpoint.model(), images.float() / 127.5 - 1, labels)
+        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
+        chosen = order[:CALIBRATION_IMAGES]
+        calibration = calibrate_on_images(checkpoint.model(), data.batch(chosen), data.labels[chosen])
         save_calibration(output / CALIBRATION, calibration)
-    save_heldout(output, dataset)
+    save_heldout(output, split.heldout)
     save_checkpoint(output, checkpoint, torch.float16)
     assert (output / CONFIG).exists()
 
@@ -118,8 +119,12 @@ def hardware(device: torch.device) -> str:
     return f"{name}, {torch.get_num_threads()} of {os.cpu_count()} cores"
 
 
-def save_heldout(output: Path, dataset: FashionMNIST) -> None:
-    """The first test images of every class."""
-    images, labels = tensors(dataset.test_images, dataset.test_labels)
-    chosen = torch.cat([(labels == c).nonzero().flatten()[:HELDOUT_PER_CLASS] for c in range(len(CLASS_NAMES))])
-    write_tensors(output / HELDOUT, {"images": images[chosen], "labels": labels[chosen].to(torch.uint8)})
+def save_heldout(output: Path, heldout: TrainingData) -> None:
+    """All held-out items as they are kept: uint8 images, or float16 latents in the network's scale."""
+    count = len(heldout.labels)
+    if count == 0:
+        return
+    items = heldout.stored(torch.arange(count))
+    name = HELDOUT_IMAGES if items.dtype == torch.uint8 else HELDOUT_LATENTS
+    labels = heldout.labels.to(torch.uint8 if len(heldout.class_names) <= 256 else torch.int32)
+    write_tensors(output / HELDOUT, {name: items, "labels": labels})

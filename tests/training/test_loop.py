@@ -16,8 +16,8 @@ from kind_edge.model.checkpoint import read_metadata, read_tensors, write_tensor
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.batches import ClassBatches
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.data import in_memory
 from kind_edge.training.loop import Progress, learning_rate, run, train_step
-from kind_edge.training.source import InMemoryImages
 from kind_edge.training.state import STATE, TrainState, load_state, save_state, start
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 LABELS = torch.arange(36) % 3
 # Each class has a brightness of its own, so there is something to learn.
 IMAGES = (torch.randint(40, (36, 1, 8, 8), generator=GENERATOR) + 100 * LABELS.view(-1, 1, 1, 1)).to(torch.uint8)
-DATA = InMemoryImages(IMAGES, LABELS, ("a", "b", "c"), "0")
+DATA = in_memory(IMAGES.numpy(), LABELS, ("a", "b", "c"), "0")
 
 
 def train_on(config: TrainConfig, state: TrainState, steps: int | None = None) -> list[float]:

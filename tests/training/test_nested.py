@@ -12,14 +12,14 @@ from kind_edge.model.gated_linear import ClassGate, GatedLinear
 from kind_edge.model.spec import MatrixShape, ModelSpec, Ranks
 from kind_edge.training.batches import ClassBatches
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.data import in_memory
 from kind_edge.training.loop import learngene_share, train_step
-from kind_edge.training.source import InMemoryImages
 from kind_edge.training.state import start
 
 SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 3, learngene_rank=8, tailor_rank=2)
 CONFIG = TrainConfig(SPEC, images=12 * 2000, batch_size=12, nested_share=0.6, nested_lowest=0.25, nested_from=0.5)
 LABELS = torch.arange(36) % 3
-DATA = InMemoryImages(torch.arange(36 * 64).reshape(36, 1, 8, 8).to(torch.uint8), LABELS, ("a", "b", "c"), "0")
+DATA = in_memory(torch.arange(36 * 64).reshape(36, 1, 8, 8).to(torch.uint8).numpy(), LABELS, ("a", "b", "c"), "0")
 
 
 def test_the_share_of_nested_steps_and_their_sizes() -> None:

@@ -20,8 +20,8 @@ from kind_edge.model.gated_linear import ClassGate
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.batches import ClassBatches
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.data import TrainingData, in_memory
 from kind_edge.training.loop import Noised, learning_rate, train_step
-from kind_edge.training.source import InMemoryImages
 from kind_edge.training.state import TrainState, averaged_tensors, start
 from kind_edge.training.tailors import BETAS, average_kept, decay_at
 
@@ -30,10 +30,10 @@ SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 3, learngene_rank=4, tailor_rank=2)
 CONFIG = TrainConfig(SPEC, images=12 * 12, batch_size=12, warmup_steps=2, weight_decay=0.1, gradient_clip=0.05)
 
 
-def data_of(classes: int, per_class: int = 4) -> InMemoryImages:
+def data_of(classes: int, per_class: int = 4) -> TrainingData:
     labels = torch.arange(classes * per_class) % classes
     images = torch.randint(256, (len(labels), 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return InMemoryImages(images, labels, tuple(str(c) for c in range(classes)), "0")
+    return in_memory(images.numpy(), labels, tuple(str(c) for c in range(classes)), "0")
 
 
 def with_classes(classes: int, **changes: Any) -> TrainConfig:
@@ -147,6 +147,7 @@ def test_the_work_of_a_step_does_not_grow_with_the_classes() -> None:
 def test_clipping_sees_the_tailors() -> None:
     config, data = with_classes(20, batch_size=4, images=40, gradient_clip=1e-3), data_of(20)
     state, batches = start(config, CPU), ClassBatches(data.labels, 20, 4, 0)
+    torch.manual_seed(0)
     for parameter in state.parameters().values():
         torch.nn.init.normal_(parameter, std=0.2)  # a fresh model's blocks are closed and teach their tailors nothing
     lengths = []
