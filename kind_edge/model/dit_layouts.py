@@ -117,13 +117,13 @@ def _blocks(source: _Source, pattern: str) -> int:
     return 1 + max((int(match[1]) for name in source.left if (match := re.match(pattern, name))), default=-1)
 
 
-def _channels_first(values: Tensor, patch_size: int) -> Tensor:
+def channels_first(values: Tensor, patch_size: int) -> Tensor:
     """The final layer's outputs [P*P*ch, ...] reordered to [ch*P*P, ...]."""
     return values.unflatten(0, (patch_size, patch_size, -1)).movedim(2, 0).flatten(0, 2).contiguous()
 
 
-def _channels_last(values: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `_channels_first`."""
+def channels_last(values: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `channels_first`."""
     return values.unflatten(0, (-1, patch_size, patch_size)).movedim(0, 2).flatten(0, 2).contiguous()
 
 
@@ -198,7 +198,7 @@ def _pixels_per_latent(channels: int) -> int:
 
 def _with_our_patch_order(spec: ModelSpec, tensors: dict[str, Tensor]) -> DenseDiT:
     for name in ("final.linear.weight", "final.linear.bias"):
-        tensors[name] = _channels_first(tensors[name], spec.patch_size)
+        tensors[name] = channels_first(tensors[name], spec.patch_size)
     return DenseDiT(spec, tensors)
 
 
@@ -269,7 +269,7 @@ def to_diffusers(dense: DenseDiT, labels: Tensor) -> tuple[dict[str, Any], dict[
     if spec.hidden_width != 4 * spec.width:
         raise UsageError(f"diffusers: its DiT has an MLP of 4 times the width; this one has {spec.mlp_ratio:g} times")
     table = sincos_position_table(spec.image_size // spec.patch_size, spec.width)
-    if not torch.allclose(tensors["pos_embed"], table, atol=1e-4):
+    if not torch.allclose(tensors["pos_embed"], table, atol=1e-5):
         raise UsageError("diffusers: its DiT computes the sine-cosine position table; this model has another one")
     config = {
         "num_attention_heads": spec.heads, "attention_head_dim": spec.head_width, "in_channels": spec.channels,
@@ -278,7 +278,7 @@ def to_diffusers(dense: DenseDiT, labels: Tensor) -> tuple[dict[str, Any], dict[
     }  # fmt: skip
     named = {f"{theirs}.{kind}": tensors[f"{ours}.{kind}"] for ours, theirs in _DIFFUSERS.items() for kind in _KINDS}
     for kind in _KINDS:
-        named[f"proj_out_2.{kind}"] = _channels_last(named[f"proj_out_2.{kind}"], spec.patch_size)
+        named[f"proj_out_2.{kind}"] = channels_last(named[f"proj_out_2.{kind}"], spec.patch_size)
     embedders = {theirs: {**tensors, "y_embed.weight": labels}[ours] for ours, theirs in _DIFFUSERS_EMBEDDERS.items()}
     for block in range(spec.depth):
         there = f"transformer_blocks.{block}"

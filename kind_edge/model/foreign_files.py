@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ FACEBOOK, DIFFUSERS = "facebookresearch DiT", "diffusers DiT"
 _WEIGHTS = "diffusion_pytorch_model"
 _NOT_LOADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError,
-    AssertionError, ImportError, OverflowError, MemoryError, UnicodeError,
+    AssertionError, ImportError, OverflowError, MemoryError, struct.error,
 )  # fmt: skip
 """What torch.load answers a file that was cut, changed, or never was its own."""
 
