@@ -117,7 +117,9 @@ def _readme(origin: Origin) -> str:
         "Guidance finds its null class at label 1000." if guided else _FOLDED,
     ]
     if spec.timestep_frequency_shift == 0:
-        notes.append(f"Its timestep weights were fitted to diffusers' frequencies at {plan.steps} steps: use that number.")
+        notes.append(
+            f"Its timestep weights were fitted to diffusers' frequencies at {plan.steps} steps: use that number."
+        )
     notes.append(_LATENTS if latent else _PIXELS)
     return f"""# A DiTPipeline of diffusers
 

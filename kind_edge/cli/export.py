@@ -33,7 +33,8 @@ def export(
         typer.Option("--output", "-o", metavar="DIR", help="The bundle.", show_default="./<model>-<profile>"),
     ] = None,
     formats: Annotated[
-        str, typer.Option("--formats", metavar="|".join(FORMATS), help="What to write, comma separated; onnx always is.")
+        str,
+        typer.Option("--formats", metavar="|".join(FORMATS), help="What to write, comma separated; onnx always is."),
     ] = "onnx",
     plan_file: Annotated[
         Path | None,

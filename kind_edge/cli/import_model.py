@@ -19,7 +19,9 @@ def import_model(
     context: typer.Context,
     source: Annotated[
         Path,
-        typer.Argument(metavar="SOURCE", help="A facebookresearch DiT (.pt), or a diffusers DiT or DiTPipeline folder."),
+        typer.Argument(
+            metavar="SOURCE", help="A facebookresearch DiT (.pt), or a diffusers DiT or DiTPipeline folder."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The checkpoint.")],
     learngene_rank: Annotated[
@@ -86,7 +88,10 @@ def _print(terminal: Terminal, done: Imported) -> None:
     rows = [
         ("from", done.layout),
         ("model", f"{shape}, {tables.count(spec.depth, 'block')}, classes: {len(done.class_names)}"),
-        ("learngene", f"rank {spec.learngene_rank} of {spec.width}: {done.learngene_energy:.1%} of the weights' energy"),
+        (
+            "learngene",
+            f"rank {spec.learngene_rank} of {spec.width}: {done.learngene_energy:.1%} of the weights' energy",
+        ),
         ("with a tailor", f"rank {spec.learngene_rank + spec.tailor_rank}: {done.active_energy:.1%}"),
     ]
     terminal.out.print(tables.facts(rows))

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from kind_edge.budget.plan import MatrixPlan, Plan
-from kind_edge.deploy.plain import Dense, ModulationNetwork, ModulationTable, Origin, PlainDiT, PlainLinear, Tailors, Thin
+from kind_edge.deploy.plain import (
+    Dense,
+    ModulationNetwork,
+    ModulationTable,
+    Origin,
+    PlainDiT,
+    PlainLinear,
+    Tailors,
+    Thin,
+)
 from kind_edge.errors import InputError, unknown
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint

@@ -131,7 +131,9 @@ class PlainDiT(nn.Module):
         self.spec, self.switches, self.modulation, self.origin = spec, switches, modulation, origin
         self.patch_embed, self.final = source.patch_embed, source.final.linear
         self.pos_embed = nn.Parameter(source.pos_embed.clone())
-        self.blocks = nn.ModuleList(Block(*assemble(linears, i, spec.heads), spec.mlp_norm_eps) for i in range(spec.depth))
+        self.blocks = nn.ModuleList(
+            Block(*assemble(linears, i, spec.heads), spec.mlp_norm_eps) for i in range(spec.depth)
+        )
 
     @property
     def input_names(self) -> tuple[str, ...]:

@@ -101,7 +101,9 @@ class _Source:
             raise InputError(f"{self.where}: tensor {name} ({tensor.dtype}) holds values that are not finite numbers")
         return tensor.float()
 
-    def layer(self, ours: str, theirs: str, outputs: int, *inputs: int, bias: bool = True) -> Iterator[tuple[str, Tensor]]:
+    def layer(
+        self, ours: str, theirs: str, outputs: int, *inputs: int, bias: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
         """Weight and bias; a layer without a bias gets one of zeros."""
         yield f"{ours}.weight", self.take(f"{theirs}.weight", outputs, *inputs)
         yield f"{ours}.bias", self.take(f"{theirs}.bias", outputs) if bias else torch.zeros(outputs)
@@ -110,7 +112,9 @@ class _Source:
         if self.left:
             names = sorted(self.left)
             more = f" (and {len(names) - 3} more)" if len(names) > 3 else ""
-            raise InputError(f"{self.where}: {', '.join(names[:3])}{more}: no part of a DiT with adaLN-Zero; not supported")
+            raise InputError(
+                f"{self.where}: {', '.join(names[:3])}{more}: no part of a DiT with adaLN-Zero; not supported"
+            )
 
 
 def _blocks(source: _Source, pattern: str) -> int:
@@ -170,7 +174,9 @@ def _facebook_spec(source: _Source, heads: int | None) -> ModelSpec:
         raise InputError(f"{source.where}: pos_embed is for {tokens} tokens; only square images are supported")
     heads = heads or standard_heads(width)
     if heads is None:
-        raise UsageError(f"--heads is missing: the file has no number of attention heads, and no standard DiT is {width} wide")
+        raise UsageError(
+            f"--heads is missing: the file has no number of attention heads, and no standard DiT is {width} wide"
+        )
     values = source.shape("final_layer.linear.weight", 2)[0]
     read = {
         "image_size": math.isqrt(tokens) * patch_size, "channels": channels, "patch_size": patch_size, "width": width,

@@ -76,7 +76,9 @@ def load_pickled_tensors(path: Path) -> Mapping[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except _NOT_LOADABLE as error:
         reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
-        raise InputError(f"{path}: truncated, corrupt, or more than tensors, so it was not loaded ({reason:.120})") from error
+        raise InputError(
+            f"{path}: truncated, corrupt, or more than tensors, so it was not loaded ({reason:.120})"
+        ) from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: holds {type(content).__name__}, want a DiT's state dict")
     return content

@@ -60,7 +60,9 @@ def test_names_from_a_file_and_what_is_said(call: Callable[..., Any], tmp_path: 
     again = call("import", tmp_path / "dit.pt", "-o", tmp_path / "out", *RANKS, "--heads", "2", "--classes", "cat,dog")
     assert again.code == 2
     assert "not empty" in again.err
-    printed = call("import", tmp_path / "dit.pt", "-o", tmp_path / "out2", *RANKS, "--heads", "2", "--classes", "cat,dog")
+    printed = call(
+        "import", tmp_path / "dit.pt", "-o", tmp_path / "out2", *RANKS, "--heads", "2", "--classes", "cat,dog"
+    )
     assert printed.code == 0
     assert "rank 8 of 16" in printed.out
 
@@ -112,9 +114,7 @@ def test_a_damaged_or_dangerous_file_exits_4_and_leaves_nothing(call: Callable[.
         ("model_index.json", json.dumps({"_class_name": "PixArtAlphaPipeline"}).encode()),
     ],
 )
-def test_a_damaged_folder_exits_4(
-    call: Callable[..., Any], tmp_path: Path, file: str, content: bytes | None
-) -> None:
+def test_a_damaged_folder_exits_4(call: Callable[..., Any], tmp_path: Path, file: str, content: bytes | None) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "DiTTransformer2DModel"}))
     if content is None:
         (tmp_path / file).unlink(missing_ok=True)

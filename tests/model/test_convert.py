@@ -17,23 +17,10 @@ from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint
 from kind_edge.model.convert import Imported, import_model
 
-WIDTH, CLASSES = 16, 3
-CONFIG: dict[str, Any] = {
-    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
-    "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": CLASSES,
-}  # fmt: skip
+WIDTH, CLASSES, DEPTH = 16, 3, 2
 TIMESTEPS = (0.0, 1.0, 37.0, 500.0, 999.0)
-
-
-def random_dit(**overrides: Any) -> DiTTransformer2DModel:
-    """Random weights, biases included, with the embedders of all blocks alike, as a trained DiT has them."""
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(**{**CONFIG, **overrides}).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5))
-    for block in model.transformer_blocks[1:]:
-        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
-    return model
+MakeDiT = Callable[..., DiTTransformer2DModel]
+Imports = Callable[..., Imported]
 
 
 def facebook_names(model: DiTTransformer2DModel) -> dict[str, Tensor]:
@@ -50,7 +37,7 @@ def facebook_names(model: DiTTransformer2DModel) -> dict[str, Tensor]:
     layer("t_embedder.mlp.0", f"{embedders}.timestep_embedder.linear_1")
     layer("t_embedder.mlp.2", f"{embedders}.timestep_embedder.linear_2")
     state["y_embedder.embedding_table.weight"] = theirs[f"{embedders}.class_embedder.embedding_table.weight"]
-    for i in range(CONFIG["num_layers"]):
+    for i in range(DEPTH):
         old, new = f"transformer_blocks.{i}", f"blocks.{i}"
         layer(f"{new}.attn.qkv", *(f"{old}.attn1.to_{part}" for part in "qkv"))
         layer(f"{new}.attn.proj", f"{old}.attn1.to_out.0")
@@ -84,7 +71,7 @@ def worst_error(reference: DiTTransformer2DModel, checkpoint: Checkpoint) -> flo
 
 
 @pytest.fixture
-def imports(tmp_path: Path) -> Callable[..., Imported]:
+def imports(tmp_path: Path) -> Imports:
     def run(source: Path, learngene: int = WIDTH, tailor: int = 2, **options: Any) -> Imported:
         return import_model(source, tmp_path / "out", learngene, tailor, **options)
 
@@ -94,9 +81,9 @@ def imports(tmp_path: Path) -> Callable[..., Imported]:
 @pytest.mark.parametrize("norm_eps", [1e-5, 1e-2])
 @pytest.mark.parametrize("attention_bias", [True, False])
 def test_a_diffusers_dit_computes_the_same(
-    imports: Callable[..., Imported], tmp_path: Path, norm_eps: float, attention_bias: bool
+    imports: Imports, make_dit: MakeDiT, tmp_path: Path, norm_eps: float, attention_bias: bool
 ) -> None:
-    model = random_dit(norm_eps=norm_eps, attention_bias=attention_bias, out_channels=4 if attention_bias else 8)
+    model = make_dit(norm_eps=norm_eps, attention_bias=attention_bias, out_channels=4 if attention_bias else 8)
     model.save_pretrained(tmp_path / "dit")
     done = imports(tmp_path / "dit")
     assert worst_error(model, load_checkpoint(done.folder)) < 1e-5
@@ -105,8 +92,8 @@ def test_a_diffusers_dit_computes_the_same(
 
 
 @pytest.mark.parametrize("wrapped", ["bare", "model", "ema"])
-def test_a_facebook_dit_computes_the_same(imports: Callable[..., Imported], tmp_path: Path, wrapped: str) -> None:
-    model = random_dit()
+def test_a_facebook_dit_computes_the_same(imports: Imports, make_dit: MakeDiT, tmp_path: Path, wrapped: str) -> None:
+    model = make_dit()
     state: dict[str, Any] = facebook_names(model)
     if wrapped != "bare":  # as DiT's train.py saves it; where there is an average, the other weights are not taken
         state = {wrapped: state, "args": argparse.Namespace(model="DiT-S/2"), "opt": {}}
@@ -118,11 +105,11 @@ def test_a_facebook_dit_computes_the_same(imports: Callable[..., Imported], tmp_
     assert checkpoint.class_names == ("a", "b", "c")
     assert checkpoint.spec.learned_sigma
     # The other convention is not close, so the test above can fail.
-    assert worst_error(random_dit(), checkpoint) > 1e-3
+    assert worst_error(make_dit(), checkpoint) > 1e-3
 
 
-def test_every_active_matrix_is_the_best_of_its_rank(imports: Callable[..., Imported], tmp_path: Path) -> None:
-    model = random_dit()
+def test_every_active_matrix_is_the_best_of_its_rank(imports: Imports, make_dit: MakeDiT, tmp_path: Path) -> None:
+    model = make_dit()
     model.save_pretrained(tmp_path / "dit")
     done = imports(tmp_path / "dit", learngene=6, tailor=3)
     checkpoint = load_checkpoint(done.folder)
@@ -137,9 +124,9 @@ def test_every_active_matrix_is_the_best_of_its_rank(imports: Callable[..., Impo
 
 
 def test_tailors_beyond_the_last_component_change_nothing_and_can_learn(
-    imports: Callable[..., Imported], tmp_path: Path
+    imports: Imports, make_dit: MakeDiT, tmp_path: Path
 ) -> None:
-    random_dit().save_pretrained(tmp_path / "dit")
+    make_dit().save_pretrained(tmp_path / "dit")
     layer = load_checkpoint(imports(tmp_path / "dit", WIDTH - 1, 3).folder).model().blocks[0].attn.q
     assert layer.tailors.s.count_nonzero(1).tolist() == [1] * CLASSES
     fresh = layer.tailors.U[:, :, 1:]
@@ -147,8 +134,8 @@ def test_tailors_beyond_the_last_component_change_nothing_and_can_learn(
     assert len(fresh.flatten(1).unique(dim=0)) == CLASSES
 
 
-def test_a_pipeline_brings_its_class_names(imports: Callable[..., Imported], tmp_path: Path) -> None:
-    random_dit().save_pretrained(tmp_path / "pipe" / "transformer")
+def test_a_pipeline_brings_its_class_names(imports: Imports, make_dit: MakeDiT, tmp_path: Path) -> None:
+    make_dit().save_pretrained(tmp_path / "pipe" / "transformer")
     index = {"_class_name": "DiTPipeline", "id2label": {"0": "tench, Tinca", "1": "crane", "2": "crane, machine"}}
     (tmp_path / "pipe/model_index.json").write_text(json.dumps(index))
     assert imports(tmp_path / "pipe").class_names == ("tench", "crane 1", "crane 2")
@@ -169,9 +156,9 @@ def test_a_pipeline_brings_its_class_names(imports: Callable[..., Imported], tmp
     ],
 )
 def test_options_that_are_not_ours_are_refused_by_name(
-    imports: Callable[..., Imported], tmp_path: Path, key: str, value: object
+    imports: Imports, make_dit: MakeDiT, tmp_path: Path, key: str, value: object
 ) -> None:
-    random_dit().save_pretrained(tmp_path / "dit")
+    make_dit().save_pretrained(tmp_path / "dit")
     config = tmp_path / "dit/config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), key: value}))
     with pytest.raises(InputError, match=str(value) if key in ("_class_name", "out_channels") else key):
@@ -179,16 +166,16 @@ def test_options_that_are_not_ours_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_with_embedders_of_their_own_are_refused(imports: Callable[..., Imported], tmp_path: Path) -> None:
-    model = random_dit()
+def test_blocks_with_embedders_of_their_own_are_refused(imports: Imports, make_dit: MakeDiT, tmp_path: Path) -> None:
+    model = make_dit()
     model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias += 1e-3
     model.save_pretrained(tmp_path / "dit")
     with pytest.raises(InputError, match=r"transformer_blocks\.1.*linear_2\.bias differs"):
         imports(tmp_path / "dit")
 
 
-def test_another_noise_schedule_is_refused(imports: Callable[..., Imported], tmp_path: Path) -> None:
-    random_dit().save_pretrained(tmp_path / "pipe" / "transformer")
+def test_another_noise_schedule_is_refused(imports: Imports, make_dit: MakeDiT, tmp_path: Path) -> None:
+    make_dit().save_pretrained(tmp_path / "pipe" / "transformer")
     (tmp_path / "pipe/model_index.json").write_text('{"_class_name": "DiTPipeline"}')
     (tmp_path / "pipe/scheduler").mkdir()
     (tmp_path / "pipe/scheduler/scheduler_config.json").write_text('{"prediction_type": "v_prediction"}')
@@ -197,9 +184,9 @@ def test_another_noise_schedule_is_refused(imports: Callable[..., Imported], tmp
 
 
 def test_tensors_that_are_missing_left_over_misshapen_or_not_finite(
-    imports: Callable[..., Imported], tmp_path: Path
+    imports: Imports, make_dit: MakeDiT, tmp_path: Path
 ) -> None:
-    whole = facebook_names(random_dit())
+    whole = facebook_names(make_dit())
     without = {name: t for name, t in whole.items() if name != "blocks.1.attn.qkv.bias"}
     for state, complaint in (
         (without, r"blocks\.1\.attn\.qkv\.bias is missing"),
@@ -216,8 +203,8 @@ def test_tensors_that_are_missing_left_over_misshapen_or_not_finite(
             imports(tmp_path / "dit.pt", heads=2)
 
 
-def test_ranks_heads_and_names_that_do_not_fit(imports: Callable[..., Imported], tmp_path: Path) -> None:
-    torch.save(facebook_names(random_dit()), tmp_path / "dit.pt")
+def test_ranks_heads_and_names_that_do_not_fit(imports: Imports, make_dit: MakeDiT, tmp_path: Path) -> None:
+    torch.save(facebook_names(make_dit()), tmp_path / "dit.pt")
     for options, complaint in (
         ({}, "--heads is missing"),
         ({"heads": 2, "learngene": WIDTH + 1}, "want 1 to 16"),
