@@ -34,7 +34,10 @@ class DiffusersExporter:
         if not precisions:
             raise UsageError("--formats diffusers: writes fp32 only; leave --precision out, or give fp32")
         _pipeline(model).save_pretrained(folder / FOLDER)
-        (folder / FOLDER / "README.md").write_text(_readme(model.origin), encoding="utf-8")
+        readme = folder / FOLDER / "README.md"
+        readme.write_text(_readme(model.origin), encoding="utf-8")
+        for weights in readme.parent.rglob("*.safetensors"):  # safetensors makes private files; a bundle's are ordinary
+            weights.chmod(readme.stat().st_mode)
         path = f"{FOLDER}/transformer"
         return (ExportedFile(path, "fp32", {"role": "denoiser", "precision": "fp32", **_interface(model)}),)
 
@@ -74,8 +77,8 @@ def _pipeline(model: PlainDiT) -> Any:
     truncated, plan, spec = model.origin.truncated, model.origin.plan, model.spec
     if any(truncated.spec.ranks(matrix.name).tailor for matrix in spec.matrices()):
         raise UsageError(
-            "--formats diffusers: its DiT has one weight per layer, and this plan (form switch) keeps a tailor for every "
-            "class; export one class at a time with --form single --classes NAME, or all in one with --form union"
+            "--formats diffusers: its DiT has one weight per layer, and this plan (form switch) keeps tailors to pick "
+            "from; export one class at a time with --form single --classes NAME, or all in one with --form union"
         )
     dense = densify(truncated)
     scheduler = parts.pipeline_scheduler(plan, spec.objective)
@@ -88,7 +91,7 @@ def _pipeline(model: PlainDiT) -> Any:
     autoencoder = None
     if spec.pixels_per_latent == 1:
         autoencoder = parts.passthrough_autoencoder(spec.channels, spec.image_size)
-    names = {index: name for index, name in enumerate(plan.classes)}
+    names = dict(enumerate(plan.classes))
     pipeline = DiTPipeline(transformer, autoencoder, scheduler, names)
     pipeline.register_to_config(id2label=names)
     return pipeline
@@ -118,7 +121,7 @@ def _readme(origin: Origin) -> str:
     ]
     if spec.timestep_frequency_shift == 0:
         notes.append(
-            f"Its timestep weights were fitted to diffusers' frequencies at {plan.steps} steps: use that number."
+            f"The timestep weights are fitted to diffusers' frequencies at {plan.steps} steps: take that number."
         )
     notes.append(_LATENTS if latent else _PIXELS)
     return f"""# A DiTPipeline of diffusers

@@ -1,4 +1,4 @@
-"""What a DiTPipeline holds beside plain weights: labels, timestep weights for its frequencies, scheduler, autoencoder."""
+"""What a DiTPipeline needs beside the matrices: labels, timestep weights, scheduler, autoencoder."""
 
 from __future__ import annotations
 
@@ -67,8 +67,9 @@ def fitted_weight(weight: Tensor, timesteps: Tensor) -> Tensor:
 def pipeline_scheduler(plan: Plan, objective: str) -> Any:
     """The plan's sampler as a scheduler that DiTPipeline can drive, with its timesteps set.
 
-    The pipeline's loop knows nothing of the objective: it hands the prediction to the scheduler. diffusers' flow-matching
-    schedulers lack a method that it calls; DPM-Solver++ with flow sigmas has it, and of first order it is Euler's step.
+    The pipeline's loop knows nothing of the objective: it hands the prediction to the scheduler. diffusers' own
+    flow-matching schedulers lack a method that it calls; DPM-Solver++ with flow sigmas has it, and of first order it is
+    Euler's step.
     """
     if objective == "epsilon":
         return make_scheduler(plan.sampler, objective, plan.steps)
@@ -84,9 +85,8 @@ def pipeline_scheduler(plan: Plan, objective: str) -> Any:
     return scheduler
 
 
-@torch.no_grad()
 def passthrough_autoencoder(channels: int, image_size: int) -> Any:
-    """An `AutoencoderKL` whose decoder and encoder return their input, up to about 2e-5: for models of pixels.
+    """An `AutoencoderKL` whose decoder and encoder return their input, up to about 1e-4: for models of pixels.
 
     Residual blocks of zeros pass everything on. The normalisation at the end divides by the spread of all channels: two
     constant channels of +-256 make that a constant too. Its SiLU is undone by silu(x) - silu(-x) = x.
@@ -99,7 +99,7 @@ def passthrough_autoencoder(channels: int, image_size: int) -> Any:
         layers_per_block=1, norm_num_groups=1, sample_size=image_size, scaling_factor=1.0, force_upcast=False,
         use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False,
     ).eval()  # fmt: skip
-    for parameter in autoencoder.parameters():
+    for parameter in autoencoder.requires_grad_(False).parameters():
         parameter.zero_()
     for half in (autoencoder.encoder, autoencoder.decoder):
         for c in range(channels):

@@ -34,7 +34,7 @@ def export(
     ] = None,
     formats: Annotated[
         str,
-        typer.Option("--formats", metavar="|".join(FORMATS), help="What to write, comma separated; onnx always is."),
+        typer.Option("--formats", metavar="|".join(FORMATS), help="What to write beside onnx, comma separated."),
     ] = "onnx",
     plan_file: Annotated[
         Path | None,

@@ -1,10 +1,10 @@
 """From a dense DiT to a KIND checkpoint and back.
 
-W = U diag(s) V^T by the SVD. The learngene takes the leading N_G components: the best class-agnostic matrix of its rank.
-Every class's tailor starts from the *next* N_T components, the same for all classes. So the active matrix, learngene
-plus one tailor, starts as the best approximation of rank N_G + N_T that there is, whatever class is asked for, and from
-the first step every factor of a tailor has a gradient (random factors under s = 0 would have one in s alone). Classes
-part ways in training, where an image opens its own gate only. Components beyond min(n, m) do not exist: those start as
+W = U diag(s) V^T by the SVD. The learngene takes the leading N_G components: the best matrix of its rank. Every
+class's tailor starts from the *next* N_T components, the same for all classes. So the active matrix, learngene plus one
+tailor, starts as the best approximation of rank N_G + N_T that there is, whatever class is asked for, and from the
+first step every factor of a tailor has a gradient (random factors under s = 0 would have one in s alone). Classes part
+ways in training, where an image opens its own gate only. Components beyond min(n, m) do not exist: those start as
 random directions with s = 0 and change nothing, so at full learngene rank the model equals its source.
 Symbols: W n x m, N_G learngene rank, N_T tailor rank, C classes.
 """

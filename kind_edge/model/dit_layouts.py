@@ -237,7 +237,7 @@ def _take_embedders(source: _Source, there: str, spec: ModelSpec, tensors: dict[
         own = source.take(name, *(shapes[layer] if kind == "weight" else shapes[layer][:1]))
         if not torch.equal(tensors.setdefault(ours, own), own):
             raise InputError(
-                f"{source.where}: {name} differs from the first block's; blocks with embedders of their own are not supported"
+                f"{source.where}: {name} differs from the first block's; embedders of a block's own are not supported"
             )
 
 
@@ -250,7 +250,7 @@ def _diffusers_spec(config: Mapping[str, Any], where: str) -> ModelSpec:
         if value not in _DIFFUSERS_OPTIONS.get(key, ()):
             wanted = " or ".join(str(choice) for choice in _DIFFUSERS_OPTIONS.get(key, ("none",))[:1])
             raise InputError(f"{where}: {key} is {value!r}: not supported, want {wanted}")
-    sizes = {key: config.get(key) for key in _DIFFUSERS_SHAPES[:8]}
+    sizes: dict[str, Any] = {key: config.get(key) for key in _DIFFUSERS_SHAPES[:8]}
     sizes["out_channels"] = sizes["out_channels"] or sizes["in_channels"]
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

@@ -6,6 +6,7 @@ Whatever is missing, damaged or of another kind is an `InputError` that says whe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pickle
 import struct
@@ -24,8 +25,8 @@ from kind_edge.model.dit_layouts import DIFFUSERS_CLASSES, DenseDiT, from_diffus
 FACEBOOK, DIFFUSERS = "facebookresearch DiT", "diffusers DiT"
 _WEIGHTS = "diffusion_pytorch_model"
 _NOT_LOADABLE = (
-    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError,
-    AssertionError, ImportError, OverflowError, MemoryError, struct.error,
+    pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
+    OSError, AssertionError, ImportError, OverflowError, MemoryError, struct.error,
 )  # fmt: skip
 """What torch.load answers a file that was cut, changed, or never was its own."""
 
@@ -96,7 +97,14 @@ def _read_pipeline(folder: Path) -> ForeignModel:
             if config.get(key, wanted) != wanted:
                 raise InputError(f"{scheduler}: {key} is {config[key]!r}: not supported, want {wanted!r}")
     found = _read_transformer(folder / "transformer")
-    return found._replace(class_names=_class_names(index.get("id2label"), found.dense.spec.num_classes))
+    spec, names = found.dense.spec, _class_names(index.get("id2label"), found.dense.spec.num_classes)
+    autoencoder = folder / "vae" / "config.json"
+    if autoencoder.exists():  # every level but the last halves the image
+        levels = _read_json(autoencoder).get("block_out_channels")
+        if not isinstance(levels, list) or len(levels) not in (1, 4):
+            raise InputError(f"{autoencoder}: block_out_channels is {levels!r}: want 4 levels (8 x), or 1 (pixels)")
+        spec = dataclasses.replace(spec, pixels_per_latent=2 ** (len(levels) - 1))
+    return ForeignModel(found.layout, found.dense._replace(spec=spec), names)
 
 
 def _class_names(labels: Any, count: int) -> tuple[str, ...] | None:

@@ -112,9 +112,8 @@ class ModelSpec:
                 f"ModelSpec.pixels_per_latent: got {self.pixels_per_latent}, want 1 (pixels) or 8 (SD latents)"
             )
         if self.timestep_frequency_shift not in (0, 1) or isinstance(self.timestep_frequency_shift, bool):
-            raise InputError(
-                f"ModelSpec.timestep_frequency_shift: got {self.timestep_frequency_shift!r}, want 0 (DiT) or 1 (diffusers)"
-            )
+            got = repr(self.timestep_frequency_shift)
+            raise InputError(f"ModelSpec.timestep_frequency_shift: got {got}, want 0 (DiT) or 1 (diffusers)")
         eps: Any = self.mlp_norm_eps
         if not isinstance(eps, float) or not 0 < eps < 1:
             raise InputError(f"ModelSpec.mlp_norm_eps: got {eps!r}, want a number between 0 and 1")

@@ -1,4 +1,4 @@
-"""`kind-edge import`: what it says, and that a bad file runs no code, exits 4 with one line and leaves nothing behind."""
+"""`kind-edge import`: what it says, and that a bad file runs no code, exits 4 and leaves nothing behind."""
 
 from __future__ import annotations
 
