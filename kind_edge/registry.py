@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_MODULES = {"onnx": "kind_edge.exporters.onnx_export"}
+_MODULES = {
+    "onnx": "kind_edge.exporters.onnx_export",
+    "diffusers": "kind_edge.exporters.diffusers_export",
+}
 
 FORMATS = tuple(_MODULES)
 

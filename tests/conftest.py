@@ -70,6 +70,32 @@ def save_tiny(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     return folder
 
 
+def random_dit(**overrides: Any) -> Any:
+    """A small `DiTTransformer2DModel` of 3 classes with random weights, biases included.
+
+    The embedders of all blocks are alike, as a trained DiT has them.
+    """
+    import torch
+    from diffusers import DiTTransformer2DModel
+
+    config: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+        "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 3,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(**{**config, **overrides}).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5))
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_dit() -> Callable[..., Any]:
+    return random_dit
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., Checkpoint]:
     return tiny_checkpoint

@@ -33,7 +33,8 @@ def export(
         typer.Option("--output", "-o", metavar="DIR", help="The bundle.", show_default="./<model>-<profile>"),
     ] = None,
     formats: Annotated[
-        str, typer.Option("--formats", metavar="|".join(FORMATS), help="What to write, comma separated.")
+        str,
+        typer.Option("--formats", metavar="|".join(FORMATS), help="What to write beside onnx, comma separated."),
     ] = "onnx",
     plan_file: Annotated[
         Path | None,
@@ -139,16 +140,17 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     manifest = read_manifest(bundle.path)
     for file, worst_db in bundle.parity.items():
         gate_db = GATES_DB[manifest.models[file].precision]
-        report = bundle.latency[file]
+        report = bundle.latency.get(file)
         predicted_ms = bundle.predicted_here_ms.get(file)
+        times_ms = (report.p50_ms, report.p90_ms, report.p99_ms, predicted_ms) if report else (None,) * 4
+        size = sum(size for name, size in bundle.files.items() if name == file or name.startswith(f"{file}/"))
         yield (
             f"{'*' if file == manifest.default_model else ' '} {file}",
-            tables.size(bundle.files[file]),
+            tables.size(size),
             f"{worst_db:.1f} dB" if worst_db is not None else "none",
             f"{gate_db:.0f} dB",
             tables.check(worst_db is not None and worst_db >= gate_db),
-            *(milliseconds(value) for value in (report.p50_ms, report.p90_ms, report.p99_ms)),
-            milliseconds(predicted_ms) if predicted_ms is not None else "",
+            *("" if value is None else milliseconds(value) for value in times_ms),
         )
 
 

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from kind_edge.budget.plan import MatrixPlan, Plan
-from kind_edge.deploy.plain import Dense, ModulationNetwork, ModulationTable, PlainDiT, PlainLinear, Tailors, Thin
+from kind_edge.deploy.plain import (
+    Dense,
+    ModulationNetwork,
+    ModulationTable,
+    Origin,
+    PlainDiT,
+    PlainLinear,
+    Tailors,
+    Thin,
+)
 from kind_edge.errors import InputError, unknown
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
@@ -107,7 +116,7 @@ def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
             tailors = Tailors((tv * ts.unsqueeze(1)).float(), tu.mT.float().contiguous())
         linears[name] = PlainLinear(shared, tailors, t[f"{name}.bias"].float())
     modulation = bake(source, timesteps) if plan.modulation == "baked" else ModulationNetwork(source)
-    plain = PlainDiT(spec, source, linears, modulation, plan.form == "switch")
+    plain = PlainDiT(spec, source, linears, modulation, plan.form == "switch", Origin(truncated, plan, timesteps))
     return plain.eval().requires_grad_(False)
 
 

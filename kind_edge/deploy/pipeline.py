@@ -91,10 +91,11 @@ def export(
 ) -> Bundle:
     """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
 
+    ONNX is always among the formats: what an app loads, what is measured and what draws the preview.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    exporters = [exporter(name) for name in formats]
+    exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats))]
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
@@ -187,13 +188,18 @@ def _make(model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Expo
     stage("verifying")
     reference = make_reference(truncated, plan.form, timesteps, own)
     assemble.save_reference(folder, reference)
-    default_model = next(path for path, entry in entries.items() if entry["precision"] == plan.precision)
+    default_model = next(path for path in _runnable(entries) if entries[path]["precision"] == plan.precision)
     manifest = assemble.manifest_of(
         assemble.describe(plan, model.checkpoint.spec, entries, default_model, table), folder
     )
     verification = verify_models(folder, manifest, reference).require()
     size = (folder / default_model).stat().st_size
     return _Made(entries, default_model, size, table, verification, merge_db, quality)
+
+
+def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """The files that ONNX Runtime opens: what an app loads, and what can be measured here."""
+    return {path: entry for path, entry in entries.items() if path.endswith((".onnx", ".ort"))}
 
 
 def _finish(
@@ -205,8 +211,9 @@ def _finish(
     values["verification"] = {**made.verification.to_dict(), "merge_db": made.merge_db}
     values["quality"] = {loss.name: loss.to_dict() for loss in made.quality}
     stage("measuring")
-    latency, image = assemble.measure(folder, values, list(made.entries), made.default_model)
-    predicted = assemble.predict_here_ms(plan, spec, made.entries, len(made.table.timestep))
+    measured = _runnable(made.entries)
+    latency, image = assemble.measure(folder, values, list(measured), made.default_model)
+    predicted = assemble.predict_here_ms(plan, spec, measured, len(made.table.timestep))
     assemble.latency_gate(plan, device, image)
     values["latency"] = {
         "models": {name: report.to_dict() for name, report in latency.items()},

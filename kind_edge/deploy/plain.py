@@ -5,7 +5,8 @@ Symbols: B batch, N tokens, D width, L blocks, K kept classes, S sampler evaluat
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from torch.nn import functional as F
 
 from kind_edge.model.dit import Block, DiT, assemble, patchify, unpatchify
 from kind_edge.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from kind_edge.budget.plan import Plan
+    from kind_edge.model.checkpoint import Checkpoint
 
 
 class Pick(NamedTuple):
@@ -101,17 +106,34 @@ class ModulationNetwork(nn.Module):
         return torch.cat([layer(c) for layer in self.adaln], -1)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a plain model was folded from: for formats that need more than its graph. `timesteps` [S] are the plan's."""
+
+    truncated: Checkpoint
+    plan: Plan
+    timesteps: Tensor
+
+
 class PlainDiT(nn.Module):
     """What is exported. `step` is `step_index` int32 [B] with a table, `timestep` float32 [B] with the network."""
 
     def __init__(
-        self, spec: ModelSpec, source: DiT, linears: dict[str, nn.Module], modulation: nn.Module, switches: bool
+        self,
+        spec: ModelSpec,
+        source: DiT,
+        linears: dict[str, nn.Module],
+        modulation: nn.Module,
+        switches: bool,
+        origin: Origin,
     ) -> None:
         super().__init__()
-        self.spec, self.switches, self.modulation = spec, switches, modulation
+        self.spec, self.switches, self.modulation, self.origin = spec, switches, modulation, origin
         self.patch_embed, self.final = source.patch_embed, source.final.linear
         self.pos_embed = nn.Parameter(source.pos_embed.clone())
-        self.blocks = nn.ModuleList(Block(*assemble(linears, i, spec.heads)) for i in range(spec.depth))
+        self.blocks = nn.ModuleList(
+            Block(*assemble(linears, i, spec.heads), spec.mlp_norm_eps) for i in range(spec.depth)
+        )
 
     @property
     def input_names(self) -> tuple[str, ...]:

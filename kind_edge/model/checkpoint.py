@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kind_edge.errors import InputError
-from kind_edge.model.dit import DiT
+from kind_edge.model.dit import DiT, sincos_position_table
 from kind_edge.model.spec import ModelSpec
 
 SCHEMA_VERSION = 1
@@ -35,7 +35,7 @@ HELDOUT_IMAGES, HELDOUT_LATENTS = "images", "latents"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model at rest. `tensors` keep the dtype of the file; `model()` computes in float32."""
+    """A model at rest. `tensors` keep the dtype of the file, `pos_embed` apart; `model()` computes in float32."""
 
     spec: ModelSpec
     class_names: tuple[str, ...]
@@ -106,10 +106,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"{folder}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, want {wanted}")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: tensor {name} holds NaN or infinity")
+    tensors["pos_embed"] = _unrounded(tensors["pos_embed"], spec)
     names = tuple(config["class_names"])
     if len(names) != spec.num_classes or len(set(names)) != len(names):
         raise InputError(f"{folder / CONFIG}: got {len(names)} class names, want {spec.num_classes} different ones")
     return Checkpoint(spec, names, tensors, config["provenance"], folder)
+
+
+def _unrounded(pos_embed: Tensor, spec: ModelSpec) -> Tensor:
+    """The sine-cosine table in full precision where storage merely rounded it: other formats compute it."""
+    table = sincos_position_table(spec.image_size // spec.patch_size, spec.width)
+    return table if torch.equal(table.to(pos_embed.dtype), pos_embed) else pos_embed
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -24,20 +24,26 @@ def sincos_position_table(side: int, width: int) -> Tensor:
     return torch.cat([columns, rows], 1).float()
 
 
+def timestep_features(timestep: Tensor, frequency_shift: int) -> Tensor:
+    """timestep [B] -> cosines, then sines, of 128 frequencies, [B, 256]."""
+    half = FREQUENCY_WIDTH // 2
+    steps = torch.arange(half, device=timestep.device)
+    angles = timestep[:, None].float() * torch.exp(-math.log(10000.0) * steps / (half - frequency_shift))
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoidal features of the timestep, then a two-layer MLP."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
+        self.frequency_shift = frequency_shift
         self.fc1 = nn.Linear(FREQUENCY_WIDTH, width)
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, timestep: Tensor) -> Tensor:
         """timestep [B] -> [B, D]."""
-        half = FREQUENCY_WIDTH // 2
-        frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=timestep.device) / half)
-        angles = timestep[:, None].float() * frequencies
-        return self.fc2(F.silu(self.fc1(torch.cat([angles.cos(), angles.sin()], -1))))
+        return self.fc2(F.silu(self.fc1(timestep_features(timestep, self.frequency_shift))))
 
 
 class DenseLinear(nn.Linear):
@@ -74,24 +80,24 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One transformer block. `modulation` [B, 6D]: shift, scale, gate of attention, then of the MLP."""
 
-    def __init__(self, attn: Attention, mlp: Mlp) -> None:
+    def __init__(self, attn: Attention, mlp: Mlp, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
-        self.attn, self.mlp = attn, mlp
+        self.attn, self.mlp, self.mlp_norm_eps = attn, mlp, mlp_norm_eps
 
     def forward(self, x: Tensor, modulation: Tensor, gate: object) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
         width = x.shape[-1:]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, -1)  # [B, 1, D] each
         x = x + gate1 * self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate)
-        return x + gate2 * self.mlp(modulate(F.layer_norm(x, width, eps=1e-6), shift2, scale2), gate)
+        return x + gate2 * self.mlp(modulate(F.layer_norm(x, width, eps=self.mlp_norm_eps), shift2, scale2), gate)
 
 
 class ModulatedBlock(Block):
     """A block with its own adaLN network, as it is learned."""
 
-    def __init__(self, attn: Attention, mlp: Mlp, width: int) -> None:
-        super().__init__(attn, mlp)
-        self.adaln = nn.Linear(width, 6 * width)
+    def __init__(self, attn: Attention, mlp: Mlp, spec: ModelSpec) -> None:
+        super().__init__(attn, mlp, spec.mlp_norm_eps)
+        self.adaln = nn.Linear(spec.width, 6 * spec.width)
 
 
 class FinalLayer(nn.Module):
@@ -137,10 +143,10 @@ class DiT(nn.Module):
         linears = {shape.name: make_linear(spec, shape) for shape in spec.matrices()}
         self.patch_embed = nn.Conv2d(spec.channels, width, spec.patch_size, stride=spec.patch_size)
         self.register_buffer("pos_embed", sincos_position_table(spec.image_size // spec.patch_size, width))
-        self.t_embed = TimestepEmbedder(width)
+        self.t_embed = TimestepEmbedder(width, spec.timestep_frequency_shift)
         self.y_embed = nn.Embedding(spec.num_classes + 1, width) if spec.label_embedding else None
         self.blocks = nn.ModuleList(
-            ModulatedBlock(*assemble(linears, block, spec.heads), width) for block in range(spec.depth)
+            ModulatedBlock(*assemble(linears, block, spec.heads), spec) for block in range(spec.depth)
         )
         self.final = FinalLayer(spec)
 

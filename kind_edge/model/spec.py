@@ -58,6 +58,9 @@ class ModelSpec:
     `image_size` and `channels` are those of the network's own input: pixels, or latents of an autoencoder, each of
     which stands for `pixels_per_latent` pixels along a side (1: pixels).
     `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them.
+
+    Two details differ between DiTs: the timestep frequencies are 10000^(-i / (128 - `timestep_frequency_shift`)), 0 in
+    DiT and 1 in diffusers; the LayerNorm before the MLP has `mlp_norm_eps`, 1e-6 in DiT and usually 1e-5 in diffusers.
     """
 
     image_size: int
@@ -75,6 +78,8 @@ class ModelSpec:
     objective: Objective = "flow"
     factored: bool = True
     pixels_per_latent: int = 1
+    timestep_frequency_shift: int = 0
+    mlp_norm_eps: float = 1e-6
     matrix_ranks: Mapping[str, Ranks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,6 +114,12 @@ class ModelSpec:
             raise InputError(
                 f"ModelSpec.pixels_per_latent: got {self.pixels_per_latent}, want 1 (pixels) or 8 (SD latents)"
             )
+        if self.timestep_frequency_shift not in (0, 1) or isinstance(self.timestep_frequency_shift, bool):
+            got = repr(self.timestep_frequency_shift)
+            raise InputError(f"ModelSpec.timestep_frequency_shift: got {got}, want 0 (DiT) or 1 (diffusers)")
+        eps: Any = self.mlp_norm_eps
+        if not isinstance(eps, float) or not 0 < eps < 1:
+            raise InputError(f"ModelSpec.mlp_norm_eps: got {eps!r}, want a number between 0 and 1")
         if self.objective not in OBJECTIVES:
             raise InputError(f"ModelSpec.objective: got {self.objective!r}, want one of {', '.join(OBJECTIVES)}")
         if self.learned_sigma and self.objective != "epsilon":
@@ -207,6 +218,11 @@ def named_spec(arch: str, num_classes: int, **overrides: Any) -> ModelSpec:
         "factored": False, "pixels_per_latent": 8,
     }  # fmt: skip
     return ModelSpec(**(base | overrides))
+
+
+def standard_heads(width: int) -> int | None:
+    """Attention heads of the standard DiT of that width; None if there is none."""
+    return {size[0]: size[2] for size in _DIT_SIZES.values()}.get(width)
 
 
 def default_sampler(objective: str) -> str:
