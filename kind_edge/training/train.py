@@ -24,7 +24,7 @@ from kind_edge.model.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
-from kind_edge.model.spec import default_sampler
+from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import DataSplit, TrainingData
 from kind_edge.training.loop import STATE, Progress, TrainState, load_state, run, save_state, start
@@ -90,7 +90,11 @@ def finish(config: TrainConfig, state: TrainState, output: Path, split: DataSpli
         "images_seen": state.step * config.batch_size,
         "final_loss": state.loss,
         "tools": {"kind_edge": __version__, "torch": torch.__version__},
-        "recommended": {"steps": 20, "guidance": 1.5, "sampler": default_sampler(config.spec.objective)},
+        "recommended": {
+            "steps": DEFAULT_STEPS,
+            "guidance": DEFAULT_GUIDANCE,
+            "sampler": default_sampler(config.spec.objective),
+        },
     }
     ema = state.ema.cpu().eval()
     checkpoint = Checkpoint(config.spec, data.class_names, ema.state_dict(), provenance)
