@@ -44,7 +44,8 @@ def choose_classes(class_map: ClassMap | None, known: Sequence[str], where: str)
         InputError: a name that the source does not have, or one that `--classes` could not name later.
     """
     chosen = class_map if class_map is not None else {name: (name,) for name in known}
-    unknown = [member for members in chosen.values() for member in members if member not in set(known)]
+    names = set(known)
+    unknown = [member for members in chosen.values() for member in members if member not in names]
     if unknown:
         faults = "; ".join(f"{name!r} (nearest: {nearest(name, known)[:200]})" for name in unknown[:3])
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,13 @@ from kind_edge.training.data import (
 from kind_edge.training.hashes import hash_of_files, remembered_hashes
 from kind_edge.training.latents import Encoder, autoencoder_files, open_encoder
 from kind_edge.training.mapping import ClassMap, choose_classes, read_class_map
-from kind_edge.training.prepare import CHUNK, SCHEMA_VERSION, Prepared, Work, describe, failures_file, prepare
+from kind_edge.training.prepare import CHUNK, SCHEMA_VERSION, Prepared, Report, Work, describe, failures_file, prepare
 from kind_edge.training.sources import WANTED, Source, open_source
 
 HELDOUT_PER_CLASS = 50
 HELDOUT_SHARE = 0.1
 FEWEST_PER_CLASS = 2
 """With one image a tailor could only learn it by heart, and nothing could ever be held out."""
-
-Report = Callable[[str], None]
 
 
 def open_data(
@@ -194,12 +192,15 @@ def _report_prepared(prepared: Prepared, work: Work, report: Report) -> None:
 
 
 def _facts(source: Source, prepared: Prepared, encoder: Encoder | None, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    facts = {
+    facts: dict[str, Any] = {
         "kind": source.kind,
         "images": len(prepared.labels),
         "unreadable": len(prepared.failures),
         "enlarged": prepared.enlarged,
     }
+    merged = {name: members for name, members in recipe["classes"] if members != [name]}
+    if merged:
+        facts["merged_classes"] = merged
     if encoder is not None:
         facts["autoencoder"] = {"kind": encoder.kind, "sha256": recipe["autoencoder"], **encoder.scaling}
     return facts

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from kind_edge.errors import InputError, UsageError
 from kind_edge.training.pictures import Picture, UnreadablePictureError, decode
 
 SCHEMA_VERSION = 1
-"""Also of how pixels are made: a change there makes every prepared folder a stranger."""
+"""Also of how pixels are made and dealt to shards: a change there makes every prepared folder a stranger."""
 SHARD_BYTES = 256_000_000
 SHARD_PIXELS, SHARD_LATENTS = 4096, 512
 """Items per shard at most: what a kill can cost. Encoding takes far longer than decoding."""
@@ -89,6 +89,11 @@ class Prepared:
     """Of every item's source bytes: equal for copies."""
     failures: tuple[tuple[str, str], ...]
     enlarged: int
+
+
+class _Item(NamedTuple):
+    picture: Picture
+    digest: str
 
 
 def prepare(work: Work, cache: Path, sha256_of: Callable[[Path], str], report: Report) -> Prepared:
@@ -222,15 +227,14 @@ def _write_shard(work: Work, partial: Path, number: int, pool: Executor) -> Iter
         chunk = items[first : first + CHUNK]
         contents = [_read(work, item) for item in chunk]
         results = list(pool.map(lambda content: _decoded(work, content), contents))
-        good = [(item, picture) for item, picture in zip(chunk, results, strict=True) if isinstance(picture, Picture)]
+        good = [(item, result) for item, result in zip(chunk, results, strict=True) if isinstance(result, _Item)]
         failed = [(work.name(item), why) for item, why in zip(chunk, results, strict=True) if isinstance(why, str)]
         if good:
-            pixels = np.stack([picture.pixels for _, picture in good])
+            pixels = np.stack([result.picture.pixels for _, result in good])
             out[len(labels) : len(labels) + len(good)] = pixels if work.encode is None else work.encode(pixels)
-        by_item = dict(zip(chunk, contents, strict=True))
         labels += [int(work.labels[item]) for item, _ in good]
-        digests += [hashlib.sha256(by_item[item]).hexdigest()[:16] for item, _ in good]  # type: ignore[arg-type]
-        enlarged += sum(picture.enlarged for _, picture in good)
+        digests += [result.digest for _, result in good]
+        enlarged += sum(result.picture.enlarged for _, result in good)
         failures += failed
         yield len(chunk), failed
     path = partial / f"{number:05d}.npy"
@@ -249,12 +253,12 @@ def _read(work: Work, item: int) -> bytes | str:
         return str(error)
 
 
-def _decoded(work: Work, content: bytes | str) -> Picture | str:
+def _decoded(work: Work, content: bytes | str) -> _Item | str:
     """A picture, or why there is none."""
     if isinstance(content, str):
         return content
     try:
-        return decode(content, work.size, work.channels)
+        return _Item(decode(content, work.size, work.channels), hashlib.sha256(content).hexdigest()[:16])
     except UnreadablePictureError as error:
         return str(error)
 

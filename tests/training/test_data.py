@@ -8,12 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kind_edge.errors import InputError
 from kind_edge.training.data import (
     CLASS_NAMES,
     FILE_NAMES,
     FashionMNIST,
+    TrainingData,
     cache_folder,
     find_fashion_mnist,
     load_fashion_mnist,
@@ -55,6 +59,20 @@ def test_the_users_cache_comes_first_and_other_compression_is_welcome(
 
     assert find_fashion_mnist() == cache_folder() == tmp_path / "kind-edge" / "fashion-mnist"
     load_fashion_mnist()
+
+
+@given(sizes=st.lists(st.integers(0, 4), min_size=1, max_size=6), seed=st.integers(0, 999), latent=st.booleans())
+def test_items_are_found_in_whichever_shard_they_lie(sizes: list[int], seed: int, latent: bool) -> None:
+    generator = np.random.default_rng(seed)
+    total = sum(sizes)
+    whole = generator.integers(0, 256, (total, 2, 3, 3)).astype(np.float16 if latent else np.uint8)
+    shards = tuple(np.split(whole, np.cumsum(sizes)[:-1]))
+    rows = torch.from_numpy(generator.permutation(total)[: total // 2 + 1])
+    items = TrainingData(torch.zeros(len(rows), dtype=torch.int64), ("a",), (2, 3, 3), "none", shards, rows)
+    chosen = torch.from_numpy(generator.integers(0, max(1, len(rows)), 5 if len(rows) else 0))
+    wanted = torch.from_numpy(whole)[rows[chosen]]
+    assert torch.equal(items.stored(chosen), wanted)
+    assert torch.equal(items.batch(chosen), wanted.float() if latent else wanted.float() / 127.5 - 1)
 
 
 def test_missing_files_are_named_with_the_way_to_get_them(tmp_path: Path) -> None:

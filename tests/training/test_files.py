@@ -58,6 +58,7 @@ def test_from_images_to_a_plan(
     assert checkpoint.class_names == ("fish", "pet")
     facts = checkpoint.provenance["data"]
     assert (facts["images"], facts["unreadable"], facts["heldout"]) == (40, 1, 4)
+    assert facts["merged_classes"] == {"fish": ["eel"], "pet": ["dog", "cat"]}
     assert facts.get("autoencoder", {}).get("scaling_factor") == {"pixels": None, "kl": 0.5, "tiny": 1.0}[kind]
     heldout = load_heldout(tmp_path / "run", checkpoint.spec)
     assert heldout is not None
@@ -109,6 +110,18 @@ def test_an_autoencoders_own_mean_and_spread_count(
     scaled = torch.from_numpy(open_encoder(tmp_path, spec, CPU).encode(pixels)).float()
     means, stds = (torch.tensor(numbers).view(1, 4, 1, 1) for numbers in (mean, std))
     torch.testing.assert_close(scaled, (plain - means) * 0.5 / stds, rtol=5e-3, atol=2e-3)
+
+
+def test_another_autoencoder_is_another_cache(
+    make_folder: Callable[..., Path], make_config: Callable[..., Any], autoencoders: Path, tmp_path: Path
+) -> None:
+    root, config = make_folder(side=32, cat=3), make_config(1, **LATENT)
+    for file in (autoencoders / "kl").iterdir():
+        (tmp_path / file.name).write_bytes(
+            file.read_bytes().replace(b'"scaling_factor": 0.5', b'"scaling_factor": 0.7')
+        )
+    places = (autoencoders / "kl", autoencoders / "tiny", tmp_path)
+    assert len({open_data(config, root, autoencoder=place, device=CPU).training.sha256 for place in places}) == 3
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
