@@ -1,0 +1,75 @@
+"""`scripts/results NAME -o FOLDER`: run what is not finished yet, then print the table as markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from kind_edge.errors import KindEdgeError
+from kind_edge.model.shipped import DEFAULT_MODEL
+from studies import anysize, decomposition, pictures, trials
+from studies.statistics import SEEDS
+from studies.store import Record, subject_of
+
+HELP = """decomposition  is the learngene classless, and does a tailor draw its own class alone?
+anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
+anysize-heal   the same after 300 steps of training on (trains four times a seed)
+anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
+trials         trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
+shipped        judges the model in FOLDER over guidance strengths, and with 10,000 images at its best
+
+A finished run's figures lie in FOLDER/STUDY/RUN.json and are never computed again; stopped runs go on."""
+
+METHODS = {
+    "anysize": ("whitened", "plain", "planned"),
+    "anysize-heal": ("healed",),
+    "anysize-dense": ("dense",),
+}
+
+
+def study(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
+    """Run a study; returns its records and its table."""
+    if name in ("trials", "shipped"):
+        rows = {"trials": trials.trials, "shipped": trials.shipped}[name](chosen.output)
+        return rows, trials.table(rows)
+    subject = subject_of(chosen.checkpoint)
+    size = (chosen.images, SEEDS[: chosen.seeds])
+    if name == "decomposition":
+        parts = decomposition.Decomposition(subject, chosen.output, *size)
+        records = parts.run()
+        pictures.draw_decomposition(parts, records, chosen.output)
+        return records, decomposition.table(records)
+    sizes = anysize.AnySize(subject, chosen.output, *size)
+    records = sizes.run(METHODS[name])
+    pictures.draw_anysize(sizes, records, chosen.output)
+    return records, anysize.table(records)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="scripts/results", description=HELP, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("name", choices=["decomposition", *METHODS, "trials", "shipped"])
+    parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
+    parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
+    parser.add_argument("--images", type=int, default=1000, help="images of a run")
+    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS))
+    parser.add_argument("--json", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    chosen = parse(arguments)
+    try:
+        records, table = study(chosen.name, chosen)
+    except KindEdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(json.dumps({"rows": records}) if chosen.json else table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
