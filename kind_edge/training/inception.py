@@ -9,10 +9,13 @@ Legend: n images; F = 2048 features.
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
 import os
 import pickle
 import sys
 import tempfile
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,17 +82,11 @@ class Inception:
             UsageError: torch-fidelity is not installed.
             InputError: the file is missing, holds anything but tensors, or is for another network.
         """
-        try:
-            from torch_fidelity import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise UsageError(
-                f"--features inception needs torch-fidelity ({error}); install the extra `train`: "
-                f"{sys.executable} -m pip install 'kind-edge[train]'"
-            ) from error
+        make = _network_class()
         wanted = f"want {PUBLISHED} from torch-fidelity's releases, or a file of the same tensors"
         _check_tensors_alone(weights, wanted)
         try:
-            network = FeatureExtractorInceptionV3("inception", [LAYER], feature_extractor_weights_path=str(weights))
+            network = make("inception", [LAYER], feature_extractor_weights_path=str(weights))
         except (RuntimeError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{weights}: not the weights of this network ({reason:.200}); {wanted}") from error
@@ -131,6 +128,31 @@ class Inception:
             return InceptionFigures(frechet, None, None, self.weights_sha256)
         shares = precision_recall_with_radii(real.features, real.radii_squared, features, neighbours)
         return InceptionFigures(frechet, shares.precision, shares.recall, self.weights_sha256)
+
+
+def _network_class() -> Any:
+    """torch-fidelity's Inception-v3, imported without the package around it.
+
+    The package imports torchvision for its other networks, and PyPI's torchvision does not load beside a CPU build of
+    PyTorch. This network needs neither.
+    """
+    package = importlib.util.find_spec("torch_fidelity")
+    if package is None:
+        raise UsageError(
+            f"--features inception needs torch-fidelity, the extra `inception`: {sys.executable} -m pip install "
+            "'kind-edge[inception]', or, beside a CPU build of PyTorch, pip install --no-deps torch-fidelity"
+        )
+    loaded = "torch_fidelity" in sys.modules
+    if not loaded:
+        bare = types.ModuleType("torch_fidelity")
+        bare.__path__ = list(package.submodule_search_locations or ())
+        sys.modules["torch_fidelity"] = bare
+    try:
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    finally:
+        if not loaded:
+            del sys.modules["torch_fidelity"]  # whoever asks for the package later gets all of it
+    return module.FeatureExtractorInceptionV3
 
 
 def _check_tensors_alone(path: Path, wanted: str) -> None:
