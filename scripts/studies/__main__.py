@@ -7,11 +7,11 @@ import json
 import sys
 from pathlib import Path
 
-from kind_edge.errors import KindEdgeError
+from kind_edge.errors import KindEdgeError, UsageError
 from kind_edge.model.shipped import DEFAULT_MODEL
 from studies import anysize, decomposition, pictures, trials
 from studies.statistics import SEEDS
-from studies.store import Record, subject_of
+from studies.store import Record, subject_of, write_whole
 
 HELP = """decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
@@ -36,14 +36,15 @@ def study(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
         return rows, trials.table(rows)
     subject = subject_of(chosen.checkpoint)
     size = (chosen.images, SEEDS[: chosen.seeds])
+    album = chosen.into.parent / "images" if chosen.into else chosen.output
     if name == "decomposition":
         parts = decomposition.Decomposition(subject, chosen.output, *size)
         records = parts.run()
-        pictures.draw_decomposition(parts, records, chosen.output)
+        pictures.draw_decomposition(parts, records, album)
         return records, decomposition.table(records)
     sizes = anysize.AnySize(subject, chosen.output, *size)
     records = sizes.run(METHODS[name])
-    pictures.draw_anysize(sizes, records, chosen.output)
+    pictures.draw_anysize(sizes, records, album)
     return records, anysize.table(records)
 
 
@@ -56,6 +57,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
     parser.add_argument("--images", type=int, default=1000, help="images of a run")
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS))
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="put the table into this document, and pictures beside it"
+    )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
@@ -64,11 +68,24 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parse(arguments)
     try:
         records, table = study(chosen.name, chosen)
+        if chosen.into:
+            insert(chosen.into, chosen.name.split("-")[0], table)
     except KindEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     print(json.dumps({"rows": records}) if chosen.json else table)
     return 0
+
+
+def insert(document: Path, name: str, table: str) -> None:
+    """Put the table in the place of what stands between the two marks of this study in a document."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    text = document.read_text(encoding="utf-8")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise UsageError(f"--into {document}: it has no lines {begin.strip()} and {end} to put the table between")
+    write_whole(document, f"{before}{begin}\n{table}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from kind_edge.training.loop import STATE, Progress
 from kind_edge.training.sampled import judged_labels, sample_checkpoint, sampling_of
 from kind_edge.training.train import train
 from studies.decomposition import labelled_figures
-from studies.statistics import cell, markdown
+from studies.statistics import cell, conditions_line, markdown
 from studies.store import Record, Store, Subject
 
 NAME = "anysize"
@@ -224,7 +224,7 @@ def table(records: Sequence[Record]) -> str:
             own = [record for record in records if size.items() <= record["conditions"].items()]
             if own:
                 rows.append(_row(own, whole))
-    return markdown(header, rows)
+    return f"{markdown(header, rows)}\n\n{conditions_line(records)}"
 
 
 def _row(own: Sequence[Record], whole: int | None) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from kind_edge.model.sampling import Denoiser, guided
 from kind_edge.training.data import CLASS_NAMES, load_fashion_mnist
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.sampled import Sampled, Sampling, draw, draw_noise, judged_labels, sampling_of, spread
-from studies.statistics import cell, markdown
+from studies.statistics import cell, conditions_line, markdown
 from studies.store import Record, Store, Subject
 
 NAME = "decomposition"
@@ -271,4 +271,4 @@ def table(records: Sequence[Record]) -> str:
             figures = (cell(own, "entropy_nats", 3), cell(own, "marginal_entropy_nats", 3))
             shares = (cell(own, name, 1, 100, " %") for name in ("confident_share", "class_accuracy"))
             rows.append((words, *figures, *shares, cell(own, "frechet", 1)))
-    return markdown(header, rows)
+    return f"{markdown(header, rows)}\n\n{conditions_line(records)}"

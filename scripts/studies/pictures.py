@@ -24,11 +24,10 @@ SCALE = 2
 def draw_decomposition(study: Decomposition, records: Sequence[Record], folder: Path) -> None:
     """Same noise under every tailor with the learngene alone below, and the swap matrices."""
     path = folder / "decomposition.png"
-    if not path.exists():
-        swapped = draw_swapped(study.checkpoint, COLUMNS, 0, study.guided)  # [C, M, H, W, ch]
-        alone = draw_learngene(study.checkpoint, COLUMNS, 0, study.unguided)
-        rows = np.concatenate([swapped.reshape(-1, *swapped.shape[2:]), alone])
-        save_grid(rows, path, COLUMNS, SCALE, [*study.checkpoint.class_names, "no tailor"])
+    swapped = draw_swapped(study.checkpoint, COLUMNS, 0, study.guided)  # [C, M, H, W, ch]
+    alone = draw_learngene(study.checkpoint, COLUMNS, 0, study.unguided)
+    rows = np.concatenate([swapped.reshape(-1, *swapped.shape[2:]), alone])
+    save_grid(rows, path, COLUMNS, SCALE, [*study.checkpoint.class_names, "no tailor"])
     if plt := pyplot():
         plot_swap_matrices(plt, records, folder / "swap-matrix.png")
 
@@ -36,11 +35,12 @@ def draw_decomposition(study: Decomposition, records: Sequence[Record], folder: 
 def draw_anysize(study: AnySize, records: Sequence[Record], folder: Path) -> None:
     """One image of every class at every size from the same noise, and quality against FLOPs."""
     path = folder / "anysize.png"
-    if not path.exists():
-        classes = study.model.checkpoint.spec.num_classes
-        sizes = [("full", 100)] + [(method, percent) for method in ("whitened", "plain") for percent in PERCENTS]
-        rows = [sample_checkpoint(study.at_size(*size), classes, 3).images for size in sizes]
-        save_grid(np.concatenate(rows), path, classes, SCALE, [f"{method} {percent} %" for method, percent in sizes])
+    classes, sampling = study.model.checkpoint.spec.num_classes, study.sampling
+    sizes = [("full", 100)] + [(method, percent) for method in ("whitened", "plain") for percent in PERCENTS]
+    rows = [
+        sample_checkpoint(study.at_size(*size), classes, 3, sampling.steps, sampling.guidance).images for size in sizes
+    ]
+    save_grid(np.concatenate(rows), path, classes, SCALE, [f"{method} {percent} %" for method, percent in sizes])
     if plt := pyplot():
         plot_sizes(plt, records, folder / "anysize-curves.png")
 

@@ -46,3 +46,19 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table: the first column at the left, figures at the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def conditions_line(records: Sequence[dict[str, Any]]) -> str:
+    """What all these figures were measured on, as one sentence; figures that differ are listed."""
+
+    def values(key: str) -> str:
+        found = {record["conditions"][key] for record in records if key in record["conditions"]}
+        return ", ".join(f"{value:,}" if isinstance(value, int) else str(value) for value in sorted(found))
+
+    weights = ", ".join(sorted({record["checkpoint"]["weights_sha256"][:12] for record in records}))
+    models = ", ".join(sorted({record["checkpoint"]["model"] for record in records}))
+    judges = ", ".join(sorted({key[:12] for record in records if (key := record["conditions"].get("judge_sha256"))}))
+    return (
+        f"{values('images')} images a run, seeds {values('seed')}; {values('sampler')}, {values('steps')} steps, "
+        f"guidance {values('guidance')}; model {models}, weights {weights}; judge {judges}."
+    )

@@ -133,10 +133,15 @@ def needs_data() -> None:
         pytest.skip(str(error))
 
 
-def test_both_studies_run_on_a_model_with_a_label_embedding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decomposition_of_a_model_with_a_label_embedding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from studies.__main__ import main
 
     needs_data()
+    monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 200)
+    document = tmp_path / "claims.md"
+    document.write_text("above\n<!-- decomposition: begin -->\nold\n<!-- decomposition: end -->\nbelow\n")
     folder = smoke_folder(tmp_path / "model", label_embedding=True)
     command = ["-o", str(tmp_path / "out"), "--checkpoint", str(folder), "--images", "100", "--seeds", "1"]
     assert main(["decomposition", *command, "--json"]) == 0
@@ -146,11 +151,14 @@ def test_both_studies_run_on_a_model_with_a_label_embedding(tmp_path: Path, caps
     }  # fmt: skip
     assert records["crossed-seed0"]["pairs"] == 90
     assert records["swap-seed0"]["noises"] == 10
-    assert (tmp_path / "out" / "decomposition.png").exists()
     (tmp_path / "out" / "decomposition" / "swap-seed0.json").unlink()
-    assert main(["decomposition", *command]) == 0
+    assert main(["decomposition", *command, "--into", str(document)]) == 0
     captured = capsys.readouterr()
     assert "| learngene alone |" in captured.out
+    assert document.read_text().startswith("above\n<!-- decomposition: begin -->\n\n| images |")
+    assert document.read_text().endswith("<!-- decomposition: end -->\nbelow\n")
+    assert "old" not in document.read_text()
+    assert (tmp_path / "images" / "decomposition.png").stat().st_size < 150_000
     assert "swap-seed0 took" in captured.err
     assert "full-seed0 took" not in captured.err
 
