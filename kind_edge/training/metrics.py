@@ -29,7 +29,7 @@ class Gaussian(NamedTuple):
 class Root(NamedTuple):
     """Mean [F] and a factor [F, r] of the covariance, root root^T, float64."""
 
-    mean: Float64s
+    mean: Floats
     root: Float64s
 
 
@@ -76,7 +76,7 @@ def root_of(features: Floats) -> Root:
         raise UsageError(f"a covariance needs at least 2 images, got {len(features)}; generate more")
     exact = np.asarray(features, dtype=np.float64)
     mean = exact.mean(axis=0)
-    triangle = np.linalg.qr((exact - mean) / np.sqrt(len(exact) - 1), mode="r")
+    triangle: Float64s = np.linalg.qr((exact - mean) / np.sqrt(len(exact) - 1), mode="r")  # type: ignore[assignment]
     return Root(mean, triangle.T)
 
 

@@ -8,10 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from kind_edge.model.checkpoint import checkpoint_hash
 
 
-def test_every_figure_comes_with_its_conditions(call: Callable[..., Any], checkpoint: Path) -> None:
+def test_every_figure_comes_with_its_conditions(
+    call: Callable[..., Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 200)
     command = ["-q", "eval", checkpoint, "--images", 10, "--steps", 2, "--guidance", 2, "--seed", 7]
     values = call(*command, "--json").json()
     wanted = {
