@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kind_edge.errors import KindEdgeError, UsageError
 from kind_edge.model.shipped import DEFAULT_MODEL
-from studies import anysize, decomposition, pictures, trials
+from studies import anysize, decomposition, pictures, trainings, trials
 from studies.statistics import SEEDS
 from studies.store import Record, subject_of, write_whole
 
@@ -17,6 +17,7 @@ HELP = """decomposition  is the learngene classless, and does a tailor draw its 
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
 anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
+trainings      trains the study presets with three seeds each, and runs decomposition on every model (hours)
 trials         trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
 shipped        judges the model in FOLDER over guidance strengths, and with 10,000 images at its best
 
@@ -34,6 +35,9 @@ def study(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
     if name in ("trials", "shipped"):
         rows = {"trials": trials.trials, "shipped": trials.shipped}[name](chosen.output)
         return rows, trials.table(rows)
+    if name == "trainings":
+        trained = trainings.run(chosen.output, chosen.images, SEEDS[: chosen.seeds])
+        return [record for own in trained.values() for record in own], trainings.table(trained)
     subject = subject_of(chosen.checkpoint)
     size = (chosen.images, SEEDS[: chosen.seeds])
     album = chosen.into.parent / "images" if chosen.into else chosen.output
@@ -52,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/results", description=HELP, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("name", choices=["decomposition", *METHODS, "trials", "shipped"])
+    parser.add_argument("name", choices=["decomposition", *METHODS, "trainings", "trials", "shipped"])
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
     parser.add_argument("--images", type=int, default=1000, help="images of a run")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate
@@ -42,6 +43,9 @@ class Decomposition:
 
     def __init__(self, subject: Subject, folder: Path, images: int, seeds: Sequence[int]) -> None:
         self.checkpoint: Checkpoint = load_checkpoint(subject.folder)
+        least = 2 * self.checkpoint.spec.num_classes
+        if images < least:
+            raise UsageError(f"--images: got {images}, want at least {least}: every class from two noises")
         self.store = Store(folder, NAME, subject)
         self.judge = Judge.load()
         self.images, self.seeds = images, seeds

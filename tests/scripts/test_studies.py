@@ -202,6 +202,22 @@ def test_healing_starts_from_the_truncated_weights(tmp_path: Path) -> None:
         train_from(cut, preset("smoke"), tmp_path / "other", device="cpu")
 
 
+def test_every_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studies import trainings
+
+    needs_data()
+    small = dataclasses.replace(preset("smoke"), images=40, spec=dataclasses.replace(preset("smoke").spec, depth=1))
+    monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 50)
+    monkeypatch.setattr("kind_edge.training.train.CALIBRATION_IMAGES", 10)
+    monkeypatch.setattr(trainings, "PRESETS", ("smoke",))
+    monkeypatch.setattr(trainings, "preset", lambda _: small)
+    first = trainings.run(tmp_path, 20, (0, 1))
+    monkeypatch.setattr(trainings, "train", None)
+    assert trainings.run(tmp_path, 20, (0, 1)) == first
+    assert len({record["checkpoint"]["weights_sha256"] for record in first["smoke"]}) == 2
+    assert " to " in trainings.table(first)
+
+
 FILES = sorted(RESULTS.glob("*/*.json"))
 
 
