@@ -122,6 +122,9 @@ def install(environment: Environment) -> None:
         raise SetupError("pip could not install setuptools; its message is above")
     if not environment.pip("--no-build-isolation", "-e", f"{environment.root}[{EXTRAS}]"):
         raise SetupError("pip could not install the pinned packages; its message is above. Mend it and run again")
+    # Without torchvision: PyPI's does not load beside a CPU build of torch, and diffusers then fails with it.
+    if not environment.pip("--no-deps", "torch-fidelity"):
+        raise SetupError("pip could not install torch-fidelity; its message is above. Mend it and run again")
 
 
 def main(root: Path, key: str) -> int:

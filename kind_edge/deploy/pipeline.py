@@ -25,14 +25,14 @@ from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_so
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
-from kind_edge.model.checkpoint import load_checkpoint
+from kind_edge.model.checkpoint import checkpoint_hash, load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
 from kind_edge.registry import Exporter, exporter
 from kind_edge.units import format_bytes
 
 if TYPE_CHECKING:
-    from kind_edge.training.evaluate import QualityReport
-    from kind_edge.training.sampled import Sampled
+    from kind_edge.training.inception import Inception
+    from kind_edge.training.sampled import Evaluation
 
 OnStage = Callable[[str], None]
 
@@ -259,23 +259,38 @@ def evaluate(
     guidance: float | None = None,
     data: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-) -> QualityReport:
-    """Judge images of a checkpoint (sampled through the gated model) or of a bundle (through ONNX Runtime)."""
-    from kind_edge.training.sampled import sample_checkpoint, score
+    inception_weights: Path | None = None,
+) -> Evaluation:
+    """Judge images of a checkpoint (sampled through the gated model) or of a bundle (through ONNX Runtime).
 
+    With a file of Inception's weights, Fréchet distance, precision and recall are of its features.
+    """
+    from kind_edge.training.inception import Inception
+    from kind_edge.training.sampled import Evaluation, sample_checkpoint, sampling_of, score
+
+    inception = None if inception_weights is None else Inception.load(inception_weights)
     if (Path(source) / "manifest.json").exists() or str(source).endswith(".zip"):
         if steps is not None or guidance is not None:
             raise UsageError("--steps and --guidance are fixed in a bundle; evaluate the checkpoint, or export again")
-        drawn = _sample_bundle(Path(source), images, seed, on_progress)
-    else:
-        drawn = sample_checkpoint(load_checkpoint(find_model(source)), images, seed, steps, guidance, on_progress)
-    return score(drawn, data)
+        return _evaluate_bundle(Path(source), images, seed, data, on_progress, inception)
+    folder = find_model(source)
+    checkpoint = load_checkpoint(folder)
+    sampled = sample_checkpoint(checkpoint, images, seed, steps, guidance, on_progress)
+    sampling = sampling_of(checkpoint, steps, guidance)
+    return Evaluation("checkpoint", checkpoint_hash(folder), "fp32", sampling, seed, score(sampled, data, inception))
 
 
-def _sample_bundle(path: Path, images: int, seed: int, on_progress: Callable[[int, int], None] | None) -> Sampled:
-    """Images of the bundle's classes in equal shares, through its default model."""
+def _evaluate_bundle(
+    path: Path,
+    images: int,
+    seed: int,
+    data: Path | None,
+    on_progress: Callable[[int, int], None] | None,
+    inception: Inception | None,
+) -> Evaluation:
+    """Images of the bundle's classes in equal shares, through its default model, as it is shipped."""
     from kind_edge.deploy.runtime import load_bundle
-    from kind_edge.training.sampled import Sampled, judged_labels, spread
+    from kind_edge.training.sampled import Evaluation, Sampled, Sampling, judged_labels, score, spread
 
     bundle = load_bundle(path)
     names = judged_labels(bundle.classes)
@@ -288,4 +303,14 @@ def _sample_bundle(path: Path, images: int, seed: int, on_progress: Callable[[in
         parts.append(bundle.generate(name if switches else None, int(count), seed))
         if on_progress:
             on_progress(sum(map(len, parts)), images)
-    return Sampled(np.concatenate(parts), np.repeat(names, counts))
+    sampler = bundle.manifest.sampler
+    source = bundle.manifest.raw.get("source", {})
+    sampled = Sampled(np.concatenate(parts), np.repeat(names, counts))
+    return Evaluation(
+        "bundle",
+        str(source.get("checkpoint_sha256", "")),
+        bundle.model.precision,
+        Sampling(sampler.kind, sampler.steps, sampler.guidance),
+        seed,
+        score(sampled, data, inception),
+    )

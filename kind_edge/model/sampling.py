@@ -53,13 +53,16 @@ def make_scheduler(kind: str, objective: str, steps: int) -> Any:
 
 
 def guided(denoise: Denoiser, guidance: float, null_index: int) -> Denoiser:
-    """Classifier-free guidance (Ho & Salimans, 2022): null + w (class - null), as one batch of 2B."""
+    """Classifier-free guidance (Ho & Salimans, 2022): null + w (class - null).
+
+    The branches run apart: one batch of 2B mixes open and closed gates, and takes 1.5 x as long on a CPU.
+    """
     if guidance == 1.0:
         return denoise
 
     def predict(sample: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
-        both = torch.cat([classes, torch.full_like(classes, null_index)])
-        wanted, unconditional = denoise(sample.repeat(2, 1, 1, 1), timestep.repeat(2), both).chunk(2)
+        wanted = denoise(sample, timestep, classes)
+        unconditional = denoise(sample, timestep, torch.full_like(classes, null_index))
         return unconditional + guidance * (wanted - unconditional)
 
     return predict

@@ -91,6 +91,7 @@ _FASHION = ModelSpec(
     learngene_rank=48, tailor_rank=8, objective="flow",
 )  # fmt: skip
 _TRIAL = TrainConfig(_FASHION, images=60_000)
+_STUDY = TrainConfig(dataclasses.replace(_FASHION, width=64, depth=4, learngene_rank=24, tailor_rank=4), images=240_000)
 
 PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": TrainConfig(_FASHION, images=660_000),
@@ -105,6 +106,9 @@ PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist-short-dense": dataclasses.replace(
         _TRIAL, spec=dataclasses.replace(_FASHION.dense(), label_embedding=True)
     ),
+    # Small enough to train with several seeds; see docs/claims.md.
+    "study": _STUDY,
+    "study-label": dataclasses.replace(_STUDY, spec=dataclasses.replace(_STUDY.spec, label_embedding=True)),
     "smoke": TrainConfig(
         dataclasses.replace(_FASHION, width=32, depth=2, heads=2, patch_size=7, learngene_rank=12, tailor_rank=2),
         images=2_400, batch_size=40, warmup_steps=10, ema_decay=0.95,

@@ -24,8 +24,10 @@ import numpy.typing as npt
 
 from kind_edge.errors import InputError, UsageError
 from kind_edge.training.classifier import Classifier, embed, load_classifier, shipped_judge_folder, write_file
-from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE, find_fashion_mnist, load_fashion_mnist
+from kind_edge.training.data import CLASS_NAMES, DATA_SHA256, IMAGE_SIDE, find_fashion_mnist, load_fashion_mnist
+from kind_edge.training.inception import Inception
 from kind_edge.training.metrics import (
+    ClassAccuracy,
     Float64s,
     class_accuracy,
     entropy_nats,
@@ -54,7 +56,11 @@ NEIGHBOURS = 3
 
 @dataclass(frozen=True)
 class QualityReport:
-    """What the judge says about a set of images. Every figure depends on `images`; compare equal numbers only."""
+    """What the judge says about a set of images. Every figure depends on `images`; compare equal numbers only.
+
+    Fréchet distance, precision and recall are measured with `features`; accuracy and entropy always are the
+    classifier's.
+    """
 
     images: int
     frechet: float | None  # squared distance to the training images of `reference_classes`; None for a single image
@@ -67,6 +73,8 @@ class QualityReport:
     reference_classes: tuple[str, ...]
     real_images: int  # that precision and recall were measured against; 0 where they were not
     judge_sha256: str
+    features: str  # "classifier", or "inception", whose Fréchet distance too is to `real_images` real images
+    features_sha256: str  # the judge's, or that of Inception's weights
 
 
 class Judge:
@@ -114,6 +122,7 @@ class Judge:
         labels: npt.ArrayLike | None = None,
         classes: Sequence[int] | None = None,
         neighbours: bool = True,
+        inception: Inception | None = None,
     ) -> QualityReport:
         """Judge images: uint8 [n, 28, 28, 1], or floats in [-1, 1] (the axis of channels may lead, or be absent).
 
@@ -122,14 +131,27 @@ class Judge:
             labels: [n], what each image should show, as an index into CLASS_NAMES; None for unconditional images.
             classes: the classes whose training images are the reference; default: the labels that occur, else all.
             neighbours: False leaves out precision and recall, which take most of the time.
+            inception: measures Fréchet distance, precision and recall in the classifier's place; needs the data set.
 
         Raises:
             UsageError: shapes, values, labels or classes are not as described.
+            InputError: `inception` is given, and the data set is not installed.
         """
         features, probabilities = self.look(images)
         wanted = None if labels is None else _checked_classes(labels, "labels")
         reference_classes = _reference_classes(wanted, classes)
         accuracy = None if wanted is None else class_accuracy(probabilities.argmax(axis=1), wanted)
+        report = self._report(features, probabilities, accuracy, reference_classes, neighbours and inception is None)
+        return report if inception is None else self._by_inception(report, inception, to_pixels(images))
+
+    def _report(
+        self,
+        features: Float64s,
+        probabilities: Float64s,
+        accuracy: ClassAccuracy | None,
+        reference_classes: tuple[int, ...],
+        neighbours: bool,
+    ) -> QualityReport:
         compared = None
         if neighbours and self._data_root is not None and len(features) > NEIGHBOURS:
             real, radii_squared = self._real_features(reference_classes)
@@ -146,6 +168,26 @@ class Judge:
             reference_classes=tuple(CLASS_NAMES[k] for k in reference_classes),
             real_images=len(real) if compared else 0,
             judge_sha256=self.judge_sha256,
+            features="classifier",
+            features_sha256=self.judge_sha256,
+        )
+
+    def _by_inception(
+        self, report: QualityReport, inception: Inception, pixels: npt.NDArray[np.uint8]
+    ) -> QualityReport:
+        """The report with Inception's figures; what real images look like to it is computed once and cached."""
+        classes = tuple(CLASS_NAMES.index(name) for name in report.reference_classes)
+        key = f"{DATA_SHA256} train {REAL_IMAGES} of {classes}"
+        real = inception.real_features(lambda: self._real_images(classes)[..., None], key, NEIGHBOURS)
+        figures = inception.compare(pixels[..., None], real, NEIGHBOURS)
+        return dataclasses.replace(
+            report,
+            frechet=figures.frechet,
+            precision=figures.precision,
+            recall=figures.recall,
+            real_images=len(real.features),
+            features="inception",
+            features_sha256=figures.weights_sha256,
         )
 
     def _frechet(self, features: Float64s, classes: tuple[int, ...]) -> float | None:
@@ -154,14 +196,17 @@ class Judge:
         return frechet_distance(*self._reference.pooled(classes), *gaussian_of(features))
 
     def _real_features(self, classes: tuple[int, ...]) -> tuple[Float64s, Float64s]:
-        """Features and squared radii of REAL_IMAGES training images of these classes, the same ones every time."""
+        """Features and squared radii of the real images of these classes."""
         if classes not in self._real:
-            data = load_fashion_mnist(self._data_root)
-            order = np.random.default_rng(0).permutation(len(data.train_labels))
-            chosen = order[np.isin(data.train_labels[order], classes)][:REAL_IMAGES]
-            features = embed(self._network, data.train_images[chosen])[0].double().numpy()
+            features = embed(self._network, self._real_images(classes))[0].double().numpy()
             self._real[classes] = features, neighbour_radii_squared(features, NEIGHBOURS)
         return self._real[classes]
+
+    def _real_images(self, classes: tuple[int, ...]) -> npt.NDArray[np.uint8]:
+        """REAL_IMAGES training images [n, 28, 28] of these classes, the same ones every time."""
+        data = load_fashion_mnist(self._data_root)
+        order = np.random.default_rng(0).permutation(len(data.train_labels))
+        return data.train_images[order[np.isin(data.train_labels[order], classes)][:REAL_IMAGES]]
 
 
 def to_pixels(images: npt.ArrayLike) -> npt.NDArray[np.uint8]:

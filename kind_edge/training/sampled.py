@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.sampling import Denoiser, guided, sample
-from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
-from kind_edge.training.data import CLASS_NAMES
+from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, ModelSpec, default_sampler
+from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE
 from kind_edge.training.evaluate import Judge, QualityReport
+from kind_edge.training.inception import Inception
 
 OnProgress = Callable[[int, int], None]
-BATCH = 100
+BATCH = 50
+"""Images that share an evaluation: 100 no longer fit a core's cache, and took 1.5 x as long each."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn: a sampler's name, its steps, and the weight of guidance (1 is none)."""
+
+    sampler: str
+    steps: int
+    guidance: float
 
 
 @dataclass(frozen=True)
@@ -33,8 +47,25 @@ def judged_labels(class_names: tuple[str, ...]) -> list[int]:
     """Positions of class names in the judge's list; the judge knows the ten of Fashion-MNIST alone."""
     unknown = [name for name in class_names if name not in CLASS_NAMES]
     if unknown:
-        raise InputError(f"the judge does not know {', '.join(unknown)}; it knows {', '.join(CLASS_NAMES)}")
+        named = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
+        raise InputError(
+            f"the judge does not know the model's classes {named}; it knows {', '.join(CLASS_NAMES)}. If these are "
+            "other names for the same pictures, rename them in config.json (class_names); if they are other pictures, "
+            "look at them with kind-edge generate, and compare features of a network that knows them with "
+            "frechet_distance and precision_recall of kind_edge.training.metrics"
+        )
     return [CLASS_NAMES.index(name) for name in class_names]
+
+
+def check_judgeable(spec: ModelSpec) -> None:
+    """Refuse a model whose images the judge cannot take, before any is drawn."""
+    wanted = (1, IMAGE_SIDE)
+    if (spec.channels, spec.image_size) != wanted or spec.pixels_per_latent != 1:
+        kind = "latents" if spec.pixels_per_latent != 1 else "images"
+        raise InputError(
+            f"the model draws {spec.image_size} x {spec.image_size} {kind} of {spec.channels} channels, the judge "
+            f"knows {IMAGE_SIDE} x {IMAGE_SIDE} images of 1; look at its pictures with kind-edge generate"
+        )
 
 
 def spread(images: int, classes: int) -> NDArray[np.int64]:
@@ -44,7 +75,44 @@ def spread(images: int, classes: int) -> NDArray[np.int64]:
     return np.sort(np.arange(images) % classes)
 
 
-@torch.no_grad()
+def sampling_of(
+    checkpoint: Checkpoint, steps: int | None = None, guidance: float | None = None, sampler: str | None = None
+) -> Sampling:
+    """What is given, and for the rest what the checkpoint recommends."""
+    advice = checkpoint.provenance.get("recommended", {})
+    return Sampling(
+        sampler or str(advice.get("sampler", default_sampler(checkpoint.spec.objective))),
+        steps or int(advice.get("steps", DEFAULT_STEPS)),
+        float(advice.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance,
+    )
+
+
+def draw_noise(spec: ModelSpec, images: int, seed: int) -> Tensor:
+    """Initial noise [n, ch, H, W], batch by batch from one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (spec.channels, spec.image_size, spec.image_size)
+    counts = [min(BATCH, images - start) for start in range(0, images, BATCH)]
+    return torch.cat([torch.randn(count, *shape, generator=generator) for count in counts])
+
+
+def draw(
+    denoise: Denoiser,
+    noise: Tensor,
+    classes: Tensor,
+    objective: str,
+    sampling: Sampling,
+    on_progress: OnProgress | None = None,
+) -> NDArray[np.uint8]:
+    """Images uint8 [n, H, W, ch] from noise [n, ch, H, W] and what `denoise` takes for classes, its rows [n, ...]."""
+    parts = []
+    for start, wanted in zip(noise.split(BATCH), classes.split(BATCH), strict=True):
+        x = sample(denoise, start, wanted, objective, sampling.steps, sampling.sampler)
+        parts.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        if on_progress:
+            on_progress(sum(map(len, parts)), len(noise))
+    return np.concatenate(parts)
+
+
 def sample_checkpoint(
     checkpoint: Checkpoint,
     images: int,
@@ -55,24 +123,34 @@ def sample_checkpoint(
     sampler: str | None = None,
 ) -> Sampled:
     """Images of all classes in equal shares, at the checkpoint's recommended steps and guidance unless given."""
-    spec, advice = checkpoint.spec, checkpoint.provenance.get("recommended", {})
-    steps = steps or int(advice.get("steps", DEFAULT_STEPS))
-    guidance = float(advice.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance
-    kind = sampler or str(advice.get("sampler", default_sampler(spec.objective)))
+    spec = checkpoint.spec
+    sampling = sampling_of(checkpoint, steps, guidance, sampler)
     names = judged_labels(checkpoint.class_names)
+    check_judgeable(spec)
     index = spread(images, spec.num_classes)
-    generator = torch.Generator().manual_seed(seed)
-    model = checkpoint.model()
-    denoise: Denoiser = guided(model, guidance, spec.num_classes)
-    parts = []
-    for classes in torch.from_numpy(index).split(BATCH):
-        noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
-        x = sample(denoise, noise, classes, spec.objective, steps, kind)
-        parts.append(((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
-        if on_progress:
-            on_progress(sum(map(len, parts)), images)
-    return Sampled(np.concatenate(parts), np.array(names)[index])
+    denoise = guided(checkpoint.model(), sampling.guidance, spec.num_classes)
+    noise = draw_noise(spec, images, seed)
+    drawn = draw(denoise, noise, torch.from_numpy(index), spec.objective, sampling, on_progress)
+    return Sampled(drawn, np.array(names)[index])
 
 
-def score(sampled: Sampled, data: Path | None = None, neighbours: bool = True) -> QualityReport:
-    return Judge.load(data_root=data).score(sampled.images, sampled.labels, neighbours=neighbours)
+@dataclass(frozen=True)
+class Evaluation:
+    """What was judged, how its images were drawn, and what the judge says: all that a figure means something with."""
+
+    kind: str  # "checkpoint" or "bundle"
+    checkpoint_sha256: str  # of the checkpoint, or of the one that the bundle was cut from
+    precision: str  # of the weights as they ran: of a checkpoint always fp32
+    sampling: Sampling
+    seed: int
+    quality: QualityReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """One flat object."""
+        own = {"kind": self.kind, "checkpoint_sha256": self.checkpoint_sha256, "weights_precision": self.precision}
+        return {**own, **dataclasses.asdict(self.sampling), "seed": self.seed, **dataclasses.asdict(self.quality)}
+
+
+def score(sampled: Sampled, data: Path | None = None, inception: Inception | None = None) -> QualityReport:
+    """What the shipped judge says of images, with Inception's features where it is given."""
+    return Judge.load(data_root=data).score(sampled.images, sampled.labels, inception=inception)

@@ -173,7 +173,8 @@ def test_the_whole_way(call: Callable[..., Any], checkpoint: Path, tmp_path: Pat
     assert call("inspect", out, "--json").json()["flops"] == {"exact": values["plan"]["flops"]}
     assert call("generate", out, "--class", "bag", "-n", 2, "-o", tmp_path / "bag.png").code == 0
     judged = call("-q", "eval", out, "--images", 4, "--json").json()
-    assert judged["images"] == 4
+    assert (judged["kind"], judged["images"], judged["steps"]) == ("bundle", 4, 2)
+    assert judged["checkpoint_sha256"] == values["plan"]["checkpoint_sha256"]
     replayed = call(
         "export", checkpoint, "--plan", out / "plan.json", "--profile", "apple-a18", "-o", tmp_path / "again"
     )

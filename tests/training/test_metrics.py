@@ -13,8 +13,10 @@ from kind_edge.training.metrics import (
     class_accuracy,
     entropy_nats,
     frechet_distance,
+    frechet_distance_of_roots,
     gaussian_of,
     precision_recall,
+    root_of,
 )
 
 seeds = st.integers(0, 2**32 - 1)
@@ -56,6 +58,16 @@ def test_frechet_distance_agrees_with_the_matrix_root() -> None:
     root = scipy.linalg.sqrtm(one.covariance @ other.covariance).real
     expected = np.square(one.mean - other.mean).sum() + np.trace(one.covariance + other.covariance - 2 * root)
     assert frechet_distance(*one, *other) == pytest.approx(expected, rel=1e-9)
+
+
+@given(seed=seeds, count=st.integers(2, 30))
+def test_roots_of_features_give_the_distance_of_their_gaussians(seed: int, count: int) -> None:
+    generator = np.random.default_rng(seed)  # fewer images than features, and more
+    one, other = correlated(generator, count, 12), correlated(generator, 40, 12)
+    expected = frechet_distance(*gaussian_of(one), *gaussian_of(other))
+    assert frechet_distance_of_roots(root_of(one), root_of(other)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    with pytest.raises(UsageError, match="at least 2 images"):
+        root_of(one[:1])
 
 
 def by_definition(real: np.ndarray, fake: np.ndarray, k: int) -> tuple[float, float]:

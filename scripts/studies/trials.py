@@ -6,8 +6,6 @@ shipped   judges the shipped model over guidance strengths, and with 10,000 imag
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -25,11 +23,10 @@ SWEEP_GUIDANCE = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 SHIPPED_IMAGES = 10_000
 
 
-def judge(folder: Path, images: int, guidance: float | None) -> dict[str, Any]:
+def judge(folder: Path, images: int, guidance: float) -> dict[str, Any]:
     from kind_edge.deploy.pipeline import evaluate
 
-    report = dataclasses.asdict(evaluate(folder, images, guidance=guidance))
-    return {"model": folder.name, "guidance": guidance, **report}
+    return {"model": folder.name, **evaluate(folder, images, guidance=guidance).to_dict()}
 
 
 def trials(output: Path) -> list[dict[str, Any]]:
@@ -77,27 +74,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|" + "--:|" * 7,
     ]
     for row in map(brief, rows):
-        guidance = "its own" if row["guidance"] is None else f"{row['guidance']:g}"
         figures = " | ".join(f"{row[key]:.3f}" for key in ("frechet", "recall", "precision"))
         accuracy, worst = f"{row['class_accuracy']:.2%}", f"{row['worst_class']:.1%}"
-        lines.append(f"| {row['model']} | {guidance} | {row['images']} | {figures} | {accuracy} | {worst} |")
+        lines.append(f"| {row['model']} | {row['guidance']:g} | {row['images']} | {figures} | {accuracy} | {worst} |")
     return "\n".join(lines)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/results", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("name", choices=["trials", "shipped"])
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("runs"), help="trials: where runs are kept; shipped: a checkpoint"
-    )
-    parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
-    rows = {"trials": trials, "shipped": shipped}[arguments.name](arguments.output)
-    print(json.dumps({"rows": rows}) if arguments.json else table(rows))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,58 @@
+"""`kind-edge eval`: no figure without what it was measured on, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kind_edge.model.checkpoint import checkpoint_hash
+
+
+def test_every_figure_comes_with_its_conditions(
+    call: Callable[..., Any], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 200)
+    command = ["-q", "eval", checkpoint, "--images", 10, "--steps", 2, "--guidance", 2, "--seed", 7]
+    values = call(*command, "--json").json()
+    wanted = {
+        "kind": "checkpoint", "checkpoint_sha256": checkpoint_hash(checkpoint), "weights_precision": "fp32",
+        "sampler": "euler", "steps": 2, "guidance": 2.0, "seed": 7, "images": 10, "features": "classifier",
+    }  # fmt: skip
+    assert wanted.items() <= values.items()
+    assert {"frechet", "precision", "recall", "per_class_accuracy", "entropy_nats", "judge_sha256"} <= values.keys()
+    shown = call(*command).out
+    assert f"{checkpoint_hash(checkpoint)[:12]}, fp32" in shown
+    assert "10, euler, 2 steps, guidance 2, seed 7" in shown
+    assert "ankle-boot" in shown
+
+
+def test_inception_and_its_weights_go_together(call: Callable[..., Any], checkpoint: Path, tmp_path: Path) -> None:
+    alone = call("-q", "eval", checkpoint, "--features", "inception")
+    assert (alone.code, alone.out) == (2, "")
+    assert "--weights FILE" in alone.err
+    assert call("-q", "eval", checkpoint, "--weights", tmp_path / "w.pth").code == 2
+    missing = call("-q", "eval", checkpoint, "--features", "inception", "--weights", tmp_path / "w.pth")
+    assert (missing.code, missing.out) == (4, "")
+    assert "w.pth: no such file" in missing.err
+
+
+def test_what_the_judge_does_not_know_is_refused_with_a_way_out(
+    call: Callable[..., Any], checkpoint: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    config["class_names"][:5] = [f"digit-{k}" for k in range(5)]
+    (other / "config.json").write_text(json.dumps(config))
+    answer = call("-q", "eval", other, "--images", 10, "--steps", 1)
+    assert (answer.code, answer.out) == (4, "")
+    assert "digit-0, digit-1, digit-2 and 2 more" in answer.err
+    assert "kind-edge generate" in answer.err
+    assert "class_names" in answer.err
+    small = call("-q", "eval", tiny_folder, "--images", 10)
+    assert small.code == 4
+    assert "8 x 8 images of 1 channels" in small.err
