@@ -176,7 +176,7 @@ def test_what_a_dit_of_diffusers_cannot_be_is_refused(make_checkpoint: MakeCheck
 @pytest.mark.slow
 def test_the_whole_way_from_a_dit_to_a_smaller_dit(make_dit: Callable[..., Any], tmp_path: Path) -> None:
     """Import, plan for a device, cut, export both formats: one bundle whose every file keeps its gate."""
-    make_dit().save_pretrained(tmp_path / "dit")
+    make_dit(norm_eps=1e-2).save_pretrained(tmp_path / "dit")  # an epsilon that every format has to have
     import_model(tmp_path / "dit", tmp_path / "kind", 16, 0, ("a", "b", "c"))
     asked: dict[str, Any] = {"profile": "raspberry-pi-5", "precision": "fp32", "steps": 4, "max_flops": "90%"}
     bundle = pipeline.export(tmp_path / "kind", **asked, output=tmp_path / "b", formats=["diffusers"])
