@@ -21,6 +21,7 @@ __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
     "Manifest",
+    "check_replaceable",
     "hash_file",
     "hash_files",
     "open_bundle",
@@ -103,14 +104,14 @@ def writing_bundle(destination: Path | str, keep_failed: bool = False) -> Iterat
     `<destination>.failed` and named on stderr. Raises `UsageError` if something else is at the destination.
     """
     destination = Path(os.path.realpath(destination))
-    _check_replaceable(destination)
+    check_replaceable(destination)
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{destination.name}.new-", dir=destination.parent))
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; a bundle is an ordinary one
         yield temporary
         _complete(temporary)
-        _check_replaceable(destination)  # somebody else may have written there meanwhile
+        check_replaceable(destination)  # somebody else may have written there meanwhile
         _replace(temporary, destination)
     except BaseException:
         _discard(temporary, destination, keep_failed)
@@ -166,7 +167,7 @@ def _differences(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: not in the manifest"
 
 
-def _check_replaceable(destination: Path) -> None:
+def check_replaceable(destination: Path) -> None:
     """Refuse to overwrite what we did not write: other people's folders, files, and additions to an old bundle."""
     if not os.path.lexists(destination):
         return

@@ -16,7 +16,7 @@ from kind_edge.budget.planner import make_plan
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
-from kind_edge.deploy.bundle import open_bundle, verified_manifest, write_manifest, writing_bundle
+from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
 from kind_edge.deploy.quality import HeldoutLoss, heldout_losses
@@ -96,6 +96,8 @@ def export(
     """
     stage = on_stage or (lambda _: None)
     exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats))]
+    if output is not None:
+        check_replaceable(Path(output))  # before any work
     stage("reading the model")
     opened = open_model(model)
     request = None

@@ -18,7 +18,7 @@ from kind_edge.errors import UsageError, unknown
 from kind_edge.model.calibration import Calibration, calibration_of
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.shipped import find_model
-from kind_edge.model.spec import FORMS, SAMPLERS, default_sampler
+from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, FORMS, SAMPLERS, default_sampler
 from kind_edge.units import Kind, parse_quantity
 
 _LIMIT_KINDS: Mapping[str, Kind] = {
@@ -27,7 +27,6 @@ _LIMIT_KINDS: Mapping[str, Kind] = {
     "max_flops": "flops",
     "max_size": "bytes",
 }
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.5
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,9 @@ FORMS: tuple[Form, ...] = ("switch", "single", "union")
 SAMPLERS: dict[str, tuple[str, ...]] = {"flow": ("euler", "heun"), "epsilon": ("dpmsolver++", "ddim")}
 """Samplers of each objective; the first is the default."""
 
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.5
+"""Where a checkpoint recommends nothing."""
+
 FREQUENCY_WIDTH = 256
 """Width of the sinusoidal timestep features (DiT, `TimestepEmbedder`)."""
 

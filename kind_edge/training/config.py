@@ -83,6 +83,10 @@ _TRIAL = TrainConfig(_FASHION, images=60_000)
 
 PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": TrainConfig(_FASHION, images=660_000),
+    # The ordinary transformer of the same shape after as many images: what the shipped model is compared with.
+    "fashion-mnist-dense": TrainConfig(
+        dataclasses.replace(_FASHION.dense(), label_embedding=True), images=660_000
+    ),
     # Short runs of equal length that settled the choices; see docs/results.md.
     "fashion-mnist-short": _TRIAL,
     "fashion-mnist-short-label": dataclasses.replace(_TRIAL, spec=dataclasses.replace(_FASHION, label_embedding=True)),

@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.sampling import Denoiser, guided, sample
-from kind_edge.model.spec import default_sampler
+from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.data import CLASS_NAMES
 from kind_edge.training.evaluate import Judge, QualityReport
 
 OnProgress = Callable[[int, int], None]
 BATCH = 100
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.5
 
 
 @dataclass(frozen=True)

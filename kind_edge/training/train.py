@@ -16,7 +16,7 @@ from kind_edge._version import __version__
 from kind_edge.errors import UsageError
 from kind_edge.model.calibration import calibrate_on_images, save_calibration
 from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, Checkpoint, save_checkpoint, write_tensors
-from kind_edge.model.spec import default_sampler
+from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE, FashionMNIST, load_fashion_mnist
 from kind_edge.training.loop import STATE, Progress, TrainState, load_state, run, save_state, start
@@ -85,7 +85,11 @@ def finish(config: TrainConfig, state: TrainState, output: Path, dataset: Fashio
         "images_seen": state.step * config.batch_size,
         "final_loss": state.loss,
         "tools": {"kind_edge": __version__, "torch": torch.__version__},
-        "recommended": {"steps": 20, "guidance": 1.5, "sampler": default_sampler(config.spec.objective)},
+        "recommended": {
+            "steps": DEFAULT_STEPS,
+            "guidance": DEFAULT_GUIDANCE,
+            "sampler": default_sampler(config.spec.objective),
+        },
     }
     ema = state.ema.cpu().eval()
     checkpoint = Checkpoint(config.spec, CLASS_NAMES, ema.state_dict(), provenance)
