@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kind_edge.errors import UsageError
 from kind_edge.model.diffusion import TRAIN_STEPS
-from kind_edge.model.dit import timestep_features
+from kind_edge.model.dit import timestep_features, timestep_frequencies
 from kind_edge.model.sampling import make_scheduler
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def fitted_weight(weight: Tensor, timesteps: Tensor) -> Tensor:
     At a sampler's own steps they do: the smallest change that is exact there. Elsewhere it is as good as diffusers' own
     conversion of DiT, which changes nothing at all. `UsageError` where the steps are too many for 256 features.
     """
-    ours, theirs = (timestep_features(timesteps, shift).double() for shift in (0, 1))
+    ours, theirs = (timestep_features(timesteps, timestep_frequencies(shift)).double() for shift in (0, 1))
     wanted = ours @ weight.double().T
     change = torch.linalg.lstsq(theirs, wanted - theirs @ weight.double().T, rcond=1e-9, driver="gelsd").solution
     fitted = (weight.double() + change.T).float()

@@ -28,7 +28,7 @@ from kind_edge.model.spec import ModelSpec
 from kind_edge.units import format_seconds
 
 LICENCE = "Apache-2.0"
-PREVIEW_IMAGES = 8
+PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "diffusers", "numpy", "safetensors")
 
 
@@ -124,7 +124,9 @@ def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> Non
 
 
 def draw_preview(folder: Path, manifest: Manifest) -> None:
-    """preview.png: a row per class, drawn by the default model through ONNX Runtime."""
+    """preview.png: a row per class, drawn by the default model through ONNX Runtime. Latents have no picture."""
+    if manifest.image.channels not in PICTURE_CHANNELS:
+        return
     entry = manifest.models[manifest.default_model]
     loaded = LoadedBundle(manifest, entry, open_session(folder / entry.path))
     switches = "class_index" in entry.input_names()
@@ -147,13 +149,16 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
     sampler = values["sampler"]
     null = f", {sampler['null_index']} none (for guidance)" if sampler["null_index"] is not None else ""
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
+    picture = f"![images drawn by {values['default_model']}](preview.png)"
+    if values["image"]["channels"] not in PICTURE_CHANNELS:
+        picture = "The model draws latents: pictures come from the decoder of the autoencoder it was trained with."
     return f"""# {values["name"]}
 
 {", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, guidance
 {sampler["guidance"]}.
 Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
 
-![images drawn by {values["default_model"]}](preview.png)
+{picture}
 
 ## Python
 

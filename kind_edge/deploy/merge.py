@@ -47,7 +47,9 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
     """
     kept = class_indices(checkpoint, plan.classes)
     tensors = {
-        name: t for name, t in checkpoint.tensors.items() if ".learngene." not in name and ".tailors." not in name
+        name: t
+        for name, t in checkpoint.float_tensors().items()
+        if ".learngene." not in name and ".tailors." not in name
     }
     if checkpoint.spec.label_embedding:
         labels = checkpoint.tensors["y_embed.weight"].float()

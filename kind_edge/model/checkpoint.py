@@ -35,7 +35,7 @@ HELDOUT_IMAGES, HELDOUT_LATENTS = "images", "latents"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model at rest. `tensors` keep the dtype of the file, `pos_embed` apart; `model()` computes in float32."""
+    """A model at rest. `tensors` keep the dtype of the file; `model()` computes in float32."""
 
     spec: ModelSpec
     class_names: tuple[str, ...]
@@ -46,8 +46,15 @@ class Checkpoint:
     def model(self) -> DiT:
         """The gated model in float32, in evaluation mode."""
         model = DiT(self.spec)
-        model.load_state_dict({name: tensor.float() for name, tensor in self.tensors.items()})
+        model.load_state_dict(self.float_tensors())
         return model.eval().requires_grad_(False)
+
+    def float_tensors(self) -> dict[str, Tensor]:
+        """All tensors in float32. A sine-cosine table that storage rounded is computed anew, as other formats do."""
+        table = sincos_position_table(self.spec.image_size // self.spec.patch_size, self.spec.width)
+        rounded = torch.equal(table.to(self.tensors["pos_embed"].dtype), self.tensors["pos_embed"])
+        tensors = {name: tensor.float() for name, tensor in self.tensors.items()}
+        return tensors | {"pos_embed": table} if rounded else tensors
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -106,17 +113,10 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             raise InputError(f"{folder}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}, want {wanted}")
         if not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: tensor {name} holds NaN or infinity")
-    tensors["pos_embed"] = _unrounded(tensors["pos_embed"], spec)
     names = tuple(config["class_names"])
     if len(names) != spec.num_classes or len(set(names)) != len(names):
         raise InputError(f"{folder / CONFIG}: got {len(names)} class names, want {spec.num_classes} different ones")
     return Checkpoint(spec, names, tensors, config["provenance"], folder)
-
-
-def _unrounded(pos_embed: Tensor, spec: ModelSpec) -> Tensor:
-    """The sine-cosine table in full precision where storage merely rounded it: other formats compute it."""
-    table = sincos_position_table(spec.image_size // spec.patch_size, spec.width)
-    return table if torch.equal(table.to(pos_embed.dtype), pos_embed) else pos_embed
 
 
 def read_config(folder: Path) -> dict[str, Any]:

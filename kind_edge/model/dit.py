@@ -24,11 +24,15 @@ def sincos_position_table(side: int, width: int) -> Tensor:
     return torch.cat([columns, rows], 1).float()
 
 
-def timestep_features(timestep: Tensor, frequency_shift: int) -> Tensor:
-    """timestep [B] -> cosines, then sines, of 128 frequencies, [B, 256]."""
+def timestep_frequencies(shift: int) -> Tensor:
+    """[128], float32; the `shift` is `ModelSpec.timestep_frequency_shift`."""
     half = FREQUENCY_WIDTH // 2
-    steps = torch.arange(half, device=timestep.device)
-    angles = timestep[:, None].float() * torch.exp(-math.log(10000.0) * steps / (half - frequency_shift))
+    return torch.exp(-math.log(10000.0) * torch.arange(half) / (half - shift))
+
+
+def timestep_features(timestep: Tensor, frequencies: Tensor) -> Tensor:
+    """timestep [B] -> cosines, then sines, of 128 frequencies, [B, 256]."""
+    angles = timestep[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
@@ -37,13 +41,14 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, width: int, frequency_shift: int = 0) -> None:
         super().__init__()
-        self.frequency_shift = frequency_shift
+        # A constant, also of what is exported: another runtime's exp, times a timestep of 1000, would not be the same.
+        self.register_buffer("frequencies", timestep_frequencies(frequency_shift), persistent=False)
         self.fc1 = nn.Linear(FREQUENCY_WIDTH, width)
         self.fc2 = nn.Linear(width, width)
 
     def forward(self, timestep: Tensor) -> Tensor:
         """timestep [B] -> [B, D]."""
-        return self.fc2(F.silu(self.fc1(timestep_features(timestep, self.frequency_shift))))
+        return self.fc2(F.silu(self.fc1(timestep_features(timestep, self.frequencies))))
 
 
 class DenseLinear(nn.Linear):

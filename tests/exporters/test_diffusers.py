@@ -13,6 +13,8 @@ from diffusers import DiTPipeline
 from safetensors.torch import load_file, save_file
 
 from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.deploy import pipeline
+from kind_edge.deploy.bundle import zip_bundle
 from kind_edge.deploy.manifest import ModelEntry, TensorInfo
 from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.plain import PlainDiT
@@ -112,13 +114,13 @@ def test_from_diffusers_and_back(make_dit: Callable[..., Any], tmp_path: Path) -
     source.save_pretrained(tmp_path / "dit")
     checkpoint = load_checkpoint(import_model(tmp_path / "dit", tmp_path / "kind", 16, 0, ("a", "b", "c")).folder)
     export(plain_model(checkpoint, "switch", ("c", "a")), tmp_path)
-    pipeline = DiTPipeline.from_pretrained(tmp_path / "diffusers", vae=None)
-    assert pipeline.labels == {"c": 0, "a": 1}
+    loaded = DiTPipeline.from_pretrained(tmp_path / "diffusers", vae=None)
+    assert loaded.labels == {"c": 0, "a": 1}
     x, t = torch.randn(7, 4, 8, 8), torch.tensor([0.0, 1.0, 37.0, 400.0, 500.0, 998.0, 999.0])
     for label, there in ((2, 0), (0, 1), (3, 1000)):
         with torch.no_grad():
             wanted = source(x, t, torch.full((7,), label)).sample
-            got = pipeline.transformer(x, timestep=t, class_labels=torch.full((7,), there)).sample
+            got = loaded.transformer(x, timestep=t, class_labels=torch.full((7,), there)).sample
         assert float((wanted - got).norm() / wanted.norm()) < 1e-5
 
 
@@ -131,13 +133,13 @@ def test_the_pipeline_draws_our_images(
     shape = {"channels": 3, "tailor_rank": 0, "objective": "flow" if sampler == "euler" else "epsilon"}
     model = plain_model(make_checkpoint(**shape), "switch", ("bag", "coat"), steps, sampler)
     export(model, tmp_path)
-    pipeline = DiTPipeline.from_pretrained(tmp_path / "diffusers")
-    pipeline.set_progress_bar_config(disable=True)
+    loaded = DiTPipeline.from_pretrained(tmp_path / "diffusers")
+    loaded.set_progress_bar_config(disable=True)
     monkeypatch.setattr("diffusers.pipelines.dit.pipeline_dit.randn_tensor", lambda **_: noise)
     drawn: list[torch.Tensor] = []
-    decode = pipeline.vae.decode
-    monkeypatch.setattr(pipeline.vae, "decode", lambda latents: drawn.append(latents) or decode(latents))
-    assert len(pipeline([0, 1], guidance_scale=2.0, num_inference_steps=steps, output_type="np").images) == 2
+    decode = loaded.vae.decode
+    monkeypatch.setattr(loaded.vae, "decode", lambda latents: drawn.append(latents) or decode(latents))
+    assert len(loaded([0, 1], guidance_scale=2.0, num_inference_steps=steps, output_type="np").images) == 2
     gated = model.origin.truncated.model()
     wanted = sample(gated, noise, torch.tensor([0, 1]), model.spec.objective, steps, sampler)
     error = float((drawn[0] - wanted).norm() / wanted.norm())
@@ -169,3 +171,18 @@ def test_what_a_dit_of_diffusers_cannot_be_is_refused(make_checkpoint: MakeCheck
         assert list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match="fp32 only"):
         exporter("diffusers").export(plain_model(tiny, "single", ("bag",)), tmp_path, ())
+
+
+@pytest.mark.slow
+def test_the_whole_way_from_a_dit_to_a_smaller_dit(make_dit: Callable[..., Any], tmp_path: Path) -> None:
+    """Import, plan for a device, cut, export both formats: one bundle whose every file keeps its gate."""
+    make_dit(norm_eps=1e-2).save_pretrained(tmp_path / "dit")  # an epsilon that every format has to have
+    import_model(tmp_path / "dit", tmp_path / "kind", 16, 0, ("a", "b", "c"))
+    asked: dict[str, Any] = {"profile": "raspberry-pi-5", "precision": "fp32", "steps": 4, "max_flops": "90%"}
+    bundle = pipeline.export(tmp_path / "kind", **asked, output=tmp_path / "b", formats=["diffusers"])
+    assert bundle.parity.keys() == {"onnx/denoiser.onnx", "diffusers/transformer"}
+    assert bundle.latency.keys() == {"onnx/denoiser.onnx"}
+    assert bundle.plan.retained_energy < 0.999
+    modes = {path.stat().st_mode for path in (tmp_path / "b").rglob("*") if path.is_file()}
+    assert len(modes) == 1
+    assert pipeline.verify(zip_bundle(tmp_path / "b"), tmp_path / "kind").passed

@@ -50,6 +50,8 @@ def test_matrices_are_the_six_of_every_block() -> None:
         ({"mlp_ratio": "4"}, ("mlp_ratio", "'4'")),
         ({"mlp_ratio": 0}, ("mlp_ratio", "0")),
         ({"factored": "yes"}, ("factored", "yes")),
+        ({"timestep_frequency_shift": 2}, ("timestep_frequency_shift", "2", "diffusers")),
+        ({"mlp_norm_eps": 0}, ("mlp_norm_eps", "0")),
     ],
 )
 def test_nonsense_is_refused_by_name(changes: dict[str, Any], words: tuple[str, ...]) -> None:
