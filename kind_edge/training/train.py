@@ -19,6 +19,7 @@ from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, Checkpoint,
 from kind_edge.model.spec import default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE, FashionMNIST, load_fashion_mnist
+from kind_edge.training.distributed import check_division, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.source import InMemoryImages
 from kind_edge.training.state import STATE, TrainState, averaged_tensors, load_state, save_state, start
@@ -52,6 +53,7 @@ def train(
     Raises `UsageError` if the folder holds something already and `resume` is not given.
     """
     place = pick_device(device)
+    check_division(config)
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; choose another -o")
     if not resume and output.exists() and any(output.iterdir()):
@@ -63,12 +65,16 @@ def train(
     for name, value in wanted.items():
         if getattr(config.spec, name) != value:
             raise UsageError(f"the model has {name} {getattr(config.spec, name)}, Fashion-MNIST has {value}")
+    processes = join(place)
     output.mkdir(parents=True, exist_ok=True)
     images, labels = tensors(dataset.train_images, dataset.train_labels)
-    source = InMemoryImages(images.to(place), labels, CLASS_NAMES, dataset.data_sha256)
-    state = load_state(output, config, place) if resume else start(config, place)
+    source = InMemoryImages(images.to(processes.device), labels, CLASS_NAMES, dataset.data_sha256)
+    state = load_state(output, config, processes) if resume else start(config, processes)
     run(config, state, source, lambda s: save_state(output, config, s), on_progress)
-    finish(config, state, output, dataset)
+    weights = averaged_tensors(config, state)
+    if processes.rank == 0:
+        finish(config, state, weights, output, dataset)
+    processes.wait()
     return output
 
 
@@ -77,20 +83,22 @@ def tensors(images: object, labels: object) -> tuple[Tensor, Tensor]:
     return torch.tensor(images).unsqueeze(1), torch.tensor(labels).long()
 
 
-def finish(config: TrainConfig, state: TrainState, output: Path, dataset: FashionMNIST) -> None:
+def finish(
+    config: TrainConfig, state: TrainState, weights: dict[str, Tensor], output: Path, dataset: FashionMNIST
+) -> None:
     """Write the checkpoint from the averaged weights, in fp16, and what planning needs beside it."""
     provenance = {
         "command": "kind-edge " + shlex.join(sys.argv[1:]),
         "config": config.to_dict(),
         "data_sha256": dataset.data_sha256,
-        "hardware": hardware(state.slots.rows.device),
+        "hardware": hardware(state.processes.device),
         "seconds": round(state.seconds, 1),
         "images_seen": state.step * config.batch_size,
         "final_loss": state.loss,
         "tools": {"kind_edge": __version__, "torch": torch.__version__},
         "recommended": {"steps": 20, "guidance": 1.5, "sampler": default_sampler(config.spec.objective)},
     }
-    checkpoint = Checkpoint(config.spec, CLASS_NAMES, averaged_tensors(config, state), provenance)
+    checkpoint = Checkpoint(config.spec, CLASS_NAMES, weights, provenance)
     if config.spec.factored:
         chosen = torch.randperm(len(dataset.train_labels), generator=torch.Generator().manual_seed(0))[
             :CALIBRATION_IMAGES
