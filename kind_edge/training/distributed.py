@@ -76,7 +76,7 @@ class Together:
         self.device = self.accelerator.device
 
     def wrap(self, model: DiT, optimizer: torch.optim.Optimizer, apart: list[str]) -> nn.Module:
-        plugin = self.accelerator.state.fsdp_plugin
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if plugin is None:
             model._ddp_params_and_buffers_to_ignore = apart
             return self.accelerator.prepare_model(model)

@@ -92,7 +92,7 @@ class Tailors:
             view.copy_(parameter)
         count = len(weight)
         moments = torch.zeros_like(weight), torch.zeros_like(weight)
-        steps = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.long)
+        steps = torch.zeros(count, dtype=torch.float32, device=device), torch.zeros(count, dtype=torch.long)
         return cls(layout, weight, weight.clone(), *moments, *steps)
 
     def tensors(self) -> dict[str, Tensor]:
