@@ -71,7 +71,7 @@ def start_from(config: TrainConfig, model: DiT, processes: Processes | None = No
     if config.compile:
         for block in model.blocks:
             block.compile()
-    network = processes.wrap(model, optimizer, list(slots.parameters))
+    network = processes.wrap(model, optimizer, list(slots))
     average = {name: p.detach().clone() for name, p in own_parameters(model, tailors).items()}
     return TrainState(model, network, processes, slots, tailors, average, optimizer)
 
