@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -21,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from kind_edge.errors import UsageError
-from kind_edge.model.dit import DiT, ModulatedBlock
-from kind_edge.model.gated_linear import GatedLinear
+from kind_edge.model.dit import DiT
 from kind_edge.training.config import TrainConfig
 
 
@@ -31,8 +31,8 @@ class Processes(Protocol):
     count: int
     device: torch.device
 
-    def wrap(self, model: DiT, optimizer: torch.optim.Optimizer, apart: list[str]) -> nn.Module:
-        """The model as it is called. The parameters named in `apart` are left to the caller to exchange."""
+    def wrap(self, model: DiT, apart: Mapping[str, nn.Parameter]) -> nn.Module:
+        """The model as it is called. The gradient of the parameters in `apart` is left to the caller to exchange."""
 
     def last(self, network: nn.Module, last: bool) -> AbstractContextManager[Any]:
         """Where a backward pass runs; gradients are exchanged in a step's last one."""
@@ -50,7 +50,7 @@ class Alone:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
-    def wrap(self, model: DiT, optimizer: torch.optim.Optimizer, apart: list[str]) -> nn.Module:
+    def wrap(self, model: DiT, apart: Mapping[str, nn.Parameter]) -> nn.Module:
         return model
 
     def last(self, network: nn.Module, last: bool) -> AbstractContextManager[Any]:
@@ -74,25 +74,27 @@ class Together:
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         self.rank, self.count = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device
+        self.sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if self.sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UsageError("sharded training needs FSDP2: accelerate launch --use_fsdp --fsdp_version 2")
 
-    def wrap(self, model: DiT, optimizer: torch.optim.Optimizer, apart: list[str]) -> nn.Module:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
-            model._ddp_params_and_buffers_to_ignore = apart
+    def wrap(self, model: DiT, apart: Mapping[str, nn.Parameter]) -> nn.Module:
+        if not self.sharded:
+            model._ddp_params_and_buffers_to_ignore = list(apart)
             return self.accelerator.prepare_model(model)
-        if plugin.fsdp_version != 2:
-            raise UsageError("training with FSDP needs its version 2: accelerate launch --fsdp_version 2")
-        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = (
-            "transformer_based_wrap",
-            [ModulatedBlock.__name__],
-        )
-        plugin.ignored_modules = [layer.tailors for layer in model.modules() if isinstance(layer, GatedLinear)]
-        plugin.cpu_ram_efficient_loading = False
-        network, _ = self.accelerator.prepare(model, optimizer)
-        return network
+        # Not through accelerate, which shards on GPUs alone.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh, ignored = init_device_mesh(self.device.type, (self.count,)), set(apart.values())
+        for module in [*model.blocks, model]:
+            fully_shard(module, mesh=mesh, ignored_params=ignored)
+        return model
 
     def last(self, network: nn.Module, last: bool) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(network)
+        if self.sharded:
+            network.set_requires_gradient_sync(last)
+        return contextlib.nullcontext() if last or self.sharded else self.accelerator.no_sync(network)
 
     def mean_(self, tensor: Tensor) -> Tensor:
         torch.distributed.all_reduce(tensor)

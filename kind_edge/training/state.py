@@ -63,16 +63,16 @@ def start_from(config: TrainConfig, model: DiT, processes: Processes | None = No
     tailors = Tailors.of(model)
     size, group = part_layout(config.spec.num_classes, config.batch_size, processes.count * config.accumulation)
     slots = tailors.lend(model, size // group)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    network = processes.wrap(model, slots)
     own = own_parameters(model, tailors)
     decay = [p for name, p in own.items() if not name.endswith("bias")]
     rest = [p for name, p in own.items() if name.endswith("bias")]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
-    if config.compile:
-        for block in model.blocks:
-            block.compile()
-    network = processes.wrap(model, optimizer, list(slots))
-    average = {name: p.detach().clone() for name, p in own_parameters(model, tailors).items()}
+    average = {name: p.detach().clone() for name, p in own.items()}
     return TrainState(model, network, processes, slots, tailors, average, optimizer)
 
 
