@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kind_edge.errors import InputError
+from kind_edge.errors import InputError, UsageError
 from kind_edge.model.dit import DiT, sincos_position_table
 from kind_edge.model.spec import ModelSpec
+from kind_edge.units import format_bytes
 
 SCHEMA_VERSION = 1
 SHARD_BYTES = 16 * 1000**2
@@ -187,11 +189,27 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file so that `path` is either the old one or the whole new one."""
+    """Write a safetensors file so that `path` is either the old one or the whole new one, whatever happens.
+
+    Raises:
+        UsageError: the disk has no room for it, or refuses it; `path` is as it was.
+    """
     temporary = path.with_name(path.name + ".partial")
+    temporary.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    free = shutil.disk_usage(path.parent).free
+    kept = f"; the earlier {path.name} is untouched" if path.exists() else ""
+    if needed > free:
+        raise UsageError(
+            f"{path}: needs {format_bytes(needed)}, but its disk has {format_bytes(free)} left{kept}; make room"
+        )
     try:
         save_file(dict(tensors), temporary, metadata=metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the new name with half its bytes
         os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: cannot be written ({error}){kept}; make room, or choose another place") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -104,6 +104,11 @@ class ModulatedBlock(Block):
         super().__init__(attn, mlp, spec.mlp_norm_eps)
         self.adaln = nn.Linear(spec.width, 6 * spec.width)
 
+    def forward(self, x: Tensor, condition: Tensor, gate: object) -> Tensor:
+        """x [B, N, D], condition [B, D] -> [B, N, D]. All of a block's weights are used in here, so that it can be
+        compiled and sharded as one."""
+        return super().forward(x, self.adaln(condition), gate)
+
 
 class FinalLayer(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
@@ -166,7 +171,7 @@ class DiT(nn.Module):
         c = self.condition(timestep, gate.class_index)  # [B, D]
         x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
         for block in self.blocks:
-            x = block(x, block.adaln(c), gate)  # [B, N, D]
+            x = block(x, c, gate)  # [B, N, D]
         return unpatchify(x, self.final.adaln(c), self.final.linear, self.spec)
 
 

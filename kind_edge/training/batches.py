@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,13 @@ def group_count(num_classes: int, batch_size: int) -> int:
     """How many groups of one class each a batch has: the fewest equal ones that leave every class one, if they can."""
     fewest = min(num_classes, batch_size)
     return next(count for count in range(fewest, batch_size + 1) if batch_size % count == 0)
+
+
+def part_layout(num_classes: int, batch_size: int, parts: int) -> tuple[int, int]:
+    """Images of a batch's part when it is cut in equal ones, and of the groups in it: a group that a cut goes through
+    becomes several smaller ones."""
+    size = batch_size // parts
+    return size, math.gcd(size, batch_size // group_count(num_classes, batch_size))
 
 
 @dataclass(frozen=True)

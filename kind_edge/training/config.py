@@ -16,6 +16,8 @@ from kind_edge.model.spec import ModelSpec
 DATASETS = ("fashion-mnist", "files")
 """With "files" the images are the user's own: what `--data` names."""
 
+PRECISIONS = ("fp32", "bf16")
+
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
@@ -35,6 +37,12 @@ class TrainConfig:
     null_share: float = 0.1
     """Share of images trained with every gate closed: the unconditional branch of guidance."""
     seed: int = 0
+    precision: str = "fp32"
+    """Of the forward and backward pass; weights, averages and optimizer are fp32 always."""
+    compile: bool = False
+    """Run the blocks through torch.compile."""
+    accumulation: int = 1
+    """Parts that a process goes through a step's images in, to save memory."""
     nested_share: float = 0.0
     """Share of steps that use only the leading part of every learngene: its size uniform in [nested_lowest, 1]."""
     nested_lowest: float = 0.2
@@ -46,7 +54,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
             raise InputError(f"dataset: got {self.dataset!r}, want one of {', '.join(DATASETS)}")
-        for name, lowest in (("images", 1), ("batch_size", 1), ("warmup_steps", 0), ("weight_decay", 0)):
+        if self.precision not in PRECISIONS:
+            raise InputError(f"precision: got {self.precision!r}, want one of {', '.join(PRECISIONS)}")
+        lowest_of = {"images": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "weight_decay": 0}
+        for name, lowest in lowest_of.items():
             if not lowest <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: got {getattr(self, name)}, want at least {lowest}")
         for name in ("learning_rate", "gradient_clip"):

@@ -9,9 +9,11 @@ from pathlib import Path
 from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.training.config import TrainConfig
-from kind_edge.training.data import load_fashion_mnist
-from kind_edge.training.loop import STATE, Progress, TrainState, load_state, run, save_state, start
-from kind_edge.training.train import finish, pick_device, tensors
+from kind_edge.training.distributed import join
+from kind_edge.training.loop import Progress, run
+from kind_edge.training.open import open_data
+from kind_edge.training.state import STATE, averaged_tensors, load_state, save_state, start_from
+from kind_edge.training.train import finish, pick_device
 
 HEAL_STEPS = 300
 HEAL_WARMUP_STEPS = 30
@@ -52,20 +54,16 @@ def train_from(
     """
     if config.spec != checkpoint.spec:
         raise InputError("the configuration is for a model of another shape than the checkpoint; use heal_config")
-    place = pick_device(device)
-    dataset = load_fashion_mnist(data)
+    processes = join(pick_device(device))
+    split = open_data(config, data, device=processes.device)
     output.mkdir(parents=True, exist_ok=True)
-    state = load_state(output, config, place) if (output / STATE).exists() else start(config, place)
-    if state.step == 0:
-        init_from(state, checkpoint)
-    images, labels = tensors(dataset.train_images, dataset.train_labels)
-    run(config, state, images.to(place), labels, lambda s: save_state(output, s), on_progress)
-    finish(config, state, output, dataset)
+    if (output / STATE).exists():
+        state = load_state(output, config, processes)
+    else:
+        state = start_from(config, checkpoint.model().train().requires_grad_(True), processes)
+    run(config, state, split.training, lambda s: save_state(output, config, s), on_progress)
+    weights = averaged_tensors(config, state)
+    if processes.rank == 0:
+        finish(config, state, weights, output, split)
+    processes.wait()
     return output
-
-
-def init_from(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Replace the fresh weights of a run, and their average, by the checkpoint's. In place."""
-    weights = {name: tensor.float() for name, tensor in checkpoint.tensors.items()}
-    state.model.load_state_dict(weights)
-    state.ema.load_state_dict(weights)

@@ -5,7 +5,10 @@ Everything random is a function of (seed, step), so a run's state is its weights
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,9 +19,10 @@ from torch import Tensor
 from kind_edge.errors import InputError
 from kind_edge.model.diffusion import add_noise, draw_timesteps, loss_per_image
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.training.batches import Batch, ClassBatches, generator
+from kind_edge.training.batches import Batch, ClassBatches, generator, part_layout
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData
+from kind_edge.training.distributed import Processes, local, whole
 from kind_edge.training.state import TrainState, follow
 
 SAVE_EVERY_S = 120.0
@@ -74,15 +78,18 @@ def train_step(config: TrainConfig, state: TrainState, data: TrainingData, batch
     noised = Noised.draw(config, state.step, (len(batch.images), *data.shape))
     touched, row_of_image = batch.labels.unique(return_inverse=True)
     state.optimizer.zero_grad(set_to_none=True)
-    gradient = torch.zeros(len(touched), state.tailors.layout.values, device=state.slots.rows.device)
-    loss = torch.zeros((), device=gradient.device)
-    for part in _parts(batch, config):
-        state.tailors.fill(state.slots, batch.labels[part.start : part.stop : batch.group_size])
-        share = batch_loss(config, state, data, batch, noised, part)
-        share.backward()
+    gradient = torch.zeros(len(touched), state.tailors.layout.values, device=state.processes.device)
+    loss = torch.zeros(1, device=state.processes.device)
+    for part in parts_of(config, state.processes):
+        heads = part.first_of_groups
+        state.tailors.fill(state.slots, batch.labels[heads])
+        with state.processes.last(state.network, part.last):
+            share = part_loss(config, state, data, batch, noised, part.images) / config.accumulation
+            share.backward()
         loss += share.detach()
-        rows = row_of_image[part.start : part.stop : batch.group_size]
-        state.tailors.collect(state.slots, rows, gradient)
+        state.tailors.collect(state.slots, row_of_image[heads], gradient)
+    state.processes.mean_(gradient)
+    state.processes.mean_(loss)
     norm = clip(state, gradient, config.gradient_clip)
     _refuse_divergence(state.step + 1, float(loss), float(norm))
     rate = learning_rate(config, state.step)
@@ -95,37 +102,58 @@ def train_step(config: TrainConfig, state: TrainState, data: TrainingData, batch
     return float(loss)
 
 
-def _parts(batch: Batch, config: TrainConfig) -> Iterator[slice]:
-    yield slice(0, len(batch.images))
+@dataclass(frozen=True)
+class Part:
+    """What one process does of a batch in one go."""
+
+    images: slice
+    first_of_groups: slice
+    last: bool
 
 
-def batch_loss(
+def parts_of(config: TrainConfig, processes: Processes) -> Iterator[Part]:
+    """This process's share of a batch, in as many parts as accumulation asks for.
+
+    The batch is sorted by class and cut where it stands, so that a part has few classes.
+    """
+    size, group = part_layout(config.spec.num_classes, config.batch_size, processes.count * config.accumulation)
+    first = processes.rank * config.accumulation
+    for number in range(first, first + config.accumulation):
+        low, high = number * size, (number + 1) * size
+        yield Part(slice(low, high), slice(low, high, group), number == first + config.accumulation - 1)
+
+
+def part_loss(
     config: TrainConfig, state: TrainState, data: TrainingData, batch: Batch, noised: Noised, part: slice
 ) -> Tensor:
-    """The loss of a part of the batch, whose tailors lie in the slots."""
-    device, objective = state.slots.rows.device, config.spec.objective
+    """The mean loss of a part of the batch, whose tailors lie in the slots."""
+    device, objective = state.processes.device, config.spec.objective
     x = data.batch(batch.images[part]).to(device)
     noise, timestep, closed = (t[part].to(device) for t in (noised.noise, noised.timestep, noised.closed))
     labels = batch.labels[part].to(device)
+    nested = learngene_share(config, state.step)
 
-    def predict(sample: Tensor, timestep: Tensor, share: float = learngene_share(config, state.step)) -> Tensor:
+    def predict(sample: Tensor, timestep: Tensor, share: float = nested) -> Tensor:
         gate = ClassGate.gathered(labels, closed, config.spec.num_classes, share)
-        return state.model(sample, timestep, gate)
+        # Every other size of the learngene would be compiled anew.
+        stance = torch.compiler.set_stance("force_eager") if share < 1 else contextlib.nullcontext()
+        with stance, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            return state.network(sample, timestep, gate)
 
-    if config.nested_teacher and learngene_share(config, state.step) < 1:
+    if config.nested_teacher and nested < 1:
         sample, _ = add_noise(objective, x, noise, timestep)
         with torch.no_grad():
             whole = predict(sample, timestep, 1.0)
-        return (predict(sample, timestep) - whole).square().mean()
-    return loss_per_image(objective, predict, x, noise, timestep).mean()
+        return (predict(sample, timestep) - whole).float().square().mean()
+    return loss_per_image(objective, lambda s, t: predict(s, t).float(), x, noise, timestep).mean()
 
 
 def clip(state: TrainState, tailor_gradient: Tensor, longest: float) -> Tensor:
     """Scale the gradient of everything that a step updates, as one vector, to this length at most; its length."""
-    gradients = [p.grad for p in state.parameters().values() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([*gradients, tailor_gradient])
+    own = [p.grad for p in state.parameters().values() if p.grad is not None]
+    norm = torch.hypot(whole(torch.nn.utils.get_total_norm(own)), tailor_gradient.norm())
     scale = (longest / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([*gradients, tailor_gradient], scale)
+    torch._foreach_mul_([*map(local, own), tailor_gradient], scale)
     return norm
 
 
@@ -146,11 +174,15 @@ def run(
     save: Callable[[TrainState], None],
     report: Callable[[Progress], None],
 ) -> TrainState:
-    """Train to the configured number of images; saves every two minutes, at the end, and when interrupted."""
+    """Train to the configured number of images; saves every two minutes, at the end, and when interrupted.
+
+    Ctrl-C and a scheduler's SIGTERM end the run after the present step, saved, with a `KeyboardInterrupt`; a second one
+    ends it at once, and what was saved before stands. Only the first of several processes reports.
+    """
     batches = ClassBatches(data.labels.cpu(), config.spec.num_classes, config.batch_size, config.seed)
     began, first, saved = time.monotonic(), state.step, time.monotonic()
     seconds_before = state.seconds
-    try:
+    with stop_requests() as stop:
         while state.step < config.steps:
             loss = train_step(config, state, data, batches)
             state.loss = loss if math.isnan(state.loss) else state.loss + 0.01 * (loss - state.loss)
@@ -158,12 +190,39 @@ def run(
             state.seconds = seconds_before + elapsed
             per_step = elapsed / (state.step - first)
             left_s = per_step * (config.steps - state.step)
-            report(Progress(state.step, config.steps, state.loss, config.batch_size / per_step, left_s))
-            if time.monotonic() - saved > SAVE_EVERY_S:
+            if state.processes.rank == 0:
+                report(Progress(state.step, config.steps, state.loss, config.batch_size / per_step, left_s))
+            stopping, due = _agree(state.processes, stop.is_set(), time.monotonic() - saved > SAVE_EVERY_S)
+            if stopping or due:
                 save(state)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        save(state)
-        raise
+            if stopping:
+                raise KeyboardInterrupt
     save(state)
     return state
+
+
+def _agree(processes: Processes, *wishes: bool) -> list[bool]:
+    """What any process wishes, all do: they save and stop after the same step."""
+    return [wish > 0 for wish in processes.mean_(torch.tensor(wishes, device=processes.device).float()).tolist()]
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Set by the first SIGINT or SIGTERM; the second one is a `KeyboardInterrupt`."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield asked  # signals are the main thread's
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

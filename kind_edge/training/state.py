@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import read_metadata, read_tensors, write_tensors
 from kind_edge.model.dit import DiT, initialise
-from kind_edge.training.batches import group_count
+from kind_edge.training.batches import part_layout
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.distributed import Alone, Processes, local, shared_as, whole
 from kind_edge.training.tailors import BETAS, Slots, Tailors, decay_at
 
 STATE = "state.safetensors"
@@ -27,6 +28,9 @@ class TrainState:
 
     model: DiT
     """Its layers hold the tailors of the current batch alone, in `slots`."""
+    network: nn.Module
+    """The model as it is called: the same, or wrapped for several processes."""
+    processes: Processes
     slots: Slots
     tailors: Tailors
     average: dict[str, Tensor]
@@ -47,46 +51,61 @@ def own_parameters(model: DiT, tailors: Tailors) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if name not in tailors.layout.shapes}
 
 
-def start(config: TrainConfig, device: torch.device) -> TrainState:
-    """A fresh run."""
-    return start_from(config, initialise(DiT(config.spec), config.seed).to(device))
+def start(config: TrainConfig, processes: Processes | None = None) -> TrainState:
+    """A fresh run, on this process's CPU unless told otherwise."""
+    return start_from(config, initialise(DiT(config.spec), config.seed), processes)
 
 
-def start_from(config: TrainConfig, model: DiT) -> TrainState:
+def start_from(config: TrainConfig, model: DiT, processes: Processes | None = None) -> TrainState:
     """A run that begins with these weights. The model becomes the run's own."""
+    processes = processes or Alone(torch.device("cpu"))
+    model = model.to(processes.device)
     tailors = Tailors.of(model)
-    slots = tailors.lend(model, group_count(config.spec.num_classes, config.batch_size))
+    size, group = part_layout(config.spec.num_classes, config.batch_size, processes.count * config.accumulation)
+    slots = tailors.lend(model, size // group)
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
+    network = processes.wrap(model, slots)
     own = own_parameters(model, tailors)
     decay = [p for name, p in own.items() if not name.endswith("bias")]
     rest = [p for name, p in own.items() if name.endswith("bias")]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True)
     average = {name: p.detach().clone() for name, p in own.items()}
-    return TrainState(model, slots, tailors, average, torch.optim.AdamW(groups, lr=0.0, betas=BETAS, fused=True))
+    return TrainState(model, network, processes, slots, tailors, average, optimizer)
 
 
 @torch.no_grad()
 def follow(config: TrainConfig, state: TrainState) -> None:
     """Move the average of the model's own parameters towards their present values."""
-    weights = list(state.parameters().values())
-    torch._foreach_lerp_(list(state.average.values()), weights, 1 - decay_at(config.ema_decay, state.step))
+    average = [local(tensor) for tensor in state.average.values()]
+    weights = [local(parameter.detach()) for parameter in state.parameters().values()]
+    torch._foreach_lerp_(average, weights, 1 - decay_at(config.ema_decay, state.step))
 
 
 def averaged_tensors(config: TrainConfig, state: TrainState) -> dict[str, Tensor]:
-    """The averaged weights under the names of a checkpoint, on the CPU."""
+    """The averaged weights under the names of a checkpoint, on the CPU. Every process has to ask for them."""
     rows = state.tailors.current_average(state.step, config.ema_decay)
     tensors = {"pos_embed": state.model.pos_embed, **state.average, **dict(state.tailors.layout.views(rows))}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def save_state(folder: Path, config: TrainConfig, state: TrainState) -> None:
     """Write everything that `load_state` needs into one file, by renaming a finished one into place.
 
+    Every process calls this, the first one writes.
+
     Raises:
         UsageError: the disk has no room for it; the file of an earlier save is still whole.
     """
+    tensors = _tensors(state)
+    if state.processes.rank > 0:
+        return state.processes.wait()
     numbers = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
     metadata = {key: repr(value) for key, value in numbers.items()}
-    write_tensors(folder / STATE, _tensors(state), {**metadata, "config": json.dumps(config.to_dict())})
+    write_tensors(folder / STATE, tensors, {**metadata, "config": json.dumps(config.to_dict())})
+    return state.processes.wait()
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
@@ -96,10 +115,10 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
         moments = state.optimizer.state.get(parameter, {})  # none before the first step
         tensors |= {f"adam.{key}.{name}": moments[key] for key in _ADAM if key in moments}
     tensors |= {f"tailors.{name}": tensor for name, tensor in state.tailors.tensors().items()}
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def load_state(folder: Path, config: TrainConfig, device: torch.device) -> TrainState:
+def load_state(folder: Path, config: TrainConfig, processes: Processes | None = None) -> TrainState:
     """The state of an interrupted run.
 
     Raises:
@@ -116,15 +135,18 @@ def load_state(folder: Path, config: TrainConfig, device: torch.device) -> Train
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not the state of a run, or of another version ({error!r}); start again") from error
     tensors = read_tensors(path)
-    state = start_from(config, DiT(config.spec).to(device))
+    state = start_from(config, DiT(config.spec), processes)
     _check(tensors, state, path)
     with torch.no_grad():
         for name, parameter in state.parameters().items():
-            parameter.copy_(tensors[f"model.{name}"])
-            state.average[name].copy_(tensors[f"average.{name}"])
+            parameter.copy_(shared_as(tensors[f"model.{name}"], parameter))
+            state.average[name].copy_(shared_as(tensors[f"average.{name}"], parameter))
             moments = {key: tensors[k] for key in _ADAM if (k := f"adam.{key}.{name}") in tensors}
             if moments:
-                state.optimizer.state[parameter] = {key: value.to(device) for key, value in moments.items()}
+                state.optimizer.state[parameter] = {
+                    key: value.to(parameter.device) if value.ndim == 0 else shared_as(value, parameter)
+                    for key, value in moments.items()
+                }
         for name, tensor in state.tailors.tensors().items():
             tensor.copy_(tensors[f"tailors.{name}"])
     state.step, state.seconds, state.loss = progress

@@ -61,13 +61,8 @@ def tailor_parameters(model: DiT) -> Iterator[tuple[str, nn.Parameter]]:
             yield from ((f"{name}.tailors.{part}", parameter) for part, parameter in layer.tailors.named_parameters())
 
 
-@dataclass(frozen=True)
-class Slots:
-    """The tailors that the model's layers hold at the moment: one per group of the batch."""
-
-    rows: Tensor  # [G, P]
-    parameters: dict[str, nn.Parameter]
-    """Views of the rows; by name, as the model has them."""
+Slots = dict[str, nn.Parameter]
+"""The tailors that the model's layers hold at the moment, one per group of the batch: the model's own parameters."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ class Tailors:
             view.copy_(parameter)
         count = len(weight)
         moments = torch.zeros_like(weight), torch.zeros_like(weight)
-        steps = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.long)
+        steps = torch.zeros(count, dtype=torch.float32, device=device), torch.zeros(count, dtype=torch.long)
         return cls(layout, weight, weight.clone(), *moments, *steps)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -101,27 +96,27 @@ class Tailors:
 
     def lend(self, model: DiT, groups: int) -> Slots:
         """Replace the tailors of the model's layers by slots for `groups` of them."""
-        rows = self.weight.new_zeros(groups, self.layout.values)
-        parameters = {name: nn.Parameter(view) for name, view in self.layout.views(rows)}
-        for name, parameter in parameters.items():
+        slots = {name: nn.Parameter(self.weight.new_zeros(groups, *s)) for name, s in self.layout.shapes.items()}
+        for name, parameter in slots.items():
             layer, _, part = name.rpartition(".")
             setattr(model.get_submodule(layer), part, parameter)
-        return Slots(rows, parameters)
+        return slots
 
     @torch.no_grad()
     def fill(self, slots: Slots, classes: Tensor) -> None:
-        """Copy the rows of `classes` [G] into the first slots."""
-        torch.index_select(self.weight, 0, classes.to(self.weight.device), out=slots.rows[: len(classes)])
+        """Copy the rows of `classes` [G] into the slots."""
+        rows = self.weight[classes.to(self.weight.device)]
+        for name, view in self.layout.views(rows):
+            slots[name].copy_(view)
 
     @torch.no_grad()
     def collect(self, slots: Slots, positions: Tensor, gradient: Tensor) -> None:
         """Move the slots' gradient into `gradient` [K, P]; `positions` [G]: the row of each slot."""
         positions = positions.to(gradient.device)
         for name, view in self.layout.views(gradient):
-            parameter = slots.parameters[name]
-            if parameter.grad is not None:
-                view.index_add_(0, positions, parameter.grad)
-                parameter.grad = None
+            if slots[name].grad is not None:
+                view.index_add_(0, positions, slots[name].grad)
+                slots[name].grad = None
 
     @torch.no_grad()
     def update(

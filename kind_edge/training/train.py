@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from kind_edge._version import __version__
 from kind_edge.errors import UsageError
@@ -27,6 +28,7 @@ from kind_edge.model.checkpoint import (
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import DataSplit, TrainingData
+from kind_edge.training.distributed import check_division, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.open import open_data
 from kind_edge.training.state import STATE, TrainState, averaged_tensors, load_state, save_state, start
@@ -64,21 +66,28 @@ def train(
     Raises `UsageError` if the folder holds something already and `resume` is not given.
     """
     place = pick_device(device)
+    check_division(config)
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; choose another -o")
     if not resume and output.exists() and any(output.iterdir()):
         begun = (output / STATE).exists()
         advice = "add --resume to go on with the run in it" if begun else "choose another -o"
         raise UsageError(f"{output} exists and is not empty; {advice}")
-    split = open_data(config, data, class_map=class_map, autoencoder=autoencoder, device=place, report=on_note)
+    processes = join(place)
+    split = open_data(
+        config, data, class_map=class_map, autoencoder=autoencoder, device=processes.device, report=on_note
+    )
     output.mkdir(parents=True, exist_ok=True)
-    state = load_state(output, config, place) if resume else start(config, place)
+    state = load_state(output, config, processes) if resume else start(config, processes)
     run(config, state, split.training, lambda s: save_state(output, config, s), on_progress)
-    finish(config, state, output, split)
+    weights = averaged_tensors(config, state)
+    if processes.rank == 0:
+        finish(config, state, weights, output, split)
+    processes.wait()
     return output
 
 
-def finish(config: TrainConfig, state: TrainState, output: Path, split: DataSplit) -> None:
+def finish(config: TrainConfig, state: TrainState, weights: dict[str, Tensor], output: Path, split: DataSplit) -> None:
     """Write the checkpoint from the averaged weights, in fp16, and what planning needs beside it."""
     data = split.training
     provenance = {
@@ -86,7 +95,7 @@ def finish(config: TrainConfig, state: TrainState, output: Path, split: DataSpli
         "config": config.to_dict(),
         "data": dict(split.facts),
         "data_sha256": data.sha256,
-        "hardware": hardware(state.slots.rows.device),
+        "hardware": hardware(state.processes.device),
         "seconds": round(state.seconds, 1),
         "images_seen": state.step * config.batch_size,
         "final_loss": state.loss,
@@ -97,7 +106,7 @@ def finish(config: TrainConfig, state: TrainState, output: Path, split: DataSpli
             "sampler": default_sampler(config.spec.objective),
         },
     }
-    checkpoint = Checkpoint(config.spec, data.class_names, averaged_tensors(config, state), provenance)
+    checkpoint = Checkpoint(config.spec, data.class_names, weights, provenance)
     if config.spec.factored:
         order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
         chosen = order[:CALIBRATION_IMAGES]

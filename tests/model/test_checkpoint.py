@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kind_edge.model.checkpoint as module
-from kind_edge.errors import InputError
+from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import (
     CONFIG,
     INDEX,
@@ -210,7 +210,7 @@ def test_a_failed_save_leaves_the_old_weights(
 
     before = checkpoint_hash(saved)
     monkeypatch.setattr(module, "save_file", half)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UsageError, match=r"no space left.*the earlier model\.safetensors is untouched"):
         save_checkpoint(saved, make_checkpoint(seed=9))
     assert checkpoint_hash(saved) == before
     assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]

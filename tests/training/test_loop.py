@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from kind_edge.training.data import in_memory
 from kind_edge.training.loop import Progress, learning_rate, run, train_step
 from kind_edge.training.state import STATE, TrainState, load_state, save_state, start
 
-CPU = torch.device("cpu")
 SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 3, learngene_rank=4, tailor_rank=2)
 CONFIG = TrainConfig(SPEC, images=6 * 12, batch_size=12, warmup_steps=2, ema_decay=0.9, null_share=0.2)
 GENERATOR = torch.Generator().manual_seed(0)
@@ -45,7 +45,7 @@ def everything(config: TrainConfig, state: TrainState, folder: Path) -> dict[str
 
 def test_the_loss_falls() -> None:
     config = dataclasses.replace(CONFIG, images=12 * 150, learning_rate=5e-3, warmup_steps=5)
-    losses = train_on(config, start(config, CPU))
+    losses = train_on(config, start(config))
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
 
 
@@ -53,12 +53,12 @@ def test_the_loss_falls() -> None:
 def test_a_resumed_run_is_the_same_run(objective: str, tmp_path: Path) -> None:
     sigma = {"objective": objective, "learned_sigma": objective == "epsilon", "label_embedding": objective == "epsilon"}
     config = dataclasses.replace(CONFIG, spec=dataclasses.replace(SPEC, **sigma))
-    whole = start(config, CPU)
+    whole = start(config)
     losses = train_on(config, whole)
-    first = start(config, CPU)
+    first = start(config)
     before = train_on(config, first, 3)
     save_state(tmp_path, config, first)
-    second = load_state(tmp_path, config, CPU)
+    second = load_state(tmp_path, config)
     assert second.step == 3
     assert before + train_on(config, second) == losses
     wanted, got = everything(config, whole, tmp_path / "whole"), everything(config, second, tmp_path / "resumed")
@@ -69,7 +69,7 @@ def test_a_resumed_run_is_the_same_run(objective: str, tmp_path: Path) -> None:
 
 
 def test_only_the_seed_decides(tmp_path: Path) -> None:
-    a, b, other = (start(dataclasses.replace(CONFIG, seed=seed), CPU) for seed in (3, 3, 4))
+    a, b, other = (start(dataclasses.replace(CONFIG, seed=seed)) for seed in (3, 3, 4))
     seed3, seed4 = dataclasses.replace(CONFIG, seed=3), dataclasses.replace(CONFIG, seed=4)
     torch.manual_seed(111)
     losses = train_on(seed3, a)
@@ -80,24 +80,24 @@ def test_only_the_seed_decides(tmp_path: Path) -> None:
 
 def test_run_saves_at_the_end_and_reports_every_step(tmp_path: Path) -> None:
     reports: list[Progress] = []
-    state = run(CONFIG, start(CONFIG, CPU), DATA, lambda s: save_state(tmp_path, CONFIG, s), reports.append)
+    state = run(CONFIG, start(CONFIG), DATA, lambda s: save_state(tmp_path, CONFIG, s), reports.append)
     assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
     assert reports[-1].left_s == 0
     assert state.loss == reports[-1].loss
-    again = load_state(tmp_path, CONFIG, CPU)
+    again = load_state(tmp_path, CONFIG)
     assert (again.step, again.seconds, again.loss) == (6, state.seconds, state.loss)
 
 
 def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.step == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
-    whole = start(CONFIG, CPU)
+    whole = start(CONFIG)
     train_on(CONFIG, whole)
     with pytest.raises(KeyboardInterrupt):
-        run(CONFIG, start(CONFIG, CPU), DATA, lambda s: save_state(tmp_path, CONFIG, s), interrupt)
-    second = load_state(tmp_path, CONFIG, CPU)
+        run(CONFIG, start(CONFIG), DATA, lambda s: save_state(tmp_path, CONFIG, s), interrupt)
+    second = load_state(tmp_path, CONFIG)
     assert second.step == 4
     run(CONFIG, second, DATA, lambda _: None, lambda _: None)
     for name, tensor in everything(CONFIG, whole, tmp_path / "whole").items():
@@ -105,7 +105,7 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_explodes_stops_the_run() -> None:
-    state = start(CONFIG, CPU)
+    state = start(CONFIG)
     state.model.final.linear.bias.data.fill_(math.inf)
     with pytest.raises(InputError, match=r"loss became .* at step 1"):
         run(CONFIG, state, DATA, lambda _: None, lambda _: None)
@@ -113,7 +113,7 @@ def test_a_loss_that_explodes_stops_the_run() -> None:
 
 @pytest.mark.parametrize("written", [0, 1000])
 def test_a_save_that_fails_leaves_the_old_state(written: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = start(CONFIG, CPU)
+    state = start(CONFIG)
     save_state(tmp_path, CONFIG, state)
     old = (tmp_path / STATE).read_bytes()
     train_on(CONFIG, state, 1)
@@ -129,24 +129,24 @@ def test_a_save_that_fails_leaves_the_old_state(written: int, tmp_path: Path, mo
     assert [path.name for path in tmp_path.iterdir()] == [STATE]
     assert (tmp_path / STATE).read_bytes() == old
     save_state(tmp_path, CONFIG, state)
-    assert load_state(tmp_path, CONFIG, CPU).step == 1
+    assert load_state(tmp_path, CONFIG).step == 1
 
 
 def test_resuming_needs_a_run_of_the_same_configuration(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--resume: .* holds no run"):
-        load_state(tmp_path, CONFIG, CPU)
-    save_state(tmp_path, CONFIG, start(CONFIG, CPU))
+        load_state(tmp_path, CONFIG)
+    save_state(tmp_path, CONFIG, start(CONFIG))
     other = dataclasses.replace(CONFIG, spec=dataclasses.replace(SPEC, tailor_rank=3), learning_rate=0.5)
     with pytest.raises(UsageError, match=r"learning_rate was 0.0015, now 0.5; model.tailor_rank was 2, now 3; give"):
-        load_state(tmp_path, other, CPU)
+        load_state(tmp_path, other)
     tensors, metadata = read_tensors(tmp_path / STATE), read_metadata(tmp_path / STATE)
     tensors["tailors.weight"] = tensors["tailors.weight"][:, 1:].contiguous()
     write_tensors(tmp_path / STATE, tensors, metadata)
     with pytest.raises(InputError, match=r"tailors.weight: file has \(3, .*\), model wants \(3, "):
-        load_state(tmp_path, CONFIG, CPU)
+        load_state(tmp_path, CONFIG)
     (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:500])
     with pytest.raises(InputError, match="truncated or corrupt"):
-        load_state(tmp_path, CONFIG, CPU)
+        load_state(tmp_path, CONFIG)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:

@@ -55,7 +55,7 @@ def test_nested_training_is_repeatable_and_learns(teacher: bool) -> None:
     config = dataclasses.replace(CONFIG, images=12 * 40, nested_teacher=teacher, learning_rate=5e-3, warmup_steps=2)
     runs = []
     for _ in range(2):
-        state, batches = start(config, torch.device("cpu")), ClassBatches(LABELS, 3, 12, config.seed)
+        state, batches = start(config), ClassBatches(LABELS, 3, 12, config.seed)
         runs.append([train_step(config, state, DATA, batches) for _ in range(40)])
     assert runs[0] == runs[1]
     plain = [loss for step, loss in enumerate(runs[0]) if learngene_share(config, step) == 1]

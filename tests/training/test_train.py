@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def interrupt(progress: Progress) -> None:
         if progress.step == 3:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
 
     folder = tmp_path_factory.mktemp("run") / "model"
     with pytest.raises(KeyboardInterrupt):
