@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -159,3 +160,28 @@ def test_clipping_sees_the_tailors() -> None:
     whole = math.hypot(*lengths[0])
     assert lengths[1] == pytest.approx([1e-3 * length / whole for length in lengths[0]], rel=1e-3)
     assert lengths[0][1] > 0.01 * whole
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile, of its own tensors
+def test_a_compiled_block_is_one_graph_whatever_the_step() -> None:
+    graphs = CompileCounter()
+    config, data = with_classes(40, batch_size=12, images=72, nested_share=0.4), data_of(40)
+    losses = []
+    for compiled in (False, True):
+        state, batches = start(config), ClassBatches(data.labels, 40, 12, 0)
+        for block in state.model.blocks if compiled else ():
+            block.compile(backend=graphs, fullgraph=True)
+        losses.append([train_step(config, state, data, batches) for _ in range(6)])
+    assert graphs.frame_count == 1
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_bf16_is_close_and_its_weights_stay_fp32() -> None:
+    data, losses = data_of(3), []
+    for precision in ("fp32", "bf16"):
+        config = dataclasses.replace(CONFIG, precision=precision)
+        state, batches = start(config), ClassBatches(data.labels, 3, 12, 0)
+        losses.append([train_step(config, state, data, batches) for _ in range(6)])
+        assert {tensor.dtype for tensor in weights(state).values()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
