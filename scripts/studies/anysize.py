@@ -31,8 +31,8 @@ from kind_edge.training.config import TrainConfig
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.heal import heal_config, train_from
 from kind_edge.training.loop import Progress
-from kind_edge.training.state import STATE
 from kind_edge.training.sampled import judged_labels, sample_checkpoint, sampling_of
+from kind_edge.training.state import STATE
 from kind_edge.training.train import train
 from studies.decomposition import labelled_figures
 from studies.statistics import cell, conditions_line, markdown

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kind_edge.model.checkpoint import CONFIG
 from kind_edge.training.config import preset
-from kind_edge.training.loop import STATE
+from kind_edge.training.state import STATE
 from kind_edge.training.train import train
 from studies import decomposition
 from studies.store import Record, subject_of
