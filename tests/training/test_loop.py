@@ -100,8 +100,9 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
     second = load_state(tmp_path, CONFIG)
     assert second.step == 4
     run(CONFIG, second, DATA, lambda _: None, lambda _: None)
-    for name, tensor in everything(CONFIG, whole, tmp_path / "whole").items():
-        assert torch.equal(tensor, everything(CONFIG, second, tmp_path / "resumed")[name]), name
+    wanted, got = everything(CONFIG, whole, tmp_path / "whole"), everything(CONFIG, second, tmp_path / "resumed")
+    for name, tensor in wanted.items():
+        assert torch.equal(tensor, got[name]), name
 
 
 def test_a_loss_that_explodes_stops_the_run() -> None:
