@@ -19,6 +19,7 @@ anysize-heal   the same after 300 steps of training on (trains four times a seed
 anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
 trainings      trains the study presets with three seeds each, and runs decomposition on every model (hours)
 trials         trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
+twin           trains the dense transformer of the shipped model's shape on as many images, and judges it (1.5 hours)
 shipped        judges the model in FOLDER over guidance strengths, and with 10,000 images at its best
 
 A finished run's figures lie in FOLDER/STUDY/RUN.json and are never computed again; stopped runs go on."""
@@ -32,8 +33,9 @@ METHODS = {
 
 def study(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
     """Run a study; returns its records and its table."""
-    if name in ("trials", "shipped"):
-        rows = {"trials": trials.trials, "shipped": trials.shipped}[name](chosen.output)
+    own = {"trials": trials.trials, "twin": trials.twin, "shipped": trials.shipped}
+    if name in own:
+        rows = own[name](chosen.output)
         return rows, trials.table(rows)
     if name == "trainings":
         trained = trainings.run(chosen.output, chosen.images, SEEDS[: chosen.seeds])
@@ -56,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/results", description=HELP, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("name", choices=["decomposition", *METHODS, "trainings", "trials", "shipped"])
+    parser.add_argument("name", choices=["decomposition", *METHODS, "trainings", "trials", "twin", "shipped"])
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
     parser.add_argument("--images", type=int, default=1000, help="images of a run")

@@ -1,6 +1,7 @@
 """What docs/results.md reports, made anew.
 
 trials    trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
+twin      trains the dense transformer that is the shipped model's twin into FOLDER and judges it
 shipped   judges the shipped model over guidance strengths, and with 10,000 images at its own
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ TRIALS = (
     "fashion-mnist-short-label",
     "fashion-mnist-short-epsilon",
 )
+TWIN = ("fashion-mnist-dense",)
 TRIAL_IMAGES = 2_000
 TRIAL_GUIDANCE = (1.0, 1.5)
+TWIN_GUIDANCE = (1.0, 1.5, 1.75)
 SWEEP_GUIDANCE = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5)
 SHIPPED_IMAGES = 10_000
 
@@ -30,16 +34,24 @@ def judge(folder: Path, images: int, guidance: float) -> dict[str, Any]:
 
 
 def trials(output: Path) -> list[dict[str, Any]]:
+    return train_and_judge(output, TRIALS, TRIAL_GUIDANCE)
+
+
+def twin(output: Path) -> list[dict[str, Any]]:
+    return train_and_judge(output, TWIN, TWIN_GUIDANCE)
+
+
+def train_and_judge(output: Path, presets: Sequence[str], strengths: Sequence[float]) -> list[dict[str, Any]]:
     """Existing runs are gone on with, finished ones only judged."""
     from kind_edge.training.config import preset
     from kind_edge.training.train import train
 
     results = []
-    for name in TRIALS:
+    for name in presets:
         folder = output / name
         if not (folder / "config.json").exists():
             train(preset(name), folder, resume=(folder / "state.safetensors").exists())
-        for guidance in TRIAL_GUIDANCE:
+        for guidance in strengths:
             results.append(judge(folder, TRIAL_IMAGES, guidance))
             print(json.dumps(brief(results[-1])), file=sys.stderr, flush=True)
     return results
