@@ -45,6 +45,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse a folder that holds something already, unless it is to be gone on with."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; choose another -o")
+    if not resume and output.exists() and any(output.iterdir()):
+        begun = (output / STATE).exists()
+        advice = "add --resume to go on with the run in it" if begun else "choose another -o"
+        raise UsageError(f"{output} exists and is not empty; {advice}")
+
+
 def train(
     config: TrainConfig,
     output: Path,
@@ -64,12 +74,7 @@ def train(
     Raises `UsageError` if the folder holds something already and `resume` is not given.
     """
     place = pick_device(device)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file; choose another -o")
-    if not resume and output.exists() and any(output.iterdir()):
-        begun = (output / STATE).exists()
-        advice = "add --resume to go on with the run in it" if begun else "choose another -o"
-        raise UsageError(f"{output} exists and is not empty; {advice}")
+    check_output(output, resume)
     split = open_data(config, data, class_map=class_map, autoencoder=autoencoder, device=place, report=on_note)
     output.mkdir(parents=True, exist_ok=True)
     state = load_state(output, config, place) if resume else start(config, place)
@@ -120,11 +125,17 @@ def hardware(device: torch.device) -> str:
 
 
 def save_heldout(output: Path, heldout: TrainingData) -> None:
-    """All held-out items as they are kept: uint8 images, or float16 latents in the network's scale."""
+    tensors = heldout_tensors(heldout)
+    if tensors:
+        write_tensors(output / HELDOUT, tensors)
+
+
+def heldout_tensors(heldout: TrainingData) -> dict[str, torch.Tensor]:
+    """All held-out items as they are kept: uint8 images, or float16 latents in the network's scale; {} for none."""
     count = len(heldout.labels)
     if count == 0:
-        return
+        return {}
     items = heldout.stored(torch.arange(count))
     name = HELDOUT_IMAGES if items.dtype == torch.uint8 else HELDOUT_LATENTS
     labels = heldout.labels.to(torch.uint8 if len(heldout.class_names) <= 256 else torch.int32)
-    write_tensors(output / HELDOUT, {name: items, "labels": labels})
+    return {name: items, "labels": labels}
