@@ -186,8 +186,12 @@ def adapt_config(request: Request, dataset: str, images: int | None = None, seed
 def begin(request: Request, config: TrainConfig, origins: Sequence[str] | None) -> DiT:
     """The model of the new classes: shared weights of the checkpoint, frozen; tailors as they start.
 
-    Without `origins` tailors are dealt from random matrices as in training: their directions and scales are at once
-    those of an ordinary layer. Label rows start as the null row, which is what the learngene was trained beside.
+    Without `origins` tailors start as nothing: V and s are dealt from random matrices as in training, U is zero (as in
+    LoRA), and so is what they add. A random product would be noise in every layer of a learngene that already works,
+    to be unlearned first: on three new classes of Fashion-MNIST (D 64, 4 blocks, 7 old classes; one run each) held-out
+    loss was 0.575 with random U and 0.506 with zero after 3,600 images, 0.439 and 0.415 after 12,000. An old class's
+    tailor is a better start still where one is near (the nearest there: 0.428 and 0.383).
+    Label rows start as the null row, which is what the learngene was trained beside.
     """
     source = request.source
     model = initialise(DiT(config.spec), config.seed)
@@ -195,9 +199,13 @@ def begin(request: Request, config: TrainConfig, origins: Sequence[str] | None) 
     model.load_state_dict({n: t.float() for n, t in source.tensors.items() if n not in own}, strict=False)
     rows = None if origins is None else [source.class_names.index(name) for name in origins]
     for name, layer in model.named_modules():
-        if isinstance(layer, GatedLinear) and rows is not None:
-            for part, tailor in layer.tailors.named_parameters():
-                tailor.copy_(source.tensors[f"{name}.tailors.{part}"][rows])
+        if not isinstance(layer, GatedLinear):
+            continue
+        if rows is None:
+            layer.tailors.U.zero_()
+            continue
+        for part, tailor in layer.tailors.named_parameters():
+            tailor.copy_(source.tensors[f"{name}.tailors.{part}"][rows])
     model.requires_grad_(False)
     if model.y_embed is not None:
         like = [-1] * len(request.classes) if rows is None else rows

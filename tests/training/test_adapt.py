@@ -160,6 +160,14 @@ def test_a_new_domain_keeps_the_learngene_alone(source: Path, images: Path, tmp_
     assert make_plan(folder, profile="snapdragon8g3", steps=4).classes == ("cat",)
 
 
+def test_a_fresh_tailor_starts_as_nothing(source: Path) -> None:
+    request = Request(load_checkpoint(source), NEW)
+    model, old = begin(request, adapt_config(request, "files", IMAGES), None), request.source.model()
+    x, t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([10.0, 500.0, 990.0])
+    drawn = model(x, t, torch.tensor([0, 1, 2])).detach()
+    torch.testing.assert_close(drawn, old(x, t, torch.tensor([4, 4, 4])), atol=1e-6, rtol=1e-5)
+
+
 def test_a_tailor_may_start_as_another(source: Path) -> None:
     begun, old = begun_with(source, "coat"), stored(source)
     for name, tensor in begun.items():
