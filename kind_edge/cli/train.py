@@ -62,7 +62,7 @@ def train(
     terminal = terminal_of(context)
     chosen = _chosen(preset, config)
     options.check_writable(output)
-    with _following(terminal) as on_progress:
+    with following(terminal) as on_progress:
         from kind_edge.training.train import train as run
 
         try:
@@ -108,7 +108,7 @@ def _result(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def _following(terminal: Terminal) -> Iterator[Callable[[Progress], None]]:
+def following(terminal: Terminal) -> Iterator[Callable[[Progress], None]]:
     """Progress of a run: a bar on a terminal, a line every half minute in a log."""
     import time
 

@@ -7,11 +7,12 @@ gzip settings.
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +121,14 @@ class TrainingData:
         stored = self.stored(indices)
         return stored.float().div_(127.5).sub_(1) if stored.dtype == torch.uint8 else stored.float()
 
+    def of_classes(self, names: Sequence[str]) -> TrainingData:
+        """Only the items of these classes, which are numbered anew in this order."""
+        new_label = torch.full((len(self.class_names),), -1)
+        new_label[[self.class_names.index(name) for name in names]] = torch.arange(len(names))
+        labels = new_label[self.labels]
+        kept = labels >= 0
+        return dataclasses.replace(self, labels=labels[kept], class_names=tuple(names), rows=self.rows[kept])
+
 
 @dataclass(frozen=True, eq=False)
 class DataSplit:
@@ -128,6 +137,9 @@ class DataSplit:
     training: TrainingData
     heldout: TrainingData
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def of_classes(self, names: Sequence[str]) -> DataSplit:
+        return DataSplit(self.training.of_classes(names), self.heldout.of_classes(names), self.facts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kind_edge.errors import InputError, UsageError
+from kind_edge.errors import InputError, UsageError, unknown
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import (
     CLASS_NAMES,
+    FILE_NAMES,
     IMAGE_SIDE,
     DataSplit,
     TrainingData,
@@ -40,6 +41,7 @@ def open_data(
     config: TrainConfig,
     path: Path | None,
     *,
+    only: Sequence[str] | None = None,
     class_map: Path | None = None,
     autoencoder: Path | None = None,
     device: torch.device,
@@ -48,6 +50,8 @@ def open_data(
 ) -> DataSplit:
     """The data of a run, prepared in `cache` (default: the user's) unless it lies there already.
 
+    `only`: these classes in this order, all others are left out (default: all as they are).
+
     Raises:
         UsageError: the choices contradict each other or the model.
         InputError: something cannot be read, or is not what it should be.
@@ -55,7 +59,7 @@ def open_data(
     if config.dataset == "fashion-mnist":
         if class_map is not None or autoencoder is not None:
             raise UsageError('--class-map and --autoencoder are for own images: dataset = "files" in a --config')
-        return _open_fashion_mnist(config.spec, path)
+        return _open_fashion_mnist(config.spec, path, only)
     if path is None:
         raise UsageError(f'dataset = "files" needs --data: {WANTED}')
     _check_model(config.spec, autoencoder)
@@ -63,6 +67,8 @@ def open_data(
     wanted = read_class_map(class_map) if class_map is not None else None
     source = open_source(path)
     classes = choose_classes(wanted, source.class_names, source.where)
+    if only is not None:
+        classes = {name: classes[name] for name in _known(only, list(classes))}
     items, labels = _chosen(source, classes)
     report(f"data: {source.kind} {source.where}, {len(items)} images of {len(classes)} classes")
     for note in source.notes:
@@ -86,12 +92,27 @@ def open_data(
     return _split(prepared, work, tuple(classes), _facts(source, prepared, encoder, recipe), report)
 
 
-def _open_fashion_mnist(spec: ModelSpec, path: Path | None) -> DataSplit:
-    wanted = {"num_classes": len(CLASS_NAMES), "image_size": IMAGE_SIDE, "channels": 1, "pixels_per_latent": 1}
+def dataset_at(path: Path) -> str:
+    """Which of DATASETS lies there: "files" unless it is a folder with the idx files of Fashion-MNIST."""
+    return "fashion-mnist" if any((path / name).is_file() for name in FILE_NAMES) else "files"
+
+
+def _open_fashion_mnist(spec: ModelSpec, path: Path | None, only: Sequence[str] | None) -> DataSplit:
+    names = CLASS_NAMES if only is None else _known(only, CLASS_NAMES)
+    wanted = {"num_classes": len(names), "image_size": IMAGE_SIDE, "channels": 1, "pixels_per_latent": 1}
     for name, value in wanted.items():
         if getattr(spec, name) != value:
             raise UsageError(f"the model has {name} {getattr(spec, name)}, Fashion-MNIST has {value}")
-    return fashion_mnist_split(load_fashion_mnist(path), HELDOUT_PER_CLASS)
+    split = fashion_mnist_split(load_fashion_mnist(path), HELDOUT_PER_CLASS)
+    return split if only is None else split.of_classes(names)
+
+
+def _known(wanted: Sequence[str], names: Sequence[str]) -> Sequence[str]:
+    """`wanted`, each of which must be a class of the data."""
+    for name in wanted:
+        if name not in names:
+            raise unknown("class", name, names)
+    return wanted
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,10 @@ _ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 @dataclass
 class TrainState:
-    """The model's own parameters (learngene and what is dense), the tailors, and how far the run is."""
+    """The model's own parameters (learngene and what is dense), the tailors, and how far the run is.
+
+    Parameters of the model that require no gradient are frozen: no step and no file has anything to do with them.
+    """
 
     model: DiT
     """Its layers hold the tailors of the current batch alone, in `slots`."""
@@ -43,12 +47,12 @@ class TrainState:
     """Mean over about the last hundred steps."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's own parameters by name: all but tailors."""
+        """The model's own parameters by name: all but tailors and what is frozen."""
         return own_parameters(self.model, self.tailors)
 
 
 def own_parameters(model: DiT, tailors: Tailors) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if name not in tailors.layout.shapes}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in tailors.layout.shapes}
 
 
 def start(config: TrainConfig, processes: Processes | None = None) -> TrainState:
@@ -79,22 +83,29 @@ def start_from(config: TrainConfig, model: DiT, processes: Processes | None = No
 @torch.no_grad()
 def follow(config: TrainConfig, state: TrainState) -> None:
     """Move the average of the model's own parameters towards their present values."""
-    average = [local(tensor) for tensor in state.average.values()]
     weights = [local(parameter.detach()) for parameter in state.parameters().values()]
-    torch._foreach_lerp_(average, weights, 1 - decay_at(config.ema_decay, state.step))
+    if weights:  # there are none where all but the tailors is frozen
+        average = [local(tensor) for tensor in state.average.values()]
+        torch._foreach_lerp_(average, weights, 1 - decay_at(config.ema_decay, state.step))
 
 
 def averaged_tensors(config: TrainConfig, state: TrainState) -> dict[str, Tensor]:
-    """The averaged weights under the names of a checkpoint, on the CPU. Every process has to ask for them."""
+    """The averaged weights under the names of a checkpoint, on the CPU; what is frozen is not among them.
+
+    Every process has to ask for them.
+    """
     rows = state.tailors.current_average(state.step, config.ema_decay)
     tensors = {"pos_embed": state.model.pos_embed, **state.average, **dict(state.tailors.layout.views(rows))}
     return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def save_state(folder: Path, config: TrainConfig, state: TrainState) -> None:
+def save_state(
+    folder: Path, config: TrainConfig, state: TrainState, choices: Mapping[str, object] | None = None
+) -> None:
     """Write everything that `load_state` needs into one file, by renaming a finished one into place.
 
-    Every process calls this, the first one writes.
+    Every process calls this, the first one writes. `choices`: what else than the configuration makes the run what it
+    is, as JSON.
 
     Raises:
         UsageError: the disk has no room for it; the file of an earlier save is still whole.
@@ -104,8 +115,12 @@ def save_state(folder: Path, config: TrainConfig, state: TrainState) -> None:
         return state.processes.wait()
     numbers = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
     metadata = {key: repr(value) for key, value in numbers.items()}
-    write_tensors(folder / STATE, tensors, {**metadata, "config": json.dumps(config.to_dict())})
+    write_tensors(folder / STATE, tensors, {**metadata, "config": json.dumps(_identity(config, choices))})
     return state.processes.wait()
+
+
+def _identity(config: TrainConfig, choices: Mapping[str, object] | None) -> dict[str, object]:
+    return {**config.to_dict(), **({} if choices is None else {"choices": dict(choices)})}
 
 
 def _tensors(state: TrainState) -> dict[str, Tensor]:
@@ -118,8 +133,17 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
     return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def load_state(folder: Path, config: TrainConfig, processes: Processes | None = None) -> TrainState:
+def load_state(
+    folder: Path,
+    config: TrainConfig,
+    processes: Processes | None = None,
+    model: DiT | None = None,
+    choices: Mapping[str, object] | None = None,
+) -> TrainState:
     """The state of an interrupted run.
+
+    `model` holds what was frozen in it, on the device (default: nothing was), and becomes the run's own; `choices` are
+    those of `save_state`.
 
     Raises:
         UsageError: there is none, or it is of a run with another configuration.
@@ -130,12 +154,12 @@ def load_state(folder: Path, config: TrainConfig, processes: Processes | None = 
         raise UsageError(f"--resume: {folder} holds no run to continue ({STATE} is missing)")
     numbers = read_metadata(path)
     try:
-        check_same_run(folder, json.loads(numbers["config"]), config.to_dict())
+        check_same_run(folder, json.loads(numbers["config"]), _identity(config, choices))
         progress = int(numbers["step"]), float(numbers["seconds"]), float(numbers["loss"])
     except (KeyError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: not the state of a run, or of another version ({error!r}); start again") from error
     tensors = read_tensors(path)
-    state = start_from(config, DiT(config.spec), processes)
+    state = start_from(config, DiT(config.spec) if model is None else model, processes)
     _check(tensors, state, path)
     with torch.no_grad():
         for name, parameter in state.parameters().items():

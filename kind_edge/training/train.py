@@ -47,6 +47,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_output(output: Path, resume: bool) -> None:
+    """Refuse a folder that holds something already, unless it is to be gone on with."""
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"{output} is a file; choose another -o")
+    if not resume and output.exists() and any(output.iterdir()):
+        begun = (output / STATE).exists()
+        advice = "add --resume to go on with the run in it" if begun else "choose another -o"
+        raise UsageError(f"{output} exists and is not empty; {advice}")
+
+
 def train(
     config: TrainConfig,
     output: Path,
@@ -67,12 +77,7 @@ def train(
     """
     place = pick_device(device)
     check_division(config)
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"{output} is a file; choose another -o")
-    if not resume and output.exists() and any(output.iterdir()):
-        begun = (output / STATE).exists()
-        advice = "add --resume to go on with the run in it" if begun else "choose another -o"
-        raise UsageError(f"{output} exists and is not empty; {advice}")
+    check_output(output, resume)
     processes = join(place)
     split = open_data(
         config, data, class_map=class_map, autoencoder=autoencoder, device=processes.device, report=on_note
@@ -129,11 +134,17 @@ def hardware(device: torch.device) -> str:
 
 
 def save_heldout(output: Path, heldout: TrainingData) -> None:
-    """All held-out items as they are kept: uint8 images, or float16 latents in the network's scale."""
+    tensors = heldout_tensors(heldout)
+    if tensors:
+        write_tensors(output / HELDOUT, tensors)
+
+
+def heldout_tensors(heldout: TrainingData) -> dict[str, torch.Tensor]:
+    """All held-out items as they are kept: uint8 images, or float16 latents in the network's scale; {} for none."""
     count = len(heldout.labels)
     if count == 0:
-        return
+        return {}
     items = heldout.stored(torch.arange(count))
     name = HELDOUT_IMAGES if items.dtype == torch.uint8 else HELDOUT_LATENTS
     labels = heldout.labels.to(torch.uint8 if len(heldout.class_names) <= 256 else torch.int32)
-    write_tensors(output / HELDOUT, {name: items, "labels": labels})
+    return {name: items, "labels": labels}

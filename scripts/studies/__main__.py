@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kind_edge.errors import KindEdgeError, UsageError
 from kind_edge.model.shipped import DEFAULT_MODEL
-from studies import anysize, decomposition, pictures, trainings, trials
+from studies import anysize, decomposition, pictures, trainings, transfer, trials
 from studies.statistics import SEEDS
 from studies.store import Record, subject_of, write_whole
 
@@ -18,6 +18,7 @@ anysize        what a smaller model costs, without retraining: whitened, plain a
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
 anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
 trainings      trains the study presets with three seeds each, and runs decomposition on every model (hours)
+transfer       new classes and a new domain: tailors against LoRA, full fine-tuning and from scratch (an hour a seed)
 trials         trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
 twin           trains the dense transformer of the shipped model's shape on as many images, and judges it (1.5 hours)
 shipped        judges the model in FOLDER over guidance strengths, and with 10,000 images at its best
@@ -40,6 +41,9 @@ def study(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
     if name == "trainings":
         trained = trainings.run(chosen.output, chosen.images, SEEDS[: chosen.seeds])
         return [record for own in trained.values() for record in own], trainings.table(trained)
+    if name == "transfer":
+        records = transfer.study(chosen.output, transfer.Size(judged=chosen.images), SEEDS[: chosen.seeds])
+        return records, transfer.table(records)
     subject = subject_of(chosen.checkpoint)
     size = (chosen.images, SEEDS[: chosen.seeds])
     album = chosen.into.parent / "images" if chosen.into else chosen.output
@@ -58,7 +62,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/results", description=HELP, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("name", choices=["decomposition", *METHODS, "trainings", "trials", "twin", "shipped"])
+    parser.add_argument(
+        "name", choices=["decomposition", *METHODS, "trainings", "transfer", "trials", "twin", "shipped"]
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
     parser.add_argument("--images", type=int, default=1000, help="images of a run")
