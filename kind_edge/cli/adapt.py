@@ -63,30 +63,25 @@ def adapt(
     terminal = terminal_of(context)
     names = options.split_names(classes) or []
     options.check_writable(output)
-    with following(terminal) as on_progress:
+    with following(terminal, output) as on_progress:
         from kind_edge.model.shipped import find_model
         from kind_edge.training.adapt import adapt as run
 
-        try:
-            folder = run(
-                find_model(checkpoint),
-                data,
-                names,
-                output,
-                start=start,
-                learngene_only=learngene_only,
-                images=images,
-                class_map=class_map,
-                autoencoder=autoencoder,
-                device=device,
-                resume=resume,
-                on_progress=on_progress,
-                on_note=terminal.note,
-            )
-        except KeyboardInterrupt:
-            if output.exists():
-                terminal.note(f"saved in {output}; the same command with --resume goes on")
-            raise
+        folder = run(
+            find_model(checkpoint),
+            data,
+            names,
+            output,
+            start=start,
+            learngene_only=learngene_only,
+            images=images,
+            class_map=class_map,
+            autoencoder=autoencoder,
+            device=device,
+            resume=resume,
+            on_progress=on_progress,
+            on_note=terminal.note,
+        )
     terminal.out.print(tables.heading("Checkpoint", str(folder)))
     terminal.out.print(tables.facts(_result(folder)))
     terminal.out.print()

@@ -62,25 +62,20 @@ def train(
     terminal = terminal_of(context)
     chosen = _chosen(preset, config)
     options.check_writable(output)
-    with following(terminal) as on_progress:
+    with following(terminal, output) as on_progress:
         from kind_edge.training.train import train as run
 
-        try:
-            folder = run(
-                chosen,
-                output,
-                data=data,
-                class_map=class_map,
-                autoencoder=autoencoder,
-                device=device,
-                resume=resume,
-                on_progress=on_progress,
-                on_note=terminal.note,
-            )
-        except KeyboardInterrupt:
-            if output.exists():
-                terminal.note(f"saved in {output}; the same command with --resume goes on")
-            raise
+        folder = run(
+            chosen,
+            output,
+            data=data,
+            class_map=class_map,
+            autoencoder=autoencoder,
+            device=device,
+            resume=resume,
+            on_progress=on_progress,
+            on_note=terminal.note,
+        )
         from kind_edge.training.distributed import first_process
 
         if not first_process():
@@ -108,7 +103,19 @@ def _result(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def following(terminal: Terminal) -> Iterator[Callable[[Progress], None]]:
+def following(terminal: Terminal, output: Path) -> Iterator[Callable[[Progress], None]]:
+    """Progress of a run into `output`; if it is interrupted, how to go on with it."""
+    try:
+        with _progress(terminal) as on_progress:
+            yield on_progress
+    except KeyboardInterrupt:
+        if output.exists():
+            terminal.note(f"saved in {output}; the same command with --resume goes on")
+        raise
+
+
+@contextlib.contextmanager
+def _progress(terminal: Terminal) -> Iterator[Callable[[Progress], None]]:
     """Progress of a run: a bar on a terminal, a line every half minute in a log."""
     import time
 

@@ -10,10 +10,10 @@ from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.distributed import join
-from kind_edge.training.loop import Progress, run
+from kind_edge.training.loop import Progress
 from kind_edge.training.open import open_data
-from kind_edge.training.state import STATE, averaged_tensors, load_state, save_state, start_from
-from kind_edge.training.train import finish, pick_device
+from kind_edge.training.state import STATE, load_state, start_from
+from kind_edge.training.train import pick_device, train_to_end
 
 HEAL_STEPS = 300
 HEAL_WARMUP_STEPS = 30
@@ -61,9 +61,4 @@ def train_from(
         state = load_state(output, config, processes)
     else:
         state = start_from(config, checkpoint.model().train().requires_grad_(True), processes)
-    run(config, state, split.training, lambda s: save_state(output, config, s), on_progress)
-    weights = averaged_tensors(config, state)
-    if processes.rank == 0:
-        finish(config, state, weights, output, split)
-    processes.wait()
-    return output
+    return train_to_end(config, state, split, output, on_progress)

@@ -84,11 +84,18 @@ def train(
     )
     output.mkdir(parents=True, exist_ok=True)
     state = load_state(output, config, processes) if resume else start(config, processes)
+    return train_to_end(config, state, split, output, on_progress)
+
+
+def train_to_end(
+    config: TrainConfig, state: TrainState, split: DataSplit, output: Path, on_progress: Callable[[Progress], None]
+) -> Path:
+    """Train what is left of a run, saving into `output`, which becomes a checkpoint. Every process calls this."""
     run(config, state, split.training, lambda s: save_state(output, config, s), on_progress)
     weights = averaged_tensors(config, state)
-    if processes.rank == 0:
+    if state.processes.rank == 0:
         finish(config, state, weights, output, split)
-    processes.wait()
+    state.processes.wait()
     return output
 
 

@@ -51,8 +51,8 @@ from kind_edge.training.data import (
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.loop import Noised, Progress, part_loss, run
 from kind_edge.training.metrics import frechet_distance, gaussian_of
-from kind_edge.training.state import STATE, TrainState, averaged_tensors, load_state, save_state, start, start_from
-from kind_edge.training.train import finish
+from kind_edge.training.state import STATE, TrainState, load_state, save_state, start, start_from
+from kind_edge.training.train import train_to_end
 from studies.statistics import cell, markdown
 from studies.store import Record, Store, subject_of
 
@@ -157,8 +157,7 @@ def trained_before(folder: Path, kind: str, size: Size, seed: int) -> Path:
         split = fashion_mnist_split(load_fashion_mnist(), 50).of_classes(OLD)
         place.mkdir(parents=True, exist_ok=True)
         state = load_state(place, config) if (place / STATE).exists() else start(config)
-        run(config, state, split.training, lambda s: save_state(place, config, s), _tell)
-        finish(config, state, averaged_tensors(config, state), place, split)
+        train_to_end(config, state, split, place, _tell)
     return place
 
 
