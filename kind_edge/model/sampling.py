@@ -55,7 +55,7 @@ def make_scheduler(kind: str, objective: str, steps: int) -> Any:
 def guided(denoise: Denoiser, guidance: float, null_index: int) -> Denoiser:
     """Classifier-free guidance (Ho & Salimans, 2022): null + w (class - null).
 
-    The branches run apart: one batch of 2B mixes open and closed gates, and takes 1.5 x as long on a CPU.
+    The branches run apart: one batch of 2B mixes open and closed gates, and takes longer on a CPU.
     """
     if guidance == 1.0:
         return denoise

@@ -23,7 +23,7 @@ from kind_edge.training.inception import Inception
 
 OnProgress = Callable[[int, int], None]
 BATCH = 50
-"""Images that share an evaluation: 100 no longer fit a core's cache, and took 1.5 x as long each."""
+"""Images that share an evaluation: 100 no longer fit a core's cache."""
 
 
 @dataclass(frozen=True)
