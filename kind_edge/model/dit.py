@@ -154,21 +154,33 @@ class DiT(nn.Module):
         self.patch_embed = nn.Conv2d(spec.channels, width, spec.patch_size, stride=spec.patch_size)
         self.register_buffer("pos_embed", sincos_position_table(spec.image_size // spec.patch_size, width))
         self.t_embed = TimestepEmbedder(width, spec.timestep_frequency_shift)
+        self.span_embed = TimestepEmbedder(width, spec.timestep_frequency_shift) if spec.distilled else None
         self.y_embed = nn.Embedding(spec.num_classes + 1, width) if spec.label_embedding else None
         self.blocks = nn.ModuleList(
             ModulatedBlock(*assemble(linears, block, spec.heads), spec) for block in range(spec.depth)
         )
         self.final = FinalLayer(spec)
 
-    def condition(self, timestep: Tensor, class_index: Tensor) -> Tensor:
-        """What the adaLN networks see: timestep [B] (and, with a label embedding, class [B]) -> [B, D]."""
+    def condition(self, timestep: Tensor, class_index: Tensor, span: Tensor | None = None) -> Tensor:
+        """What the adaLN networks see: timestep [B] (with a label embedding: class [B], too) -> [B, D].
+
+        `span` [B]: by how much the timestep falls in the step that is asked for; distilled models want it.
+        """
         c = self.t_embed(timestep)
+        if self.span_embed is not None:
+            assert span is not None, "a distilled model predicts for a span"
+            c = c + self.span_embed(span)
         return F.silu(c if self.y_embed is None else c + self.y_embed(class_index))
 
-    def forward(self, sample: Tensor, timestep: Tensor, classes: Tensor | ClassGate) -> Tensor:
-        """sample [B, ch, H, W], timestep [B], classes [B] in 0..C (C: null, all gates closed) -> [B, ch_out, H, W]."""
+    def forward(
+        self, sample: Tensor, timestep: Tensor, classes: Tensor | ClassGate, span: Tensor | None = None
+    ) -> Tensor:
+        """sample [B, ch, H, W], timestep [B], classes [B] in 0..C (C: null, all gates closed) -> [B, ch_out, H, W].
+
+        `span` [B] as in `condition`.
+        """
         gate = classes if isinstance(classes, ClassGate) else ClassGate.of(classes, self.spec.num_classes)
-        c = self.condition(timestep, gate.class_index)  # [B, D]
+        c = self.condition(timestep, gate.class_index, span)  # [B, D]
         x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
         for block in self.blocks:
             x = block(x, c, gate)  # [B, N, D]
@@ -187,8 +199,10 @@ def initialise(model: DiT, seed: int) -> DiT:
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(model.patch_embed.weight.flatten(1), generator=generator)
         nn.init.zeros_(model.patch_embed.bias)
-        for layer in (model.t_embed.fc1, model.t_embed.fc2):
-            nn.init.normal_(layer.weight, std=0.02, generator=generator)
+        for embedder in (model.t_embed, model.span_embed):
+            if embedder is not None:
+                nn.init.normal_(embedder.fc1.weight, std=0.02, generator=generator)
+                nn.init.normal_(embedder.fc2.weight, std=0.02, generator=generator)
         if model.y_embed is not None:
             nn.init.normal_(model.y_embed.weight, std=0.02, generator=generator)
         zeroed = [block.adaln for block in model.blocks] + [model.final.adaln, model.final.linear]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from kind_edge.errors import UsageError, unknown
 from kind_edge.model.diffusion import BETA_END, BETA_START, TRAIN_STEPS
-from kind_edge.model.spec import SAMPLERS, default_sampler
+from kind_edge.model.dit import DiT
+from kind_edge.model.spec import SAMPLERS, check_sampling, default_sampler
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(sample [B, ch, H, W], timestep [B], class index [B]) -> prediction"""
@@ -64,6 +65,21 @@ def guided(denoise: Denoiser, guidance: float, null_index: int) -> Denoiser:
         wanted = denoise(sample, timestep, classes)
         unconditional = denoise(sample, timestep, torch.full_like(classes, null_index))
         return unconditional + guidance * (wanted - unconditional)
+
+    return predict
+
+
+def denoiser(model: DiT, steps: int, guidance: float) -> Denoiser:
+    """The model as a sampler of `steps` steps calls it, with guidance of that strength.
+
+    Raises `UsageError` where a distilled model does not support the steps, or has other guidance inside.
+    """
+    check_sampling(model.spec, steps, guidance)
+    if not model.spec.distilled:
+        return guided(model, guidance, model.spec.num_classes)
+
+    def predict(sample: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
+        return model(sample, timestep, classes, torch.full_like(timestep, TRAIN_STEPS / steps))
 
     return predict
 

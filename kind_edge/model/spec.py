@@ -58,6 +58,9 @@ class ModelSpec:
     `image_size` and `channels` are those of the network's own input: pixels, or latents of an autoencoder, each of
     which stands for `pixels_per_latent` pixels along a side (1: pixels).
     `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them.
+    `step_counts` is empty for an ordinary model. A distilled one predicts, for each of these numbers of Euler steps,
+    the mean velocity over a step (whose span is an input of the network), with guidance of strength
+    `inside_guidance` in it.
 
     Two details differ between DiTs: the timestep frequencies are 10000^(-i / (128 - `timestep_frequency_shift`)), 0 in
     DiT and 1 in diffusers; the LayerNorm before the MLP has `mlp_norm_eps`, 1e-6 in DiT and usually 1e-5 in diffusers.
@@ -80,6 +83,8 @@ class ModelSpec:
     pixels_per_latent: int = 1
     timestep_frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
+    step_counts: tuple[int, ...] = ()
+    inside_guidance: float | None = None
     matrix_ranks: Mapping[str, Ranks] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -124,10 +129,29 @@ class ModelSpec:
             raise InputError(f"ModelSpec.objective: got {self.objective!r}, want one of {', '.join(OBJECTIVES)}")
         if self.learned_sigma and self.objective != "epsilon":
             raise InputError("ModelSpec.learned_sigma: only the epsilon objective learns a variance")
+        self._check_distilled()
         known = {matrix.name for matrix in self.matrices()}
         for name in self.matrix_ranks:
             if name not in known:
                 raise InputError(f"ModelSpec.matrix_ranks: unknown matrix {name!r}; nearest: {nearest(name, known)}")
+
+    def _check_distilled(self) -> None:
+        counts: Any = self.step_counts
+        whole = isinstance(counts, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in counts)
+        if not whole or list(counts) != sorted(set(counts)) or any(not 1 <= n <= 1000 for n in counts):
+            raise InputError(f"ModelSpec.step_counts: got {counts!r}, want rising integers of 1 to 1000")
+        inside: Any = self.inside_guidance
+        if inside is not None and (not isinstance(inside, int | float) or not 0 <= inside < 1000):
+            raise InputError(f"ModelSpec.inside_guidance: got {inside!r}, want a number of 0 to 1000")
+        if bool(counts) != (inside is not None):
+            raise InputError("ModelSpec: step_counts and inside_guidance belong together; give both or neither")
+        if counts and self.objective != "flow":
+            raise InputError("ModelSpec.step_counts: only models of the flow objective take steps of a given span")
+
+    @property
+    def distilled(self) -> bool:
+        """Few steps, and no guidance branch: see `step_counts`."""
+        return bool(self.step_counts)
 
     @property
     def tokens(self) -> int:
@@ -169,6 +193,7 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["matrix_ranks"] = {name: list(ranks) for name, ranks in self.matrix_ranks.items()}
+        values["step_counts"] = list(self.step_counts)
         return values
 
     @classmethod
@@ -184,6 +209,8 @@ class ModelSpec:
             raise InputError(f"{where}: missing {', '.join(missing)}")
         parsed = dict(values)
         parsed["matrix_ranks"] = _parse_ranks(values.get("matrix_ranks", {}), where)
+        if isinstance(counts := values.get("step_counts"), list):
+            parsed["step_counts"] = tuple(counts)
         try:
             return cls(**parsed)
         except InputError as error:
@@ -227,3 +254,17 @@ def standard_heads(width: int) -> int | None:
 
 def default_sampler(objective: str) -> str:
     return SAMPLERS[objective][0]
+
+
+def check_sampling(spec: ModelSpec, steps: int, guidance: float) -> None:
+    """Refuse what a distilled model was not distilled for, with a `UsageError` that says what it supports."""
+    if not spec.distilled:
+        return
+    if steps not in spec.step_counts:
+        counts = ", ".join(map(str, spec.step_counts))
+        raise UsageError(f"--steps {steps}: this model is distilled for {counts} steps; take one of these")
+    if guidance != spec.inside_guidance:
+        raise UsageError(
+            f"--guidance {guidance:g}: this model has guidance {spec.inside_guidance:g} inside, and no branch to guide "
+            "with; leave --guidance out, or take the model that it was distilled from"
+        )

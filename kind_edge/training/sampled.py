@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint
-from kind_edge.model.sampling import Denoiser, guided, sample
+from kind_edge.model.sampling import Denoiser, denoiser, sample
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, ModelSpec, default_sampler
 from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE
 from kind_edge.training.evaluate import Judge, QualityReport
@@ -128,7 +128,7 @@ def sample_checkpoint(
     names = judged_labels(checkpoint.class_names)
     check_judgeable(spec)
     index = spread(images, spec.num_classes)
-    denoise = guided(checkpoint.model(), sampling.guidance, spec.num_classes)
+    denoise = denoiser(checkpoint.model(), sampling.steps, sampling.guidance)
     noise = draw_noise(spec, images, seed)
     drawn = draw(denoise, noise, torch.from_numpy(index), spec.objective, sampling, on_progress)
     return Sampled(drawn, np.array(names)[index])

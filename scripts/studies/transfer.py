@@ -65,7 +65,7 @@ SPEC = ModelSpec(
     learngene_rank=24, tailor_rank=6, objective="flow",
 )  # fmt: skip
 """N_T is about 0.1 D, as the authors take it for a new task."""
-BEFORE_IMAGES, IMAGES, JUDGED_IMAGES = 240_000, 60_000, 1_000
+BEFORE_IMAGES, IMAGES, JUDGED_IMAGES = 120_000, 30_000, 1_000
 STEPS, GUIDANCE, BATCH = 20, 1.5, 50
 HELDOUT_DIGITS = 30
 JUDGE_EPOCHS = 30
