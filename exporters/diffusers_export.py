@@ -75,6 +75,11 @@ def _pipeline(model: PlainDiT) -> Any:
     from kind_edge.model.dit_layouts import to_diffusers
 
     truncated, plan, spec = model.origin.truncated, model.origin.plan, model.spec
+    if spec.distilled:
+        raise UsageError(
+            "--formats diffusers: the model is distilled for a few steps and predicts for the span of a step, an input "
+            "that DiTPipeline does not have; leave diffusers out, or export the model it was distilled from"
+        )
     if any(truncated.spec.ranks(matrix.name).tailor for matrix in spec.matrices()):
         raise UsageError(
             "--formats diffusers: its DiT has one weight per layer, and this plan (form switch) keeps tailors to pick "

@@ -6,6 +6,7 @@ as we deploy them, unbaked, with every block matrix dense or at one active rank,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from kind_edge.budget.cost import (
     peak_activation_bytes,
 )
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
+from kind_edge.budget.image_time import image_time
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.problem import RUNTIME_MEMORY_BYTES, WEIGHT_COPIES
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
@@ -36,7 +38,8 @@ PAPER_STEPS, EXACT_STEPS = 250, 20
 class ArchitectureCost:
     """`params` and `flops` are of the network alone, one evaluation at batch 1.
 
-    Latencies are one image: steps x evaluations_per_step evaluations and the decoder. Bytes count the decoder too.
+    Latencies are one image: steps x evaluations_per_step evaluations and the decoder; `time` has the sustained one's
+    factors, as `image_time` names them. Bytes count the decoder too.
     Under `paper` there is none.
     """
 
@@ -55,6 +58,7 @@ class ArchitectureCost:
     peak_memory_bytes: int
     image_latency_s: float
     sustained_image_latency_s: float
+    time: Mapping[str, float]
     decoder: DecoderCost
     matrix_names: tuple[str, ...]
 
@@ -89,6 +93,7 @@ class ArchitectureCost:
             "peak_memory_bytes": self.peak_memory_bytes,
             "image_latency_s": self.image_latency_s,
             "sustained_image_latency_s": self.sustained_image_latency_s,
+            "time": dict(self.time),
             "decoder": {"params": self.decoder.params, "flops": self.decoder.flops},
             "binding": [],
             "optimality_gap": 0.0,
@@ -150,7 +155,7 @@ def _paper_cost(
     return ArchitectureCost(
         arch, spec.num_classes, "paper", rank, profile.name, "gpu", "fp32", steps, per_step,
         row.params, row.flops, row.memory_bytes, row.memory_bytes, latency_s, latency_s,
-        DecoderCost(0, 0, 0), _names(spec),
+        image_time(steps, steps, per_step, row.latency_s / PAPER_EVALUATIONS, 0.0), DecoderCost(0, 0, 0), _names(spec),
     )  # fmt: skip
 
 
@@ -172,22 +177,26 @@ def _exact_cost(
     decoder = decoder_cost(spec)
     weight_bytes = fixed.weight_bytes + sum(matrix.weight_bytes for matrix in matrices) + 4 * decoder.params
     activations = max(peak_activation_bytes(spec, precision, per_step), decoder.activation_bytes_peak)
-    burst_s, sustained_s = (
-        steps * per_step * (
-            fixed_latency_s(fixed, profile, unit, sustained)
-            + sum(matrix_latency_s(matrix, profile, unit, precision, sustained) for matrix in matrices)
+    burst, sustained = (
+        image_time(
+            steps,
+            steps,
+            per_step,
+            fixed_latency_s(fixed, profile, unit, lasting)
+            + sum(matrix_latency_s(matrix, profile, unit, precision, lasting) for matrix in matrices),
+            decoder.flops / profile.throughput(unit, "fp32", lasting) if decoder.flops else 0.0,
         )
-        + (decoder.flops / profile.throughput(unit, "fp32", sustained) if decoder.flops else 0.0)
-        for sustained in (False, True)
-    )  # fmt: skip
+        for lasting in (False, True)
+    )
     return ArchitectureCost(
         arch, spec.num_classes, "exact", rank, profile.name, unit, precision, steps, per_step,
         params=fixed.params + sum(matrix.params for matrix in matrices),
         flops=fixed.flops + sum(matrix.flops for matrix in matrices),
         weight_bytes=weight_bytes,
         peak_memory_bytes=RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * weight_bytes + activations,
-        image_latency_s=burst_s,
-        sustained_image_latency_s=sustained_s,
+        image_latency_s=burst["image_s"],
+        sustained_image_latency_s=sustained["image_s"],
+        time=sustained,
         decoder=decoder,
         matrix_names=_names(spec),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 
 A deployed model is split in two: the six matrices of every block, each of which a plan may store in its own way
 (`matrix_cost`), and everything else (`deployed_fixed_cost`). Both count the `exact` convention at batch 1, and together
-they are the whole: dense matrices plus fixed part equal `model_cost(spec, "exact")`.
+they are the whole: dense matrices plus fixed part equal `model_cost(spec, "exact")`, but for the span network of a
+distilled model: a plan has one number of steps, so that it is a constant, in the table or in a bias.
 
 Symbols: N tokens, D width, L blocks, H hidden width, K kept classes, n x m a matrix, r rank.
 """
@@ -173,7 +174,7 @@ def _groups(
 ) -> Iterator[OperatorGroup]:
     whole = model_cost(spec, "exact")
     row = baked_table_values(spec, 1)
-    labels = num_classes_kept + 1 if spec.label_embedding else 1
+    labels = num_classes_kept + (not spec.distilled) if spec.label_embedding else 1  # distilled: no null class
     if baked:
         table = baked_table_values(spec, evaluations, labels)
         values = _VALUE_BYTES[precision]

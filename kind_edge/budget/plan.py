@@ -6,12 +6,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kind_edge.errors import InputError, nearest
-from kind_edge.model.spec import Form, ModelSpec
+from kind_edge.model.spec import Form, ModelSpec, default_sampler
 
 SCHEMA_VERSION = 1
 
@@ -44,6 +44,9 @@ class Plan:
     `precision` is what the app loads, `precisions` what is written. `limits` are what was asked for, in the solver's
     units; `binding` those that kept the plan from being better.
     `dense` holds the same figures of the dense fp32 model of the same shape: what percentages refer to.
+    `guidance` is what the sampling loop does; a distilled model has its own, `inside_guidance`, in its prediction.
+    `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
+    teacher of a distilled model were cut like this; both are empty where nothing is known.
     """
 
     model: str
@@ -74,9 +77,17 @@ class Plan:
     optimality_gap: float
     dense: Mapping[str, float]
     matrices: Mapping[str, MatrixPlan]
+    inside_guidance: float | None = None
+    time: Mapping[str, float] = field(default_factory=dict)
+    teacher_time: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def null_branch(self) -> bool:
+        """Whether the deployed model has a null class: not where one class is folded in, nor with guidance inside."""
+        return self.form == "switch" and self.inside_guidance is None
 
     def to_dict(self) -> dict[str, Any]:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
         values["matrices"] = {name: matrix.to_dict() for name, matrix in self.matrices.items()}
         values |= {name: list(getattr(self, name)) for name in _LISTS}
         return {"schema_version": SCHEMA_VERSION, **values}
@@ -88,12 +99,12 @@ class Plan:
             raise InputError(
                 f"{where}: not a plan of schema version {SCHEMA_VERSION}; make it anew with kind-edge plan"
             )
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = {each.name for each in dataclasses.fields(cls)}
         given = {key: value for key, value in values.items() if key != "schema_version"}
         for key in given:
             if key not in known:
                 raise InputError(f"{where}: unknown key {key!r}; nearest known: {nearest(key, known)}")
-        if missing := sorted(known - set(given)):
+        if missing := sorted(known - set(given) - set(_LATER)):
             raise InputError(f"{where}: missing {', '.join(missing)}")
         if not isinstance(given["matrices"], Mapping):
             raise InputError(f"{where}: matrices: got {given['matrices']!r:.60}, want an object")
@@ -108,6 +119,8 @@ class Plan:
 
 
 _LISTS = ("classes", "precisions", "binding")
+_LATER = ("inside_guidance", "time", "teacher_time")
+"""Fields that plans of kind-edge 0.1.0 do not have."""
 
 
 def _matrix(values: Any, where: str) -> MatrixPlan:
@@ -172,6 +185,10 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
         raise InputError(f"the plan's precisions {', '.join(plan.precisions)} cannot be written; solve again")
     if not 0 < plan.guidance < 100 or plan.evaluations_per_step not in (1, 2):
         raise InputError(f"the plan's guidance {plan.guidance} is out of range; solve again")
+    if plan.inside_guidance != spec.inside_guidance or (spec.distilled and plan.guidance != 1.0):
+        raise InputError(f"the plan's guidance is not that inside the model, {spec.inside_guidance}; solve again")
+    if spec.distilled and (plan.steps not in spec.step_counts or plan.sampler != default_sampler(spec.objective)):
+        raise InputError(f"the plan's {plan.steps} {plan.sampler} steps are not what the model is for; solve again")
 
 
 def full_rank(plan: Plan, ranks: Mapping[str, tuple[int, int]]) -> Plan:

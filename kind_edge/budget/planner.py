@@ -91,6 +91,7 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         params += deployment.shared(shape, chosen.storage, chosen.shared_rank).params
         params += deployment.tailors(shape, chosen.tailor_rank or 0).params
     burst_s = deployment.evaluations * deployment.evaluation_latency_s(matrices, sustained=False)
+    evaluation_s = deployment.evaluation_latency_s(matrices, sustained=True)
     return Plan(
         model=source.name,
         checkpoint_sha256=source.checkpoint_sha256,
@@ -111,7 +112,7 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         flops=solution.totals["flops"],
         weight_bytes=solution.totals["weight_bytes"] - request.spare_bytes,
         peak_memory_bytes=solution.totals["peak_memory_bytes"],
-        evaluation_latency_s=deployment.evaluation_latency_s(matrices, sustained=True),
+        evaluation_latency_s=evaluation_s,
         image_latency_s=burst_s + deployment.decoder_latency_s(sustained=False),
         sustained_image_latency_s=solution.totals["latency_ns"] / 1e9,
         retained_energy=solution.value,
@@ -120,6 +121,9 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         optimality_gap=solution.optimality_gap,
         dense=deployment.dense(),
         matrices=matrices,
+        inside_guidance=sampling.inside_guidance,
+        time=deployment.time(evaluation_s),
+        teacher_time=deployment.time(evaluation_s, source.teacher) if source.teacher else {},
     )
 
 

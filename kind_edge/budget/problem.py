@@ -20,6 +20,7 @@ from kind_edge.budget.cost import (
     model_cost,
 )
 from kind_edge.budget.decoder import decoder_cost
+from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.plan import MatrixPlan, Storage
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
 from kind_edge.budget.solver import Option, Problem
@@ -48,12 +49,16 @@ LIMIT_NAMES = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one image is made. `evaluations` is how many rows the sampler's table has."""
+    """How one image is made. `evaluations` is how many rows the sampler's table has.
+
+    `guidance` is what the loop does: 1 for a distilled model, which has `inside_guidance` in its prediction.
+    """
 
     sampler: str
     steps: int
     guidance: float
     evaluations: int
+    inside_guidance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Source:
-    """What is planned for: the model, its identity, and how its spectra were made."""
+    """What is planned for: the model, its identity, how its spectra were made, and whom it learned from."""
 
     name: str
     checkpoint_sha256: str
@@ -80,6 +85,7 @@ class Source:
     spectra: Mapping[Form, Mapping[str, Spectrum]]
     truncation: Literal["whitened", "plain"]
     calibration: str
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,13 @@ class Deployment:
         ]
         seconds = sum(matrix_latency_s(part, profile, unit, precision, sustained) for part in parts)
         return fixed_latency_s(self.fixed, profile, unit, sustained) + seconds
+
+    def time(self, evaluation_s: float, teacher: Teacher | None = None) -> dict[str, float]:
+        """Where an image's sustained time goes; with `teacher`, at the teacher's steps and guidance."""
+        sampling, decoder_s = self.request.sampling, self.decoder_latency_s()
+        if teacher is not None:
+            return image_time(teacher.steps, teacher.steps, teacher.evaluations_per_step, evaluation_s, decoder_s)
+        return image_time(sampling.steps, sampling.evaluations, self.evaluations_per_step, evaluation_s, decoder_s)
 
     def dense(self) -> dict[str, float]:
         """The dense fp32 model of the same shape, nothing baked, on the same unit: what percentages refer to."""

@@ -122,7 +122,7 @@ def _parts(spec: ModelSpec, exact: bool, rank: int | None) -> Iterator[PartCost]
 
 
 def embedding_parts(spec: ModelSpec, exact: bool) -> Iterator[PartCost]:
-    """Everything that depends on sample, timestep and label alone: patches, position, timestep, label, adaLN."""
+    """Everything that depends on sample, timestep, span and label alone: patches, position, embedders, adaLN."""
     width, depth = spec.width, spec.depth
     elements = spec.tokens * width
     patch_inputs = spec.channels * spec.patch_size**2
@@ -132,6 +132,8 @@ def embedding_parts(spec: ModelSpec, exact: bool) -> Iterator[PartCost]:
     # Features: one product per frequency, one sine or cosine per feature. SiLU: between the layers, once after.
     timestep_extra = (FREQUENCY_WIDTH // 2 + FREQUENCY_WIDTH + 3 * width) if exact else 0
     yield PartCost("timestep", timestep_macs + 2 * width, 2 * timestep_macs + width + timestep_extra)
+    if spec.distilled:  # a network like the timestep's, whose output is added to that one's before the SiLU of both
+        yield PartCost("span", timestep_macs + 2 * width, 2 * timestep_macs + width + timestep_extra)
     label = (spec.num_classes + 1) * width if spec.label_embedding else 0
     yield PartCost("label", label, width if exact and label else 0)
     for name, count, outputs in (("adaln", depth, 6 * width), ("final_adaln", 1, 2 * width)):

@@ -85,6 +85,7 @@ def _rows(found: Evaluation) -> Iterator[tuple[str, Cell]]:
     cut = "cut from checkpoint " if found.kind == "bundle" else ""
     yield found.kind, f"{cut}{found.checkpoint_sha256[:12] or 'not stated'}, {found.precision}"
     guidance = "no guidance" if sampling.guidance == 1.0 else f"guidance {sampling.guidance:g}"
+    guidance += " inside the model" if sampling.guidance_inside and sampling.guidance != 1.0 else ""
     yield "images", f"{report.images:,}, {sampling.sampler}, {sampling.steps} steps, {guidance}, seed {found.seed}"
     if report.frechet is not None:
         yield "Fréchet distance", f"{report.frechet:.2f} to {_real_words(report)}"

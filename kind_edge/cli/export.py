@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, tables
+from kind_edge.cli import options, quality_view, tables
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
@@ -19,9 +19,6 @@ from kind_edge.units import format_seconds
 if TYPE_CHECKING:
     from kind_edge.deploy.bench import LatencyReport
     from kind_edge.deploy.pipeline import Bundle
-
-LARGE_INCREASE = 0.25
-"""Of held-out loss. Up to a few percent is not to be seen; a quarter is."""
 
 
 def export(
@@ -81,12 +78,8 @@ def export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed,
             on_stage=begin, **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
-    worst = max(bundle.quality, key=lambda loss: loss.increase, default=None)
-    if worst is not None and worst.increase > LARGE_INCREASE:
-        terminal.say_warning(
-            f"the held-out loss of {worst.name} rises by {worst.increase:.0%}: its pictures will show it; "
-            "look at preview.png, and relax a limit or keep fewer classes"
-        )
+    if (warning := quality_view.warning(bundle.quality)) is not None:
+        terminal.say_warning(warning)
     if as_json:
         terminal.json(bundle.to_dict())
     else:
@@ -116,13 +109,7 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
     out.print(tables.figures(headers, _model_rows(bundle)))
     out.print()
     out.print(tables.facts(_conditions(bundle)))
-    if bundle.quality:
-        out.print(tables.heading("Quality", "diffusion loss on held-out images, before and after cutting"))
-        rows = [
-            (each.name, str(each.images), f"{each.full:.4f}", f"{each.plan:.4f}", f"{each.increase:+.1%}")
-            for each in bundle.quality
-        ]
-        out.print(tables.figures(("", "images", "full model", "this plan", "change"), rows))
+    quality_view.print_quality(out, bundle.quality)
     out.print(tables.heading("Bundle"))
     out.print(tables.facts((name, tables.size(size)) for name, size in bundle.files.items()))
     out.print()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kind_edge.cli import options, tables
+from kind_edge.cli import options, quality_view, tables
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.units import format_flops
@@ -72,6 +72,9 @@ def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
         yield "ranks", ", ".join(f"{name} {tables.span(list(ends))}" for name, ends in found.ranks.items())
     if found.classes:
         yield "classes", ", ".join(found.classes)
+    if found.inside_guidance is not None:
+        counts = " or ".join(map(str, found.step_counts))
+        yield "distilled", f"for {counts} steps, with guidance {found.inside_guidance:g} inside: no guidance branch"
     if found.shape:
         yield "model" if found.kind == "checkpoint" else "made for", _flat(found.shape)
     for name, value in found.provenance.items():
@@ -95,8 +98,9 @@ def _provenance(name: str, value: Any) -> str:
     if name == "verification":
         return ", ".join(f"{file} {worst} dB" for file, worst in value.get("parity", {}).items())
     if name == "quality":
-        changes = ", ".join(f"{who} {loss['increase']:+.1%}" for who, loss in value.items())
-        return f"held-out loss {changes}" if changes else ""
+        return quality_view.summary(value)
+    if name == "quality_by_steps" and isinstance(value, Mapping):
+        return "; ".join(f"{steps}: {_flat(each)}" for steps, each in value.items() if isinstance(each, Mapping))
     if isinstance(value, Mapping):
         inner = {key: item for key, item in value.items() if not isinstance(item, Mapping | list)}
         return _flat(inner)

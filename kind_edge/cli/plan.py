@@ -168,6 +168,7 @@ def _architecture(
 def _show_architecture(
     terminal: Terminal, costs: list[ArchitectureCost], device: str, output: Path | None, as_json: bool
 ) -> None:
+    from kind_edge.cli.plan_view import time_words
     from kind_edge.units import format_flops, format_seconds
 
     cost = costs[-1]
@@ -197,6 +198,7 @@ def _show_architecture(
     ]
     terminal.out.print(tables.figures(headers, rows))
     terminal.out.print()
+    terminal.out.print(tables.facts([("time", time_words(cost.time))]))
     decoder = f"{format_flops(cost.decoder.flops)}, {tables.size(4 * cost.decoder.params)} in fp32"
     terminal.note(f"FLOPs: one evaluation at batch 1. Bytes and images count the decoder of latents too: {decoder}.")
 

@@ -51,7 +51,8 @@ def describe(
             "kind": plan.sampler,
             "steps": plan.steps,
             "guidance": plan.guidance if guided else 1.0,
-            "null_index": len(plan.classes) if plan.form == "switch" else None,
+            "null_index": len(plan.classes) if plan.null_branch else None,
+            "inside_guidance": plan.inside_guidance,
             "tables": table.to_dict(),
             "prediction_channels": spec.output_channels,
         },
@@ -148,14 +149,19 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
     classes = ", ".join(f"{index} {name}" for index, name in enumerate(plan.classes))
     sampler = values["sampler"]
     null = f", {sampler['null_index']} none (for guidance)" if sampler["null_index"] is not None else ""
+    guidance, prediction = f"guidance {sampler['guidance']}", "its prediction"
+    if plan.inside_guidance is not None:
+        guidance = f"guidance {plan.inside_guidance:g} inside the model"
+        prediction = "its prediction (guidance is inside the model: one evaluation per step, at this number of steps)"
+    elif plan.evaluations_per_step > 1:
+        prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = "The model draws latents: pictures come from the decoder of the autoencoder it was trained with."
     return f"""# {values["name"]}
 
-{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, guidance
-{sampler["guidance"]}.
+{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.
 Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
 
 {picture}
@@ -180,7 +186,7 @@ Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`.
 Classes: {classes}{null}.
 
 One image: start from Gaussian noise x. For every row i of `sampler.tables` in `manifest.json`, run the model at row i
-and, with the guided prediction (null + guidance * (class - null) where guidance is not 1), compute
+and, with {prediction}, compute
 
     d = p[i] * x + q[i] * prediction
     x = a[i] * x + b[i] * d + c[i] * (d of the row before; 0 at first)

@@ -21,9 +21,13 @@ _PARTS = {
     "patch_embed": "patch embedding",
     "pos_embed": "position table",
     "t_embed": "timestep network",
+    "span_embed": "span network",
     "y_embed": "label embedding",
     "final": "final layer",
 }
+
+_SHOWN_APART = ("matrix_ranks", "step_counts", "inside_guidance")
+"""Of a spec, what is no part of `shape`."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Inspection:
 
     `flops` are one evaluation at batch 1 by convention ("paper", "exact"), where the architecture is known; the `macs`
     of `graphs` are counted in the graphs themselves. `ranks` are (lowest, highest) over the factored matrices.
+    `step_counts` (of a bundle the one it was made for) and `inside_guidance` are a distilled model's.
     """
 
     kind: Literal["checkpoint", "bundle", "onnx"]
@@ -48,6 +53,8 @@ class Inspection:
     shape: Mapping[str, Any]
     graphs: tuple[GraphFacts, ...]
     provenance: Mapping[str, Any]
+    step_counts: tuple[int, ...] = ()
+    inside_guidance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; what this kind of thing does not have is left out."""
@@ -126,6 +133,8 @@ def _inspect_bundle(path: Path) -> Inspection:
         shape=_bundle_shape(manifest, plan),
         graphs=graphs,
         provenance=_bundle_provenance(manifest),
+        step_counts=(manifest.sampler.steps,) if manifest.sampler.inside_guidance is not None else (),
+        inside_guidance=manifest.sampler.inside_guidance,
     )
 
 
@@ -180,9 +189,11 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
         parts=dict(parts.most_common()),
         classes=checkpoint.class_names,
         ranks=_ranks(spec),
-        shape={key: value for key, value in spec.to_dict().items() if key != "matrix_ranks"},
+        shape={key: value for key, value in spec.to_dict().items() if key not in _SHOWN_APART},
         graphs=(),
         provenance=checkpoint.provenance,
+        step_counts=spec.step_counts,
+        inside_guidance=spec.inside_guidance,
     )
 
 

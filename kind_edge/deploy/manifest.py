@@ -58,7 +58,11 @@ class SamplerTables:
 
 @dataclass(frozen=True)
 class Sampler:
-    """How noise becomes an image; `null_index` is the class index of the unconditional branch, if the model has one."""
+    """How noise becomes an image; `null_index` is the class index of the unconditional branch, if the model has one.
+
+    `guidance` is what the loop does. A distilled model has guidance in its prediction, of strength `inside_guidance`,
+    and works with this number of steps alone.
+    """
 
     kind: str
     steps: int
@@ -66,6 +70,7 @@ class Sampler:
     null_index: int | None
     tables: SamplerTables
     prediction_channels: int
+    inside_guidance: float | None = None
 
     @property
     def guided(self) -> bool:
@@ -98,6 +103,11 @@ class Manifest:
     sampler: Sampler
     files: Mapping[str, FileEntry]
     raw: Mapping[str, Any]
+
+    @property
+    def switches(self) -> bool:
+        """Whether a class index picks the class."""
+        return any("class_index" in model.input_names() for model in self.models.values())
 
     @classmethod
     def from_dict(cls, values: Any, where: str = MANIFEST_NAME) -> Manifest:
@@ -235,6 +245,7 @@ def _sampler(section: _Section) -> Sampler:
         null_index=section.optional("null_index", int),
         tables=tables,
         prediction_channels=section.take("prediction_channels", int),
+        inside_guidance=section.optional("inside_guidance", float),
     )
 
 
@@ -256,3 +267,5 @@ def _check(manifest: Manifest, where: str) -> None:
         raise InputError(
             f"{where}: sampler: null_index {null_index}; want the number of classes, {len(manifest.classes)}"
         )
+    if manifest.sampler.inside_guidance is not None and manifest.sampler.guided:
+        raise InputError(f"{where}: sampler: guidance is inside the model, so there is no null_index to guide with")

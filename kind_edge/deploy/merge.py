@@ -26,6 +26,7 @@ from kind_edge.errors import InputError, unknown
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.dit import DiT
+from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import Ranks
 from kind_edge.model.truncation import SortedFactors, fold_matrix
 
@@ -117,16 +118,23 @@ def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
         if ts.shape[-1]:
             tailors = Tailors((tv * ts.unsqueeze(1)).float(), tu.mT.float().contiguous())
         linears[name] = PlainLinear(shared, tailors, t[f"{name}.bias"].float())
-    modulation = bake(source, timesteps) if plan.modulation == "baked" else ModulationNetwork(source)
+    baked = plan.modulation == "baked"
+    span = step_span(spec, plan.steps, timesteps.float() if baked else torch.zeros(1))
+    if source.y_embed is not None and plan.form == "switch" and not plan.null_branch:
+        source.y_embed = nn.Embedding.from_pretrained(source.y_embed.weight[:-1])
+    modulation = bake(source, timesteps, span) if baked else ModulationNetwork(source, span)
     plain = PlainDiT(spec, source, linears, modulation, plan.form == "switch", Origin(truncated, plan, timesteps))
     return plain.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def bake(model: DiT, timesteps: Tensor) -> ModulationTable:
-    """One row of modulation values per timestep [S]: the adaLN and timestep networks are then not needed any more."""
+def bake(model: DiT, timesteps: Tensor, span: Tensor | None = None) -> ModulationTable:
+    """One row of modulation values per timestep [S]: the adaLN and timestep networks are then not needed any more.
+
+    `span` [S] is what a distilled model takes.
+    """
     if model.spec.label_embedding:
         raise InputError("modulation depends on the label here; a table per step alone cannot hold it")
-    c = model.condition(timesteps.float(), torch.zeros(len(timesteps), dtype=torch.long))
+    c = model.condition(timesteps.float(), torch.zeros(len(timesteps), dtype=torch.long), span)
     layers = [*(block.adaln for block in model.blocks), model.final.adaln]
     return ModulationTable(torch.cat([layer(c) for layer in layers], -1))

@@ -10,10 +10,13 @@ from kind_edge.deploy.verify import MERGE_GATE_DB, sqnr_db
 from kind_edge.errors import GateError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.gated_linear import ClassGate
+from kind_edge.model.sampling import step_span
 
 
 def check_merge(checkpoint: Checkpoint, plan: Plan, timesteps: torch.Tensor) -> float:
     """The worst SQNR in dB over kept classes, null class (*switch*) and five steps; `GateError` below 100 dB.
+
+    A distilled model is deployed without the null class.
 
     *union* promises nothing for a single class, so it is compared with the gated model with all kept gates open (and,
     where there is a label embedding, the mean of their labels).
@@ -23,7 +26,9 @@ def check_merge(checkpoint: Checkpoint, plan: Plan, timesteps: torch.Tensor) -> 
     plain = fold(truncate(checkpoint, whole, None), whole, timesteps)
     gated = checkpoint.model()
     kept = class_indices(checkpoint, plan.classes)
-    labels = {"switch": [*kept, spec.num_classes], "single": kept, "union": [spec.num_classes]}[plan.form]
+    labels = kept if plan.form != "union" else [spec.num_classes]
+    if plan.null_branch:
+        labels = [*kept, spec.num_classes]
     if plan.form == "union" and gated.y_embed is not None:
         gated.y_embed.weight[-1] = gated.y_embed.weight[kept].mean(0)
     steps = torch.linspace(0, len(timesteps) - 1, 5).round().long()
@@ -37,7 +42,7 @@ def check_merge(checkpoint: Checkpoint, plan: Plan, timesteps: torch.Tensor) -> 
         open_gates[:, kept if plan.form == "union" else [c for c in (label,) if c < spec.num_classes]] = 1
         step = steps.int() if plan.modulation == "baked" else t
         with torch.no_grad():
-            wanted = gated(x, t, ClassGate.opening(open_gates, index))
+            wanted = gated(x, t, ClassGate.opening(open_gates, index), step_span(spec, plan.steps, t))
             got = plain(x, step, torch.full((len(steps),), position)) if plan.form == "switch" else plain(x, step)
         worst = min([worst, *(sqnr_db(a.numpy(), b.numpy()) for a, b in zip(wanted, got, strict=True))])
     if worst < MERGE_GATE_DB:

@@ -19,7 +19,7 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
-from kind_edge.deploy.quality import HeldoutLoss, heldout_losses
+from kind_edge.deploy.quality import Quality, heldout_quality
 from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_source, open_model
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
@@ -50,7 +50,7 @@ class Bundle:
     image_latency: LatencyReport
     predicted_here_ms: Mapping[str, float]
     plan: Plan
-    quality: tuple[HeldoutLoss, ...]
+    quality: tuple[Quality, ...]
     merge_db: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class Bundle:
             "latency_ms": {name: assemble.percentiles(report) for name, report in self.latency.items()},
             "image_latency_ms": assemble.percentiles(self.image_latency),
             "predicted_here_ms": dict(self.predicted_here_ms),
-            "quality": {loss.name: loss.to_dict() for loss in self.quality},
+            "quality": {each.name: each.to_dict() for each in self.quality},
             "plan": self.plan.to_dict(),
         }
 
@@ -164,7 +164,7 @@ class _Made:
     table: SamplerTable
     verification: VerifyReport
     merge_db: float
-    quality: tuple[HeldoutLoss, ...]
+    quality: tuple[Quality, ...]
 
 
 def _make(model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Exporter], stage: OnStage) -> _Made:
@@ -177,7 +177,7 @@ def _make(model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Expo
     kept = class_indices(model.checkpoint, plan.classes)
     heldout = model.heldout
     own = heldout.of_classes(kept) if heldout else None
-    quality = heldout_losses(model.checkpoint, truncated, plan.form, kept, heldout) if heldout else ()
+    quality = heldout_quality(model.checkpoint, truncated, plan.form, kept, heldout, timesteps) if heldout else ()
     plain = fold(truncated, plan, timesteps)
     stage("exporting")
     entries = {
@@ -209,7 +209,7 @@ def _finish(
     spec = model.checkpoint.spec
     values = assemble.describe(plan, spec, made.entries, made.default_model, made.table)
     values["verification"] = {**made.verification.to_dict(), "merge_db": made.merge_db}
-    values["quality"] = {loss.name: loss.to_dict() for loss in made.quality}
+    values["quality"] = {each.name: each.to_dict() for each in made.quality}
     stage("measuring")
     measured = _runnable(made.entries)
     latency, image = assemble.measure(folder, values, list(measured), made.default_model)
@@ -310,7 +310,12 @@ def _evaluate_bundle(
         "bundle",
         str(source.get("checkpoint_sha256", "")),
         bundle.model.precision,
-        Sampling(sampler.kind, sampler.steps, sampler.guidance),
+        Sampling(
+            sampler.kind,
+            sampler.steps,
+            sampler.guidance if sampler.inside_guidance is None else sampler.inside_guidance,
+            sampler.inside_guidance is not None,
+        ),
         seed,
         score(sampled, data, inception),
     )

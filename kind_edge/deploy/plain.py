@@ -5,6 +5,7 @@ Symbols: B batch, N tokens, D width, L blocks, K kept classes, S sampler evaluat
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
 
 class Pick(NamedTuple):
-    """Which tailor each image uses: `index` [B] in 0..K-1, and `open` [B, 1, 1], 0 for the null class."""
+    """Which tailor each image uses: `index` [B] in 0..K-1, and `open` [B, 1, 1], 0 for the null class (None: there is
+    no such class)."""
 
     index: Tensor
-    open: Tensor
+    open: Tensor | None = None
 
     @classmethod
     def of(cls, class_index: Tensor, kept: int) -> Pick:
+        """Of indices in 0..K, where K is the null class."""
         return cls(class_index.clamp(0, kept - 1), (class_index < kept).to(torch.float32).reshape(-1, 1, 1))
 
 
@@ -62,7 +65,8 @@ class Tailors(nn.Module):
 
     def forward(self, x: Tensor, pick: Pick) -> Tensor:
         v, u = self.v.index_select(0, pick.index), self.u.index_select(0, pick.index)  # [B, m, r], [B, r, n]
-        return (x @ v * pick.open) @ u
+        thin = x @ v  # [B, N, r]
+        return (thin if pick.open is None else thin * pick.open) @ u
 
 
 class PlainLinear(nn.Module):
@@ -91,12 +95,20 @@ class ModulationTable(nn.Module):
 
 
 class ModulationNetwork(nn.Module):
-    """The same networks kept as they are, for models whose modulation depends on the label too."""
+    """The same networks kept as they are, for models whose modulation depends on the label too.
 
-    def __init__(self, source: DiT) -> None:
+    A plan has one number of steps, so the span of a distilled model's steps is a constant: it lies in a bias.
+    """
+
+    def __init__(self, source: DiT, span: Tensor | None = None) -> None:
+        """`span` [1] is what a distilled model takes."""
         super().__init__()
         self.t_embed, self.y_embed = source.t_embed, source.y_embed
         self.adaln = nn.ModuleList([*(block.adaln for block in source.blocks), source.final.adaln])
+        if source.span_embed is not None and span is not None:
+            self.t_embed = copy.deepcopy(source.t_embed)
+            with torch.no_grad():
+                self.t_embed.fc2.bias += source.span_embed(span)[0]
 
     def forward(self, timestep: Tensor, class_index: Tensor | None) -> Tensor:
         c = self.t_embed(timestep)
@@ -141,8 +153,13 @@ class PlainDiT(nn.Module):
         return ("sample", step, "class_index") if self.switches else ("sample", step)
 
     def forward(self, sample: Tensor, step: Tensor, class_index: Tensor | None = None) -> Tensor:
-        """sample [B, ch, H, W], step [B], class_index [B] in 0..K (K: null) -> prediction [B, ch_out, H, W]."""
-        pick = None if class_index is None else Pick.of(class_index, self.spec.num_classes)
+        """sample [B, ch, H, W], step [B], class_index [B] in 0..K -> prediction [B, ch_out, H, W].
+
+        K is the null class; a distilled model, with guidance inside, has none.
+        """
+        pick = None
+        if class_index is not None:
+            pick = Pick(class_index) if self.spec.distilled else Pick.of(class_index, self.spec.num_classes)
         width = 6 * self.spec.width
         modulation = self.modulation(step, class_index)  # [B, L*6D + 2D]
         x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]

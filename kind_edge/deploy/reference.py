@@ -15,6 +15,7 @@ from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import HELDOUT, HELDOUT_IMAGES, HELDOUT_LATENTS, Checkpoint, read_tensors
 from kind_edge.model.diffusion import add_noise
 from kind_edge.model.gated_linear import ClassGate
+from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import Form, ModelSpec
 
 IMAGES_PER_POINT = 2
@@ -60,12 +61,13 @@ def make_reference(
 ) -> dict[str, NDArray[Any]]:
     """Inputs and gated outputs for every kept class, the null class (*switch*) and five of the sampler's steps.
 
+    A distilled model is deployed without the null class, and its span is that of as many steps as there are timesteps.
     Images are held-out ones of the class, noised to the step (plain noise where there are none). `heldout` is numbered
     like the truncated checkpoint. Arrays: sample, step_index, timestep, class_index, prediction, all [points, ...].
     """
     spec = truncated.spec
     kept = len(truncated.class_names)
-    labels = range(kept + 1) if form == "switch" else range(1)
+    labels = range(kept if spec.distilled else kept + 1) if form == "switch" else range(1)
     steps = np.unique(np.linspace(0, len(timesteps) - 1, TIMESTEPS).round().astype(int))
     generator = torch.Generator().manual_seed(seed)
     points = [(c, int(s)) for c in labels for s in steps for _ in range(IMAGES_PER_POINT)]
@@ -78,7 +80,7 @@ def make_reference(
     if heldout is not None and len(heldout.images):
         sample = add_noise(spec.objective, _pick(heldout, classes, generator), noise, t)[0]
     with torch.no_grad():
-        prediction = truncated.model()(sample, t, _gate(form, classes, kept))
+        prediction = truncated.model()(sample, t, _gate(form, classes, kept), step_span(spec, len(timesteps), t))
     return {
         "sample": sample.numpy(),
         "step_index": step_index.to(torch.int32).numpy(),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from kind_edge.budget.image_time import teacher_of
 from kind_edge.budget.planner import candidate_forms
 from kind_edge.budget.problem import Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
@@ -15,10 +17,10 @@ from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.reference import Heldout, load_heldout
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.errors import UsageError, unknown
-from kind_edge.model.calibration import Calibration, calibration_of
+from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.shipped import find_model
-from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, FORMS, SAMPLERS, default_sampler
+from kind_edge.model.spec import FORMS, SAMPLERS, check_sampling, recommended
 from kind_edge.units import Kind, parse_quantity
 
 _LIMIT_KINDS: Mapping[str, Kind] = {
@@ -36,8 +38,13 @@ class OpenedModel:
     name: str
     sha256: str
     checkpoint: Checkpoint
-    calibration: Calibration
+    stored_calibration: Calibration | None
     heldout: Heldout | None
+
+    @functools.cached_property
+    def calibration(self) -> Calibration:
+        """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
+        return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
 
 
 def open_model(model: str | Path) -> OpenedModel:
@@ -45,10 +52,9 @@ def open_model(model: str | Path) -> OpenedModel:
     checkpoint = load_checkpoint(folder)
     if not checkpoint.spec.factored:
         raise UsageError(f"{folder}: a dense model has no learngene and no tailors to cut; give a KIND checkpoint")
-    calibration = calibration_of(checkpoint, folder / CALIBRATION)
-    return OpenedModel(
-        folder.resolve().name, checkpoint_hash(folder), checkpoint, calibration, load_heldout(folder, checkpoint.spec)
-    )
+    path, heldout = folder / CALIBRATION, load_heldout(folder, checkpoint.spec)
+    stored = load_calibration(path, checkpoint.spec) if path.exists() else None
+    return OpenedModel(folder.resolve().name, checkpoint_hash(folder), checkpoint, stored, heldout)
 
 
 class Choices(TypedDict, total=False):
@@ -92,23 +98,30 @@ def make_request(
     class_indices(checkpoint, wanted)
     if not wanted or len(set(wanted)) != len(wanted):
         raise UsageError(f"--classes: got {', '.join(wanted) or 'none'}; want at least one class, each once")
-    objective = checkpoint.spec.objective
-    advice = checkpoint.provenance.get("recommended", {})
-    kind = sampler or advice.get("sampler") or default_sampler(objective)
-    _known("--sampler", kind, SAMPLERS[objective])
-    count = steps if steps is not None else int(advice.get("steps", DEFAULT_STEPS))
-    if guidance is None:  # forms without a null branch cannot be guided, and nobody asked for it
-        guidance = 1.0 if form in ("single", "union") else float(advice.get("guidance", DEFAULT_GUIDANCE))
-    if not 0 < guidance < 100:
-        raise UsageError(f"--guidance: got {guidance}, want a number above 0; 1 means no guidance")
-    rows = len(sampler_table(kind, objective, count).timestep)
+    sampling = _sampling(checkpoint, form, steps, guidance, sampler)
     parsed = {
         name: parse_quantity(text, _LIMIT_KINDS[name], flag="--" + name.replace("_", "-"))
         for name, text in limits.items()
         if text is not None
     }
-    sampling = Sampling(kind, count, guidance, rows)
     return Request(device, wanted, sampling, form, precision, unit, parsed)  # type: ignore[arg-type]
+
+
+def _sampling(
+    checkpoint: Checkpoint, form: str, steps: int | None, guidance: float | None, sampler: str | None
+) -> Sampling:
+    spec, advice = checkpoint.spec, recommended(checkpoint.spec, checkpoint.provenance)
+    kind, count = sampler or advice.sampler, advice.steps if steps is None else steps
+    _known("--sampler", kind, SAMPLERS[spec.objective])
+    inside = spec.inside_guidance
+    if inside is not None:  # nothing is left to be done outside
+        check_sampling(spec, count, inside if guidance is None else guidance, kind)
+        guidance = 1.0
+    if guidance is None:  # forms without a null branch cannot be guided, and nobody asked for it
+        guidance = 1.0 if form in ("single", "union") else advice.guidance
+    if not 0 < guidance < 100:
+        raise UsageError(f"--guidance: got {guidance}, want a number above 0; 1 means no guidance")
+    return Sampling(kind, count, guidance, len(sampler_table(kind, spec.objective, count).timestep), inside)
 
 
 def _known(flag: str, value: str, choices: Sequence[str]) -> None:
@@ -120,4 +133,5 @@ def make_source(model: OpenedModel, request: Request) -> Source:
     kept = class_indices(model.checkpoint, request.classes)
     spectrum = {form: spectra(model.checkpoint, kept, form, model.calibration) for form in candidate_forms(request)}
     spec = model.checkpoint.spec
-    return Source(model.name, model.sha256, spec, spectrum, "whitened", model.calibration.source)
+    teacher = teacher_of(model.checkpoint.provenance) if spec.distilled else None
+    return Source(model.name, model.sha256, spec, spectrum, "whitened", model.calibration.source, teacher)

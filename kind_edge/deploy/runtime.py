@@ -115,7 +115,7 @@ class LoadedBundle:
         Both branches are one batch of 2n, class rows first.
         """
         sampler = self.manifest.sampler
-        if sampler.null_index is None or not sampler.guided:
+        if sampler.null_index is None or not sampler.guided:  # also where guidance is inside the model
             return self.predict(sample, row, class_index)
         nulls = np.full_like(class_index, sampler.null_index)
         both = self.predict(np.concatenate([sample, sample]), row, np.concatenate([class_index, nulls]))

@@ -108,7 +108,9 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
     `InputError` if the reference lacks a class, the null class or a timestep: a gap must not pass for parity.
     """
     sampler = manifest.sampler
-    labels = len(manifest.classes) + 1 if sampler.null_index is not None else 1
+    labels = 1
+    if manifest.switches:
+        labels = len(manifest.classes) + (sampler.null_index is not None)
     steps = min(TIMESTEPS, len(sampler.tables))
     points = set(zip(reference["class_index"].ravel().tolist(), reference["step_index"].ravel().tolist(), strict=True))
     if {c for c, _ in points} != set(range(labels)) or len(points) != labels * steps:

@@ -1,7 +1,8 @@
 """Input covariances of every factored matrix: what makes truncation minimise the error of a layer's *output*.
 
 E[x x^T] over images, tokens and timesteps, once pooled over the classes and once with every gate closed (the null
-branch). Stored as fp16 lower triangles of the covariance over its mean diagonal, and that scale in float32.
+branch; not of a distilled model, which is deployed without one). Stored as fp16 lower triangles of the covariance over
+its mean diagonal, and that scale in float32.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ import torch
 from torch import Tensor
 
 from kind_edge.errors import InputError
-from kind_edge.model.checkpoint import Checkpoint, read_tensors, write_tensors
-from kind_edge.model.diffusion import add_noise, draw_timesteps
+from kind_edge.model.checkpoint import read_tensors, write_tensors
+from kind_edge.model.diffusion import TRAIN_STEPS, add_noise, draw_timesteps
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
-from kind_edge.model.sampling import sample
+from kind_edge.model.sampling import sample, step_span
 from kind_edge.model.spec import ModelSpec
 
 RIDGE = 1e-3
 """Added to the diagonal, as a share of its mean: keeps the whitening finite where calibration saw little."""
 
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
-"""(network input [B, ch, H, W], timestep [B], class index [B])"""
+Batches = Iterable[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+"""(network input [B, ch, H, W], timestep [B], class index [B], span [B] where the model is distilled)"""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Covariances [m, m] by matrix name. `source` says what they were measured on."""
+    """Covariances [m, m] by matrix name. `source` says what they were measured on.
+
+    `null` is empty for a distilled model.
+    """
 
     pooled: Mapping[str, Tensor]
     null: Mapping[str, Tensor]
@@ -54,8 +58,8 @@ def covariances(model: DiT, batches: Batches) -> dict[str, Tensor]:
         hooks.append(module.register_forward_pre_hook(collect))
     try:
         with torch.no_grad():
-            for sample_, timestep, classes in batches:
-                model(sample_, timestep, classes)
+            for batch in batches:
+                model(*batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -67,34 +71,49 @@ def _with_ridge(covariance: Tensor) -> Tensor:
 
 
 def calibrate_on_images(model: DiT, images: Tensor, labels: Tensor, seed: int = 0) -> Calibration:
-    """Covariances over noised training images [n, ch, H, W] in [-1, 1] at random timesteps."""
+    """Covariances over noised training images [n, ch, H, W] in [-1, 1], at random timesteps of those it works at."""
     spec = model.spec
 
     def batches(null: bool) -> Batches:
         generator = torch.Generator().manual_seed(seed)
         for x, classes in zip(images.split(64), labels.split(64), strict=True):
-            timestep = draw_timesteps(spec.objective, len(x), generator)
+            timestep, span = _draw_steps(spec, len(x), generator)
             noised, _ = add_noise(spec.objective, x, torch.randn(x.shape, generator=generator), timestep)
-            yield noised, timestep, torch.full_like(classes, spec.num_classes) if null else classes
+            yield noised, timestep, torch.full_like(classes, spec.num_classes) if null else classes, span
 
-    return Calibration(covariances(model, batches(False)), covariances(model, batches(True)), "training images")
+    null = {} if spec.distilled else covariances(model, batches(True))
+    return Calibration(covariances(model, batches(False)), null, "training images")
+
+
+def _draw_steps(spec: ModelSpec, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """Timesteps [count] as in training; of a distilled model steps of its grids, with their spans."""
+    if not spec.distilled:
+        return draw_timesteps(spec.objective, count, generator), None
+    counts = torch.tensor(spec.step_counts)[torch.randint(len(spec.step_counts), (count,), generator=generator)]
+    steps = (torch.rand(count, generator=generator) * counts).floor()
+    return TRAIN_STEPS * (1 - steps / counts), TRAIN_STEPS / counts
 
 
 def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0) -> Calibration:
-    """Covariances over the model's own sampling trajectories: for checkpoints that come without calibration."""
+    """Covariances over the model's own sampling trajectories: for checkpoints that come without calibration.
+
+    A distilled model takes its own step counts.
+    """
     spec = model.spec
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
 
     def record(x: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
-        seen.append((x, timestep, classes))
-        return model(x, timestep, classes)
+        seen.append((x, timestep, classes, step_span(spec, count, timestep)))
+        return model(*seen[-1])
 
-    for classes in torch.arange(spec.num_classes).repeat(per_class).split(64):
-        generator = torch.Generator().manual_seed(seed + len(seen))
-        noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
-        sample(record, noise, classes, spec.objective, steps)
-    null = [(x, timestep, torch.full_like(classes, spec.num_classes)) for x, timestep, classes in seen]
-    return Calibration(covariances(model, seen), covariances(model, null), "own sampling trajectories")
+    for count in spec.step_counts or (steps,):
+        for classes in torch.arange(spec.num_classes).repeat(per_class).split(64):
+            generator = torch.Generator().manual_seed(seed + len(seen))
+            noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
+            sample(record, noise, classes, spec.objective, count)
+    closed = [(x, timestep, torch.full_like(classes, spec.num_classes), span) for x, timestep, classes, span in seen]
+    null = {} if spec.distilled else covariances(model, closed)
+    return Calibration(covariances(model, seen), null, "own sampling trajectories")
 
 
 def save_calibration(path: Path, calibration: Calibration) -> None:
@@ -111,8 +130,9 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
 def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
     """Read covariances back; a file of another model is an `InputError`."""
     tensors = read_tensors(path)
-    branches: dict[str, dict[str, Tensor]] = {"pooled": {}, "null": {}}
-    for branch, out in branches.items():
+    pooled: dict[str, Tensor] = {}
+    null: dict[str, Tensor] = {}
+    for branch, out in [("pooled", pooled)] if spec.distilled else [("pooled", pooled), ("null", null)]:
         for shape in spec.matrices():
             packed, scale = (tensors.get(f"{shape.name}.{branch}.{part}") for part in ("covariance", "scale"))
             wanted = shape.inputs * (shape.inputs + 1) // 2
@@ -127,11 +147,4 @@ def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
             covariance = torch.zeros(shape.inputs, shape.inputs, dtype=torch.float64)
             covariance[rows, columns] = packed.double() * scale.double()
             out[shape.name] = covariance + covariance.tril(-1).T
-    return Calibration(branches["pooled"], branches["null"], "stored with the checkpoint")
-
-
-def calibration_of(checkpoint: Checkpoint, stored: Path | None) -> Calibration:
-    """The stored covariances, or new ones from the model's own samples."""
-    if stored is not None and stored.exists():
-        return load_calibration(stored, checkpoint.spec)
-    return calibrate_on_samples(checkpoint.model())
+    return Calibration(pooled, null, "stored with the checkpoint")

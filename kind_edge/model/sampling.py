@@ -12,7 +12,7 @@ from torch import Tensor
 from kind_edge.errors import UsageError, unknown
 from kind_edge.model.diffusion import BETA_END, BETA_START, TRAIN_STEPS
 from kind_edge.model.dit import DiT
-from kind_edge.model.spec import SAMPLERS, check_sampling, default_sampler
+from kind_edge.model.spec import SAMPLERS, ModelSpec, check_sampling, default_sampler
 
 Denoiser = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(sample [B, ch, H, W], timestep [B], class index [B]) -> prediction"""
@@ -69,6 +69,11 @@ def guided(denoise: Denoiser, guidance: float, null_index: int) -> Denoiser:
     return predict
 
 
+def step_span(spec: ModelSpec, steps: int, timestep: Tensor) -> Tensor | None:
+    """What `DiT.forward` takes as span at `timestep` [B] of a sampler of `steps` Euler steps; None: it takes none."""
+    return torch.full_like(timestep, TRAIN_STEPS / steps, dtype=torch.float32) if spec.distilled else None
+
+
 def denoiser(model: DiT, steps: int, guidance: float) -> Denoiser:
     """The model as a sampler of `steps` steps calls it, with guidance of that strength.
 
@@ -79,7 +84,7 @@ def denoiser(model: DiT, steps: int, guidance: float) -> Denoiser:
         return guided(model, guidance, model.spec.num_classes)
 
     def predict(sample: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
-        return model(sample, timestep, classes, torch.full_like(timestep, TRAIN_STEPS / steps))
+        return model(sample, timestep, classes, step_span(model.spec, steps, timestep))
 
     return predict
 

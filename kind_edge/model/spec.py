@@ -188,7 +188,8 @@ class ModelSpec:
 
     def dense(self) -> ModelSpec:
         """The ordinary DiT of the same shape: what percentages of a budget refer to."""
-        return dataclasses.replace(self, factored=False, learngene_rank=0, tailor_rank=0, matrix_ranks={})
+        ordinary: dict[str, Any] = {"step_counts": (), "inside_guidance": None, "matrix_ranks": {}}
+        return dataclasses.replace(self, factored=False, learngene_rank=0, tailor_rank=0, **ordinary)
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -256,10 +257,31 @@ def default_sampler(objective: str) -> str:
     return SAMPLERS[objective][0]
 
 
-def check_sampling(spec: ModelSpec, steps: int, guidance: float) -> None:
+class Advice(NamedTuple):
+    """How a model wants to be sampled where nobody says otherwise."""
+
+    steps: int
+    guidance: float
+    sampler: str
+
+
+def recommended(spec: ModelSpec, provenance: Mapping[str, Any]) -> Advice:
+    """What a checkpoint's provenance recommends; of a distilled model, at most what it was distilled for."""
+    advice = provenance.get("recommended", {})
+    steps = int(advice.get("steps", spec.step_counts[-1] if spec.distilled else DEFAULT_STEPS))
+    guidance = advice.get("guidance", DEFAULT_GUIDANCE) if spec.inside_guidance is None else spec.inside_guidance
+    return Advice(steps, float(guidance), str(advice.get("sampler", default_sampler(spec.objective))))
+
+
+def check_sampling(spec: ModelSpec, steps: int, guidance: float, sampler: str | None = None) -> None:
     """Refuse what a distilled model was not distilled for, with a `UsageError` that says what it supports."""
     if not spec.distilled:
         return
+    if sampler not in (None, default_sampler(spec.objective)):
+        raise UsageError(
+            f"--sampler {sampler}: this model is distilled for the steps of {default_sampler(spec.objective)}; "
+            "leave --sampler out"
+        )
     if steps not in spec.step_counts:
         counts = ", ".join(map(str, spec.step_counts))
         raise UsageError(f"--steps {steps}: this model is distilled for {counts} steps; take one of these")

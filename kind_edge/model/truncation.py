@@ -73,18 +73,18 @@ def fold_matrix(
 ) -> FoldedMatrix:
     """Learngene and tailors of matrix `name`, joined as the form demands and sorted by output energy.
 
-    switch: learngene shared (whitened over class and null branches), tailors apart. single and union: learngene and
-    the kept tailors as one product.
+    switch: learngene shared (whitened over class and null branches, where there is a null branch), tailors apart.
+    single and union: learngene and the kept tailors as one product.
     """
     t = checkpoint.tensors
     u, s, v = (t[f"{name}.learngene.{part}"].double() for part in "UsV")
     tu, ts, tv = (t[f"{name}.tailors.{part}"].double()[classes] for part in "UsV")
     pooled = null = None
     if calibration is not None:
-        pooled, null = calibration.pooled[name], calibration.null[name]
+        pooled, null = calibration.pooled[name], calibration.null.get(name)
     if form == "switch":
-        both = None if pooled is None or null is None else Whitening.of((pooled + null) / 2)
         own = None if pooled is None else Whitening.of(pooled)
+        both = own if pooled is None or null is None else Whitening.of((pooled + null) / 2)
         tailors = tuple(sorted_factors(tu[c] * ts[c], tv[c], own) for c in range(len(classes)))
         return FoldedMatrix(sorted_factors(u * s, v, both), tailors)
     a = torch.cat([u * s, *(tu * ts.unsqueeze(1)).unbind()], 1)

@@ -75,6 +75,11 @@ class Request:
         spec, old = self.source.spec, self.source.class_names
         if not spec.factored or not any(spec.ranks(shape.name).tailor for shape in spec.matrices()):
             raise UsageError(f"{self.source.path} has no tailors, so it cannot learn new ones; give a model that has")
+        if spec.distilled:
+            raise UsageError(
+                f"{self.source.path} is distilled, and a tailor learned from images alone would not fit its few steps; "
+                "adapt the model that it was distilled from, and distil that again"
+            )
         if not self.classes:
             raise UsageError("--classes: name at least one class of the data")
         for name in self.classes:

@@ -139,4 +139,7 @@ def read_config(path: Path) -> TrainConfig:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"{path}: cannot read the training configuration: {error}") from error
-    return TrainConfig.from_dict(values, str(path))
+    config = TrainConfig.from_dict(values, str(path))
+    if config.spec.distilled:
+        raise InputError(f"{path} [model]: step_counts: training makes none; train without, then kind-edge distill")
+    return config

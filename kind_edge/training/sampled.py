@@ -16,7 +16,7 @@ from torch import Tensor
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.sampling import Denoiser, denoiser, sample
-from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, ModelSpec, default_sampler
+from kind_edge.model.spec import ModelSpec, check_sampling, recommended
 from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE
 from kind_edge.training.evaluate import Judge, QualityReport
 from kind_edge.training.inception import Inception
@@ -28,11 +28,15 @@ BATCH = 50
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn: a sampler's name, its steps, and the weight of guidance (1 is none)."""
+    """How images are drawn: a sampler's name, its steps, and the weight of guidance (1 is none).
+
+    `guidance_inside`: a distilled model has it in its prediction, and no branch costs anything.
+    """
 
     sampler: str
     steps: int
     guidance: float
+    guidance_inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,12 @@ def sampling_of(
     checkpoint: Checkpoint, steps: int | None = None, guidance: float | None = None, sampler: str | None = None
 ) -> Sampling:
     """What is given, and for the rest what the checkpoint recommends."""
-    advice = checkpoint.provenance.get("recommended", {})
+    advice = recommended(checkpoint.spec, checkpoint.provenance)
     return Sampling(
-        sampler or str(advice.get("sampler", default_sampler(checkpoint.spec.objective))),
-        steps or int(advice.get("steps", DEFAULT_STEPS)),
-        float(advice.get("guidance", DEFAULT_GUIDANCE)) if guidance is None else guidance,
+        sampler or advice.sampler,
+        steps or advice.steps,
+        advice.guidance if guidance is None else guidance,
+        checkpoint.spec.distilled,
     )
 
 
@@ -125,6 +130,7 @@ def sample_checkpoint(
     """Images of all classes in equal shares, at the checkpoint's recommended steps and guidance unless given."""
     spec = checkpoint.spec
     sampling = sampling_of(checkpoint, steps, guidance, sampler)
+    check_sampling(spec, sampling.steps, sampling.guidance, sampling.sampler)
     names = judged_labels(checkpoint.class_names)
     check_judgeable(spec)
     index = spread(images, spec.num_classes)

@@ -14,12 +14,11 @@ from kind_edge.model.calibration import (
     Calibration,
     calibrate_on_images,
     calibrate_on_samples,
-    calibration_of,
     covariances,
     load_calibration,
     save_calibration,
 )
-from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, load_checkpoint
+from kind_edge.model.checkpoint import CALIBRATION, Checkpoint
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -124,9 +123,3 @@ def test_without_images_the_models_own_samples_do(objective: str, make_checkpoin
         assert torch.linalg.eigvalsh(covariance).min() > 0
         assert torch.equal(covariance, again.pooled[name])
         assert torch.equal(own.null[name], again.null[name])
-
-
-def test_stored_covariances_are_preferred(tiny_folder: Path, tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(tiny_folder)
-    assert calibration_of(checkpoint, tiny_folder / CALIBRATION).source == "stored with the checkpoint"
-    assert calibration_of(checkpoint, tmp_path / CALIBRATION).source == "own sampling trajectories"
