@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {
     "learngene_rank": 6, "tailor_rank": 2,
 }  # fmt: skip
 TINY_CLASSES = ("sneaker", "bag", "coat", "shirt")
+DISTILLED: dict[str, Any] = {"step_counts": (1, 2, 4), "inside_guidance": 1.75}
 
 
 def tiny_checkpoint(seed: int = 0, **overrides: Any) -> Checkpoint:
@@ -45,9 +46,15 @@ def tiny_checkpoint(seed: int = 0, **overrides: Any) -> Checkpoint:
         for parameter in model.parameters():
             if parameter.numel() and not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-    advice = {"recommended": {"steps": 4, "guidance": 1.5}}
+    provenance: dict[str, Any] = {"recommended": {"steps": 4, "guidance": 1.5}}
+    if spec.distilled:
+        provenance = {
+            "recommended": {"steps": 4, "guidance": spec.inside_guidance, "sampler": "euler"},
+            "distilled": {"teacher_sha256": "ab" * 32, "teacher_steps": 20, "teacher_guidance": spec.inside_guidance},
+            "quality_by_steps": {"4": {"frechet": 5.25, "class_accuracy": 0.985, "images": 10_000, "seed": 1}},
+        }
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    return Checkpoint(spec, TINY_CLASSES[: spec.num_classes], tensors, advice)
+    return Checkpoint(spec, TINY_CLASSES[: spec.num_classes], tensors, provenance)
 
 
 def save_tiny(folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -130,3 +137,9 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callab
 def tiny_folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """A checkpoint folder of TINY's shape with calibration and held-out images. Only to be read."""
     return made_once("tiny", save_tiny)
+
+
+@pytest.fixture(scope="session")
+def distilled_folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The same with a model that is distilled for 1, 2 and 4 steps, with guidance 1.75 inside. Only to be read."""
+    return made_once("distilled", lambda folder: save_tiny(folder, **DISTILLED))

@@ -73,7 +73,8 @@ def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
     if found.classes:
         yield "classes", ", ".join(found.classes)
     if found.inside_guidance is not None:
-        counts = " or ".join(map(str, found.step_counts))
+        *others, last = map(str, found.step_counts)
+        counts = f"{', '.join(others)} or {last}" if others else last
         yield "distilled", f"for {counts} steps, with guidance {found.inside_guidance:g} inside: no guidance branch"
     if found.shape:
         yield "model" if found.kind == "checkpoint" else "made for", _flat(found.shape)

@@ -7,6 +7,7 @@ its mean diagonal, and that scale in float32.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +20,15 @@ from kind_edge.model.checkpoint import read_tensors, write_tensors
 from kind_edge.model.diffusion import TRAIN_STEPS, add_noise, draw_timesteps
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
-from kind_edge.model.sampling import sample, step_span
+from kind_edge.model.sampling import Denoiser, denoiser, sample
 from kind_edge.model.spec import ModelSpec
 
 RIDGE = 1e-3
 """Added to the diagonal, as a share of its mean: keeps the whitening finite where calibration saw little."""
 
-Batches = Iterable[tuple[Tensor, Tensor, Tensor, Tensor | None]]
-"""(network input [B, ch, H, W], timestep [B], class index [B], span [B] where the model is distilled)"""
+Inputs = tuple[Tensor, ...]
+"""What the network takes: sample [B, ch, H, W], timestep [B], class index [B], and the span [B] if it is distilled."""
+Batches = Iterable[Inputs]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ def covariances(model: DiT, batches: Batches) -> dict[str, Tensor]:
         hooks.append(module.register_forward_pre_hook(collect))
     try:
         with torch.no_grad():
-            for batch in batches:
-                model(*batch)
+            for inputs in batches:
+                model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -77,18 +79,18 @@ def calibrate_on_images(model: DiT, images: Tensor, labels: Tensor, seed: int = 
     def batches(null: bool) -> Batches:
         generator = torch.Generator().manual_seed(seed)
         for x, classes in zip(images.split(64), labels.split(64), strict=True):
-            timestep, span = _draw_steps(spec, len(x), generator)
+            timestep, *span = _draw_steps(spec, len(x), generator)
             noised, _ = add_noise(spec.objective, x, torch.randn(x.shape, generator=generator), timestep)
-            yield noised, timestep, torch.full_like(classes, spec.num_classes) if null else classes, span
+            yield noised, timestep, torch.full_like(classes, spec.num_classes) if null else classes, *span
 
     null = {} if spec.distilled else covariances(model, batches(True))
     return Calibration(covariances(model, batches(False)), null, "training images")
 
 
-def _draw_steps(spec: ModelSpec, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Timesteps [count] as in training; of a distilled model steps of its grids, with their spans."""
+def _draw_steps(spec: ModelSpec, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Timesteps [count] as in training; of a distilled model those of its own steps, and their spans [count]."""
     if not spec.distilled:
-        return draw_timesteps(spec.objective, count, generator), None
+        return (draw_timesteps(spec.objective, count, generator),)
     counts = torch.tensor(spec.step_counts)[torch.randint(len(spec.step_counts), (count,), generator=generator)]
     steps = (torch.rand(count, generator=generator) * counts).floor()
     return TRAIN_STEPS * (1 - steps / counts), TRAIN_STEPS / counts
@@ -97,23 +99,26 @@ def _draw_steps(spec: ModelSpec, count: int, generator: torch.Generator) -> tupl
 def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0) -> Calibration:
     """Covariances over the model's own sampling trajectories: for checkpoints that come without calibration.
 
-    A distilled model takes its own step counts.
+    A distilled model takes each of its step counts instead of `steps`.
     """
     spec = model.spec
-    seen: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+    seen: list[Inputs] = []
+    counts = spec.step_counts or (steps,)
+    for count, classes in itertools.product(counts, torch.arange(spec.num_classes).repeat(per_class).split(64)):
+        walk = denoiser(model, count, 1.0 if spec.inside_guidance is None else spec.inside_guidance)
 
-    def record(x: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
-        seen.append((x, timestep, classes, step_span(spec, count, timestep)))
-        return model(*seen[-1])
+        def record(x: Tensor, timestep: Tensor, classes: Tensor, count: int = count, walk: Denoiser = walk) -> Tensor:
+            span = (torch.full_like(timestep, TRAIN_STEPS / count),) if spec.distilled else ()
+            seen.append((x, timestep, classes, *span))
+            return walk(x, timestep, classes)
 
-    for count in spec.step_counts or (steps,):
-        for classes in torch.arange(spec.num_classes).repeat(per_class).split(64):
-            generator = torch.Generator().manual_seed(seed + len(seen))
-            noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
-            sample(record, noise, classes, spec.objective, count)
-    closed = [(x, timestep, torch.full_like(classes, spec.num_classes), span) for x, timestep, classes, span in seen]
-    null = {} if spec.distilled else covariances(model, closed)
-    return Calibration(covariances(model, seen), null, "own sampling trajectories")
+        generator = torch.Generator().manual_seed(seed + len(seen))
+        noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
+        sample(record, noise, classes, spec.objective, count)
+    if spec.distilled:
+        return Calibration(covariances(model, seen), {}, "own sampling trajectories")
+    null = [(x, timestep, torch.full_like(classes, spec.num_classes)) for x, timestep, classes in seen]
+    return Calibration(covariances(model, seen), covariances(model, null), "own sampling trajectories")
 
 
 def save_calibration(path: Path, calibration: Calibration) -> None:

@@ -60,6 +60,12 @@ def sorted_factors(a: Tensor, b: Tensor, whitening: Whitening | None) -> SortedF
     return SortedFactors(u * sign, s[:k], v * sign)
 
 
+def _both_branches(calibration: Calibration, name: str) -> Whitening:
+    """Of class and null branch; of the classes alone where there is no null branch."""
+    pooled, null = calibration.pooled[name], calibration.null.get(name)
+    return Whitening.of(pooled if null is None else (pooled + null) / 2)
+
+
 @dataclass(frozen=True)
 class FoldedMatrix:
     """One matrix of a checkpoint for the kept classes: the part every image sees, and one tailor per class (switch)."""
@@ -79,14 +85,11 @@ def fold_matrix(
     t = checkpoint.tensors
     u, s, v = (t[f"{name}.learngene.{part}"].double() for part in "UsV")
     tu, ts, tv = (t[f"{name}.tailors.{part}"].double()[classes] for part in "UsV")
-    pooled = null = None
-    if calibration is not None:
-        pooled, null = calibration.pooled[name], calibration.null.get(name)
+    own = None if calibration is None else Whitening.of(calibration.pooled[name])
     if form == "switch":
-        own = None if pooled is None else Whitening.of(pooled)
-        both = own if pooled is None or null is None else Whitening.of((pooled + null) / 2)
+        both = None if calibration is None else _both_branches(calibration, name)
         tailors = tuple(sorted_factors(tu[c] * ts[c], tv[c], own) for c in range(len(classes)))
         return FoldedMatrix(sorted_factors(u * s, v, both), tailors)
     a = torch.cat([u * s, *(tu * ts.unsqueeze(1)).unbind()], 1)
     b = torch.cat([v, *tv.unbind()], 1)
-    return FoldedMatrix(sorted_factors(a, b, None if pooled is None else Whitening.of(pooled)), ())
+    return FoldedMatrix(sorted_factors(a, b, own), ())

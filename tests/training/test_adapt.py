@@ -205,6 +205,7 @@ def test_what_cannot_be_is_refused_before_any_work(
 ) -> None:
     plain = make_checkpoint_folder(tmp_path / "plain", tailor_rank=0)
     colour = make_checkpoint_folder(tmp_path / "colour", channels=2)
+    few = make_checkpoint_folder(tmp_path / "few", step_counts=(1, 4), inside_guidance=1.5)
     same = tmp_path / "map.toml"
     same.write_text('bag = ["cat"]')
     refused: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
@@ -214,6 +215,7 @@ def test_what_cannot_be_is_refused_before_any_work(
         ("at least one class", (source, images, []), {}),
         ("unknown class 'cota'; did you mean: coat", (source, images, ["cat"]), {"start": "cota"}),
         ("has no tailors", (plain, images, ["cat"]), {}),
+        ("is distilled, .* adapt the model that it was distilled from", (few, images, ["cat"]), {}),
         ("the model has 2 channels", (colour, images, ["cat"]), {}),
         ("works on pixels", (source, images, ["cat"]), {"autoencoder": tmp_path}),
     ]

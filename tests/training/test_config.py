@@ -79,3 +79,8 @@ def test_no_file_and_no_preset(tmp_path: Path) -> None:
         read_config(tmp_path / "bytes.toml")
     with pytest.raises(UsageError, match=r"did you mean: .*fashion-mnist"):
         preset("fashion-mnits")
+
+
+def test_training_makes_no_distilled_models(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run\.toml \[model\]: step_counts: .* kind-edge distill"):
+        read_config(written(tmp_path, MODEL + "step_counts = [1, 4]\ninside_guidance = 1.5\n"))
