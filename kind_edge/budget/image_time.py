@@ -8,20 +8,16 @@ from typing import Any
 
 from kind_edge.errors import InputError
 
+FACTORS = ("steps", "evaluations_per_step", "evaluations", "evaluation_s", "decoder_s", "image_s")
+
 
 def image_time(
     steps: int, rows: int, evaluations_per_step: int, evaluation_s: float, decoder_s: float
 ) -> dict[str, float]:
     """The factors and their result, by name; seconds. `rows`: how many times a sampler of `steps` steps asks."""
     evaluations = rows * evaluations_per_step
-    return {
-        "steps": steps,
-        "evaluations_per_step": evaluations_per_step,
-        "evaluations": evaluations,
-        "evaluation_s": evaluation_s,
-        "decoder_s": decoder_s,
-        "image_s": evaluations * evaluation_s + decoder_s,
-    }
+    image_s = evaluations * evaluation_s + decoder_s
+    return dict(zip(FACTORS, (steps, evaluations_per_step, evaluations, evaluation_s, decoder_s, image_s), strict=True))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from kind_edge.budget.image_time import FACTORS
 from kind_edge.errors import InputError, nearest
 from kind_edge.model.spec import Form, ModelSpec, default_sampler
 
@@ -114,6 +115,7 @@ class Plan:
             raise InputError(f"{where}: classes: got none, want at least one")
         if given["precision"] not in given["precisions"]:
             raise InputError(f"{where}: precision {given['precision']} is not among precisions {given['precisions']}")
+        _check_times(given, where)
         lists = {name: tuple(given[name]) for name in _LISTS}
         return cls(**{**given, **lists, "matrices": matrices})
 
@@ -121,6 +123,16 @@ class Plan:
 _LISTS = ("classes", "precisions", "binding")
 _LATER = ("inside_guidance", "time", "teacher_time")
 """Fields that plans of kind-edge 0.1.0 do not have."""
+
+
+def _check_times(values: Mapping[str, Any], where: str) -> None:
+    """Empty, or whole: what is shown of a time is computed from its factors."""
+    for name in ("time", "teacher_time"):
+        found = values.get(name, {})
+        if found and (set(found) != set(FACTORS) or found["evaluations_per_step"] < 1 or found["image_s"] <= 0):
+            raise InputError(f"{where}: {name}: got {found!r:.60}, want {', '.join(FACTORS)}")
+    if values.get("teacher_time") and not values.get("time"):
+        raise InputError(f"{where}: teacher_time: there is no time to compare it with")
 
 
 def _matrix(values: Any, where: str) -> MatrixPlan:

@@ -75,7 +75,7 @@ def _facts(found: Inspection) -> Iterator[tuple[str, Cell]]:
     if found.inside_guidance is not None:
         *others, last = map(str, found.step_counts)
         counts = f"{', '.join(others)} or {last}" if others else last
-        yield "distilled", f"for {counts} steps, with guidance {found.inside_guidance:g} inside: no guidance branch"
+        yield "works in", f"{counts} steps, with guidance {found.inside_guidance:g} inside: no guidance branch"
     if found.shape:
         yield "model" if found.kind == "checkpoint" else "made for", _flat(found.shape)
     for name, value in found.provenance.items():

@@ -51,7 +51,7 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
         yield "time", time_words(plan.time)
     if plan.teacher_time:
         longer = plan.teacher_time["image_s"] / plan.time["image_s"]
-        yield "", f"before: {time_words(plan.teacher_time)} at its teacher's steps and guidance, {longer:.3g} x as long"
+        yield "before", f"{time_words(plan.teacher_time)} at its teacher's steps and guidance: {longer:.3g} x as long"
 
 
 def time_words(time: Mapping[str, float]) -> str:

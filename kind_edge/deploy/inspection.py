@@ -154,7 +154,7 @@ def _bundle_shape(manifest: Manifest, plan: Mapping[str, Any]) -> dict[str, Any]
         "default_model": manifest.default_model,
         "sampler": sampler.kind,
         "steps": sampler.steps,
-        "guidance": sampler.guidance,
+        **({"guidance": sampler.guidance} if sampler.inside_guidance is None else {}),
         "evaluations": len(sampler.tables) * (2 if sampler.guided else 1),
     }
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kind_edge.budget.image_time import image_time
 from kind_edge.budget.plan import MatrixPlan, Plan, check_replayable, full_rank, read_plan
 from kind_edge.errors import InputError
 from kind_edge.model.spec import ModelSpec
@@ -60,6 +61,15 @@ def test_matrices_hold_the_ranks_of_their_form_alone() -> None:
     assert (MatrixPlan("dense", "int8", rank=6).shared_rank, MatrixPlan("factored", "fp32", 4, 2).shared_rank) == (6, 4)
 
 
+TIME = image_time(4, 4, 2, 0.001, 0.0)
+
+
+def test_plans_without_times_are_read() -> None:
+    older = {key: value for key, value in PLAN.to_dict().items() if key not in ("time", "teacher_time")}
+    older.pop("inside_guidance")
+    assert Plan.from_dict(json.loads(json.dumps(older)), "here") == PLAN
+
+
 def values_with(changes: dict[str, Any]) -> dict[str, Any]:
     values = {**json.loads(json.dumps(PLAN.to_dict())), **changes}
     return {key: value for key, value in values.items() if value != "remove"}
@@ -87,6 +97,10 @@ def values_with(changes: dict[str, Any]) -> dict[str, Any]:
         ({"limits": []}, ("limits", "[]")),
         ({"limits": {"max_size": "3MB"}}, ("limits", "3MB")),
         ({"modulation": "fried"}, ("modulation", "fried")),
+        ({"inside_guidance": "2"}, ("inside_guidance", "'2'")),
+        ({"time": {"steps": 4}}, ("time", "evaluation_s")),
+        ({"time": {**TIME, "evaluations_per_step": 0}}, ("time", "evaluations_per_step")),
+        ({"teacher_time": TIME}, ("teacher_time", "no time")),
         ({"matrices": []}, ("matrices",)),
         ({"matrices": {"q": 3}}, ("matrices", "q")),
         ({"matrices": {"q": {"storage": "dense"}}}, ("matrices", "q", "precision")),

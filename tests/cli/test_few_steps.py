@@ -36,7 +36,7 @@ def test_the_time_of_an_image_is_explained(time: dict[str, float], words: str) -
 def test_plan_explains_the_time_of_any_model(call: Callable[..., Any], tiny_folder: Path) -> None:
     shown = words_of(call("-q", "plan", tiny_folder, *PHONE).out)
     assert "time 4 steps x 2 evaluations x" in shown
-    assert "before:" not in shown
+    assert "before" not in shown
     values = call("-q", "plan", tiny_folder, *PHONE, "--json").json()
     assert (values["time"]["evaluations"], values["teacher_time"]) == (8, {})
     arch = ("-q", "plan", "--arch", "DiT-B/2", "--num-classes", 9, *PHONE)
@@ -50,7 +50,7 @@ def test_plan_of_a_distilled_model_shows_before_and_after(call: Callable[..., An
     shown = words_of(call("-q", "plan", distilled_folder, *PHONE).out)
     assert "euler, 4 steps, guidance 1.75 inside the model: 1 evaluation per step" in shown
     assert "time 4 steps x 1 evaluation x" in shown
-    assert "before: 20 steps x 2 evaluations x" in shown
+    assert "before 20 steps x 2 evaluations x" in shown
     assert "10 x as long" in shown
 
 
@@ -67,7 +67,7 @@ def test_inspect_says_what_it_is_distilled_for(
     call: Callable[..., Any], distilled_folder: Path, tiny_folder: Path
 ) -> None:
     shown = words_of(call("inspect", distilled_folder).out)
-    assert "distilled for 1, 2 or 4 steps, with guidance 1.75 inside" in shown
+    assert "works in 1, 2 or 4 steps, with guidance 1.75 inside" in shown
     assert "quality by steps 4: frechet 5.25, class accuracy 0.985" in shown
     assert "span network" in shown
     values = call("inspect", distilled_folder, "--json").json()

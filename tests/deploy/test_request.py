@@ -38,11 +38,11 @@ def request_with(checkpoint: Checkpoint, **asked: Any) -> Request:
 def test_defaults_are_all_classes_and_what_the_checkpoint_recommends(checkpoint: Checkpoint) -> None:
     request = request_with(checkpoint)
     assert request.classes == checkpoint.class_names
-    assert dataclasses.astuple(request.sampling) == ("euler", 4, 1.5, 4)
+    assert dataclasses.astuple(request.sampling) == ("euler", 4, 1.5, 4, None)
     silent = dataclasses.replace(checkpoint, provenance={})
-    assert dataclasses.astuple(request_with(silent).sampling) == ("euler", 20, 1.5, 20)
+    assert dataclasses.astuple(request_with(silent).sampling) == ("euler", 20, 1.5, 20, None)
     advised = dataclasses.replace(checkpoint, provenance={"recommended": {"sampler": "heun", "steps": 3}})
-    assert dataclasses.astuple(request_with(advised).sampling) == ("heun", 3, 1.5, 5)
+    assert dataclasses.astuple(request_with(advised).sampling) == ("heun", 3, 1.5, 5, None)
 
 
 @pytest.mark.parametrize(("form", "guidance"), [("auto", 1.5), ("switch", 1.5), ("single", 1.0), ("union", 1.0)])
