@@ -6,6 +6,7 @@ branch). Stored as fp16 lower triangles of the covariance over its mean diagonal
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +16,18 @@ from torch import Tensor
 
 from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import Checkpoint, read_tensors, write_tensors
-from kind_edge.model.diffusion import add_noise, draw_timesteps
+from kind_edge.model.diffusion import TRAIN_STEPS, add_noise, draw_timesteps
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
-from kind_edge.model.sampling import sample
+from kind_edge.model.sampling import Denoiser, denoiser, sample
 from kind_edge.model.spec import ModelSpec
 
 RIDGE = 1e-3
 """Added to the diagonal, as a share of its mean: keeps the whitening finite where calibration saw little."""
 
-Batches = Iterable[tuple[Tensor, Tensor, Tensor]]
-"""(network input [B, ch, H, W], timestep [B], class index [B])"""
+Inputs = tuple[Tensor, ...]
+"""What the network takes: sample [B, ch, H, W], timestep [B], class index [B], and the span [B] if it is distilled."""
+Batches = Iterable[Inputs]
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def covariances(model: DiT, batches: Batches) -> dict[str, Tensor]:
         hooks.append(module.register_forward_pre_hook(collect))
     try:
         with torch.no_grad():
-            for sample_, timestep, classes in batches:
-                model(sample_, timestep, classes)
+            for inputs in batches:
+                model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,19 +83,25 @@ def calibrate_on_images(model: DiT, images: Tensor, labels: Tensor, seed: int = 
 
 
 def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0) -> Calibration:
-    """Covariances over the model's own sampling trajectories: for checkpoints that come without calibration."""
+    """Covariances over the model's own sampling trajectories: for checkpoints that come without calibration.
+
+    A distilled model takes each of its step counts instead of `steps`.
+    """
     spec = model.spec
-    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    seen: list[Inputs] = []
+    counts = spec.step_counts or (steps,)
+    for count, classes in itertools.product(counts, torch.arange(spec.num_classes).repeat(per_class).split(64)):
+        walk = denoiser(model, count, 1.0 if spec.inside_guidance is None else spec.inside_guidance)
 
-    def record(x: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
-        seen.append((x, timestep, classes))
-        return model(x, timestep, classes)
+        def record(x: Tensor, timestep: Tensor, classes: Tensor, count: int = count, walk: Denoiser = walk) -> Tensor:
+            span = (torch.full_like(timestep, TRAIN_STEPS / count),) if spec.distilled else ()
+            seen.append((x, timestep, classes, *span))
+            return walk(x, timestep, classes)
 
-    for classes in torch.arange(spec.num_classes).repeat(per_class).split(64):
         generator = torch.Generator().manual_seed(seed + len(seen))
         noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
-        sample(record, noise, classes, spec.objective, steps)
-    null = [(x, timestep, torch.full_like(classes, spec.num_classes)) for x, timestep, classes in seen]
+        sample(record, noise, classes, spec.objective, count)
+    null = [(x, timestep, torch.full_like(classes, spec.num_classes), *span) for x, timestep, classes, *span in seen]
     return Calibration(covariances(model, seen), covariances(model, null), "own sampling trajectories")
 
 

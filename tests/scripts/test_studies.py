@@ -208,7 +208,7 @@ def test_every_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     needs_data()
     small = dataclasses.replace(preset("smoke"), images=40, spec=dataclasses.replace(preset("smoke").spec, depth=1))
     monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 50)
-    monkeypatch.setattr("kind_edge.training.train.CALIBRATION_IMAGES", 10)
+    monkeypatch.setattr("kind_edge.training.nested.CALIBRATION_IMAGES", 10)
     monkeypatch.setattr(trainings, "PRESETS", ("smoke",))
     monkeypatch.setattr(trainings, "preset", lambda _: small)
     first = trainings.run(tmp_path, 20, (0, 1))
