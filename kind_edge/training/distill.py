@@ -1,18 +1,4 @@
-"""Few steps and no guidance branch: a student that does in one evaluation what its teacher does in many.
-
-The student starts as the teacher, with one more input: the span of the step that it is to take. It walks from noise in
-N steps, N one of its step counts, and at every state that it comes to it learns the mean velocity with which the
-*guided* teacher walks on from there over the span of the step: a teacher of several small Euler steps, each of two
-evaluations. So guidance and steps are learned at once, on the states that the student itself meets (as in on-policy
-imitation), and no image is needed.
-
-Sources: progressive distillation (Salimans & Ho, 2022), a student step for several of the teacher's; guidance inside
-(Meng et al., "On Distillation of Guided Diffusion Models", 2023); the span of a step as an input (Frans et al., "One
-Step Diffusion via Shortcut Models", 2024).
-
-Gates are open and closed as in training, so the student comes apart like its teacher: a closed gate learns the
-teacher's null branch, without guidance.
-"""
+"""`kind-edge distill`: a run whose student starts as its teacher, and what is left at the end."""
 
 from __future__ import annotations
 
@@ -29,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kind_edge._version import __version__
-from kind_edge.errors import UsageError
+from kind_edge.errors import InputError, UsageError
 from kind_edge.model.calibration import calibrate_on_samples, save_calibration
 from kind_edge.model.checkpoint import (
     CALIBRATION,
@@ -41,25 +27,18 @@ from kind_edge.model.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
-from kind_edge.model.diffusion import TRAIN_STEPS
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
-from kind_edge.training.batches import generator
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
 from kind_edge.training.distributed import Processes, check_division, join
 from kind_edge.training.loop import Progress, run
-from kind_edge.training.losses import Examples, Predict, nested_share
+from kind_edge.training.sampled import check_judgeable, judged_labels, sample_checkpoint, score
 from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
 from kind_edge.training.train import check_output, hardware, pick_device
+from kind_edge.training.walks import STEP_COUNTS, TEACHER_STEPS, DistillationLoss
 
-STEP_COUNTS = (1, 2, 4, 8)
-STEP_COUNT_WEIGHTS = (0.1, 0.3, 0.45, 0.15)
-"""How often a training step walks in so many steps."""
 DEFAULT_STEP_COUNT = 4
-TEACHER_STEPS = 16
-"""Of the teacher over the whole way, in training: a multiple of every step count."""
-
 IMAGES = 60_000
 BATCH_SIZE = 40
 RATE_SHARE = 0.3
@@ -68,6 +47,8 @@ WARMUP_STEPS = 50
 EMA_DECAY = 0.998
 CALIBRATION_WALKS = 32
 """Per class and step count."""
+JUDGED_IMAGES = 2_000
+"""Per step count, where the judge knows the classes."""
 
 
 @dataclass(frozen=True)
@@ -93,49 +74,6 @@ class Request:
         """What makes two runs the same, beside their configuration."""
         assert self.teacher.path is not None
         return {"teacher_sha256": checkpoint_hash(self.teacher.path), "guidance": self.guidance}
-
-
-@dataclass(frozen=True)
-class DistillationLoss:
-    """How far the student's mean velocity is from its guided teacher's, over a walk of the student from noise."""
-
-    teacher: DiT
-    guidance: float
-    seed: int
-
-    def __call__(self, predict: Predict, examples: Examples, step: int) -> Tensor:
-        count, x, losses = step_count(self.seed, step), examples.noise, []
-        span = examples.timestep.new_full((len(x),), 1 / count)
-        also_cut = int(torch.randint(count, (), generator=generator(self.seed, step, 0, 1)))
-        for number in range(count):
-            time = 1 - number * span
-            velocity = predict(x, TRAIN_STEPS * time, span=TRAIN_STEPS * span)
-            losses.append((velocity - self.walked(x, time, count, examples)).square().mean())
-            if self.teacher.spec.nested and number == also_cut:
-                share = nested_share(self.seed, step)
-                cut = predict(x, TRAIN_STEPS * time, share=share, span=TRAIN_STEPS * span)
-                losses.append((cut - velocity.detach()).square().mean())
-            x = x - velocity.detach() / count
-        return torch.stack(losses).sum() / count
-
-    @torch.no_grad()
-    def walked(self, x: Tensor, time: Tensor, count: int, examples: Examples) -> Tensor:
-        """The teacher's mean velocity from the states x [B, ch, H, W] at `time` [B] on, over 1 / count."""
-        small, start = 1 / TEACHER_STEPS, x
-        null = torch.full_like(examples.labels, self.teacher.spec.num_classes)
-        closed = examples.closed.view(-1, 1, 1, 1)
-        for number in range(TEACHER_STEPS // count):
-            timestep = TRAIN_STEPS * (time - number * small)
-            free = self.teacher(x, timestep, null)
-            led = self.teacher(x, timestep, examples.labels)
-            x = x - small * torch.where(closed, free, free + self.guidance * (led - free))
-        return (start - x) * count
-
-
-def step_count(seed: int, step: int) -> int:
-    """In how many steps a training step walks."""
-    weights = torch.tensor(STEP_COUNT_WEIGHTS)
-    return STEP_COUNTS[int(weights.multinomial(1, generator=generator(seed, step, 0, 2)))]
 
 
 def distill(
@@ -179,10 +117,8 @@ def distill_to(
     """`distill` with everything chosen. Every process calls this."""
     choices, data = request.choices(), blank_data(request.teacher)
     output.mkdir(parents=True, exist_ok=True)
-    if resume:
-        state = load_state(output, config, processes, choices=choices)
-    else:
-        state = start_from(config, student(request.teacher, config), processes)
+    model = student(request.teacher, config)
+    state = load_state(output, config, processes, model, choices) if resume else start_from(config, model, processes)
     teacher = request.teacher.model().to(state.processes.device)
     loss = DistillationLoss(teacher, request.guidance, config.seed)
     run(config, state, data, lambda s: save_state(output, config, s, choices), on_progress, loss)
@@ -251,3 +187,21 @@ def finish(request: Request, config: TrainConfig, state: TrainState, weights: di
     if (teacher.path / HELDOUT).exists():
         write_tensors(output / HELDOUT, read_tensors(teacher.path / HELDOUT))
     save_checkpoint(output, done, torch.float16)
+    quality = quality_by_steps(load_checkpoint(output))
+    if quality:
+        save_checkpoint(output, dataclasses.replace(done, provenance={**done.provenance, **quality}), torch.float16)
+
+
+def quality_by_steps(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the shipped judge says of each step count, as provenance; nothing where it does not know the classes."""
+    try:
+        judged_labels(checkpoint.class_names)
+        check_judgeable(checkpoint.spec)
+    except InputError:
+        return {}
+    reports = {
+        str(count): dataclasses.asdict(score(sample_checkpoint(checkpoint, JUDGED_IMAGES, 0, count)))
+        for count in checkpoint.spec.step_counts
+    }
+    kept = ("images", "frechet", "recall", "precision", "class_accuracy")
+    return {"quality_by_steps": {n: {key: report[key] for key in kept} for n, report in reports.items()}}
