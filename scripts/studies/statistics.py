@@ -42,6 +42,11 @@ def cell(records: Sequence[dict[str, Any]], name: str, digits: int = 2, scale: f
     return "–" if spread is None else spread.text(digits, scale, unit)
 
 
+def in_percent(share: float, digits: int = 0) -> str:
+    """ "97.2 %"."""
+    return f"{100 * share:.{digits}f} %"
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table: the first column at the left, figures at the right."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "--:|" * (len(header) - 1)]

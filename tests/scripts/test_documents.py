@@ -1,0 +1,172 @@
+"""What README.md and docs say of the shipped model is of the shipped model, and is what was measured of it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kind_edge.errors import InputError, UsageError
+from kind_edge.model.shipped import DEFAULT_MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+REMEDY = "make them anew with: scripts/results publish"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts_on_the_path() -> Iterator[None]:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    yield
+    sys.path.remove(str(ROOT / "scripts"))
+
+
+def check(root: Path) -> None:
+    from studies.__main__ import BLOCKS
+    from studies.documents import check
+    from studies.store import subject_of
+
+    check(root, subject_of(DEFAULT_MODEL), BLOCKS)
+
+
+def test_every_figure_in_the_documents_is_of_the_shipped_model() -> None:
+    check(ROOT)
+
+
+def rewrite(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def only(block: str) -> str:
+    """The hash in a block's first mark, as the documents have it."""
+    from studies.store import subject_of
+
+    return f"<!-- {block}: begin, model {subject_of(DEFAULT_MODEL).sha256[:12]} -->"
+
+
+def another_model(root: Path) -> None:
+    """The shipped one is replaced: every block, run and picture is stale at once."""
+    from studies.documents import stamp
+
+    rewrite(root / "README.md", only("export"), "<!-- export: begin, model 0123456789ab -->")
+    run = root / "docs" / "results" / "anysize" / "full-100-seed0.json"
+    record = json.loads(run.read_text())
+    record["checkpoint"]["sha256"] = "f" * 64
+    run.write_text(json.dumps(record))
+    stamp(root / "docs" / "images" / "classes.png", "e" * 64)
+
+
+def no_picture(root: Path) -> None:
+    (root / "docs" / "images" / "swap-matrix.png").unlink()
+
+
+def unstamped(root: Path) -> None:
+    Image.new("L", (4, 4)).save(root / "docs" / "images" / "anysize.png")
+
+
+def cut_off(root: Path) -> None:
+    path = root / "docs" / "results" / "decomposition" / "real.json"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def no_blocks(root: Path) -> None:
+    from studies.documents import _BLOCK
+
+    for path in (root / "README.md", *(root / "docs").glob("*.md")):
+        path.write_text(_BLOCK.sub("", path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "another model": (another_model, (
+        "README.md: block export is of model 0123456789ab",
+        "docs/claims.md: block anysize rests on docs/results/anysize/full-100-seed0.json, of model ffffffffffff",
+        "docs/images/classes.png: of model eeeeeeeeeeee",
+        f"{REMEDY} export anysize",
+    )),
+    "no hash": (
+        lambda root: rewrite(root / "docs" / "results.md", only("shipped"), "<!-- shipped: begin -->"),
+        ("docs/results.md: block shipped does not say of which model it is", f"{REMEDY} shipped"),
+    ),
+    "no blocks": (no_blocks, ("block classes is not there", "block anysize is not there", "no block shows it")),
+    "no end": (
+        lambda root: rewrite(root / "README.md", "<!-- export: end -->", ""),
+        ("README.md: a mark lacks its other end", "block export is not there"),
+    ),
+    "unknown block": (
+        lambda root: rewrite(root / "docs" / "data.md", "# ", "<!-- speed: begin -->\n<!-- speed: end -->\n# "),
+        ("docs/data.md: block speed is no study's",),
+    ),
+    "figure by hand": (
+        lambda root: rewrite(root / "docs" / "claims.md", "| learngene alone | ", "| learngene alone | 9"),
+        ("block decomposition is not what the runs in docs/results/decomposition say",),
+    ),
+    "stray run": (
+        lambda root: shutil.copytree(root / "docs" / "results" / "anysize", root / "docs" / "results" / "sizes"),
+        ("docs/results/sizes/full-100-seed0.json: no block rests on it",),
+    ),
+    "run cut off": (cut_off, ("block decomposition rests on", "real.json: cannot read the stored run")),
+    "no picture": (no_picture, ("docs/images/swap-matrix.png: not there, but a block shows it",)),
+    "unstamped picture": (unstamped, ("docs/images/anysize.png: of model unknown",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_document_that_is_stale_is_found(name: str, tmp_path: Path) -> None:
+    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    try:
+        check(tmp_path)
+    except InputError:
+        pytest.skip("the documents are stale: the test above says what is")
+    spoil, wanted = FAULTS[name]
+    spoil(tmp_path)
+    with pytest.raises(InputError) as caught:
+        check(tmp_path)
+    for words in (*wanted, REMEDY):
+        assert words in str(caught.value)
+
+
+def test_runs_are_missed_of_every_model_but_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studies import documents
+
+    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.rmtree(tmp_path / "docs" / "results")
+    monkeypatch.setattr(documents, "NO_RUNS_KEPT", "")
+    with pytest.raises(InputError, match="block decomposition has no runs in docs/results/decomposition"):
+        check(tmp_path)
+
+
+def test_a_block_is_put_in_the_place_of_the_last_one(tmp_path: Path) -> None:
+    from studies.documents import insert
+
+    document = tmp_path / "a.md"
+    document.write_text("above\n<!-- cost: begin -->\nold\n<!-- cost: end -->\nbelow\n")
+    for text in ("one", "two \\1"):
+        insert(document, "cost", "a" * 64, text)
+        assert document.read_text() == (
+            f"above\n<!-- cost: begin, model {'a' * 12} -->\n\n{text}\n\n<!-- cost: end -->\nbelow\n"
+        )
+    with pytest.raises(UsageError, match="no lines <!-- shipped: begin -->"):
+        insert(document, "shipped", "a" * 64, "text")
+
+
+def test_what_is_judged_of_a_distilled_model_is_its_steps() -> None:
+    from studies.shipped import choices
+
+    from kind_edge.model.spec import ModelSpec
+    from kind_edge.training.sampled import Sampling
+
+    ordinary = ModelSpec(28, 1, 4, 16, 1, 2, 10, 4, 2)
+    distilled = ModelSpec(28, 1, 4, 16, 1, 2, 10, 4, 2, step_counts=(1, 4), inside_guidance=1.75)
+    advice = Sampling("euler", 4, 1.75)
+    assert [(each.steps, each.guidance) for each in choices(distilled, advice)] == [(1, 1.75), (4, 1.75)]
+    assert {each.steps for each in choices(ordinary, advice)} == {4}
+    assert math.isclose(min(each.guidance for each in choices(ordinary, advice)), 1.0)
