@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kind_edge.errors import KindEdgeError, UsageError, unknown
-from kind_edge.model.shipped import DEFAULT_MODEL
+from kind_edge.model.shipped import DEFAULT_MODEL, find_model
 from studies import anysize, claims, decomposition, exported, pictures, shipped, trainings, transfer, trials
 from studies.documents import RESULTS, ROOT, Block, check, insert
 from studies.statistics import SEEDS
@@ -38,7 +38,7 @@ trials         trains the four short runs (KIND, dense, with label embedding, ep
 twin           trains the dense transformer of the preset fashion-mnist's shape on as many images (1.5 hours)
 
 A finished run's figures lie in FOLDER/STUDY/RUN.json and are never computed again; stopped runs go on. `publish` keeps
-them in docs/results, and removes those of other models."""
+them in docs/results, which is of the shipped model alone: what other models left there is removed."""
 
 BLOCKS = (
     Block("classes", "README.md", lambda _: "![Ten classes drawn by the shipped model](docs/images/classes.png)",
@@ -97,6 +97,13 @@ def measure(name: str, job: Job) -> list[Record]:
     return studies[name](job.subject, job.output)
 
 
+def make_way(study: str, subject: Subject, output: Path) -> None:
+    """docs/results is of the shipped model alone: what another one left there goes when its study runs anew."""
+    shipped_model = subject.folder == find_model(DEFAULT_MODEL)
+    if shipped_model and output.resolve() == ROOT / RESULTS:
+        Store(output, study, subject).forget_others()
+
+
 def publish(names: Sequence[str]) -> None:
     """Make blocks of the shipped model anew, one after the other, each put into its document when it is done."""
     known = [block.name for block in BLOCKS]
@@ -106,7 +113,7 @@ def publish(names: Sequence[str]) -> None:
     subject = subject_of(DEFAULT_MODEL)
     for block in [block for block in BLOCKS if block.name in (names or known)]:
         began, document = time.monotonic(), ROOT / block.document
-        Store(ROOT / RESULTS, block.name, subject).forget_others()
+        make_way(block.name, subject, ROOT / RESULTS)
         job = Job(subject, ROOT / RESULTS, document.parent / block.album, block.images, SEEDS[: block.seeds])
         insert(document, block.name, subject.sha256, block.text(measure(block.name, job)))
         print(f"{block.document}: {block.name} took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
@@ -133,18 +140,23 @@ def run(chosen: argparse.Namespace) -> None:
     if chosen.into and chosen.name not in ABOUT_A_MODEL:
         raise UsageError(f"--into: {chosen.name} has no block in a document; leave it out")
     if chosen.name == "publish":
+        if chosen.into or chosen.checkpoint != DEFAULT_MODEL:
+            raise UsageError("publish is of the shipped model, into README.md and docs; it takes nothing but blocks")
         publish(chosen.blocks)
         return
     if chosen.name in OTHERS:
         records, text = beside(chosen.name, chosen)
     elif chosen.name == "recommend":
-        records = shipped.recommend(subject_of(chosen.checkpoint), chosen.output)
+        subject = subject_of(chosen.checkpoint)
+        make_way(shipped.NAME, subject, chosen.output)
+        records = shipped.recommend(subject, chosen.output)
         text = shipped.text(records)
     else:
         block = block_of(chosen.name)
         album = chosen.into.parent / block.album if chosen.into else chosen.output
         size = (chosen.images or block.images, SEEDS[: chosen.seeds or block.seeds])
         job = Job(subject_of(chosen.checkpoint), chosen.output, album, *size)
+        make_way(block.name, job.subject, job.output)
         records = measure(chosen.name, job)
         text = block.text(records)
         if chosen.into:

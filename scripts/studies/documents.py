@@ -90,7 +90,8 @@ def stamp(picture: Path, model_sha256: str) -> None:
 
 def check(root: Path, subject: Subject, blocks: Sequence[Block]) -> None:
     """Raise `InputError`, with all that is stale and what makes it anew, unless all is of the model `subject`."""
-    names, faults = [], []
+    names: list[str] = []
+    faults: list[str] = []
     found = {(path, name): block for path in _documents(root) for name, block in _written(root, path, faults)}
     for block in blocks:
         own = [*_block_faults(root, subject, block, found.pop((block.document, block.name), None))]

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,7 +56,7 @@ def cutting(subject: Subject, output: Path) -> list[Record]:
     for pair in PAIRS:
         conditions = {"kind": "cut", "classes": list(pair), **own, **_advice(subject)}
         conditions["judge_sha256"] = Judge.load().judge_sha256
-        store.run("-".join(pair), conditions, lambda pair=pair: _cut(subject.folder, pair))
+        store.run("-".join(pair), conditions, partial(_cut, subject.folder, pair))
     return store.finished()
 
 

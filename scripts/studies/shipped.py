@@ -34,8 +34,8 @@ def run(subject: Subject, output: Path) -> list[Record]:
     advice, judge = sampling_of(checkpoint), Judge.load()
     conditions = {"kind": "model", "recommended": dataclasses.asdict(advice)}
     store.run("model", conditions, lambda: description(checkpoint, subject.folder))
-    conditions = {"kind": "real", "images": FINAL_IMAGES, "judge_sha256": judge.judge_sha256}
-    store.run("real", conditions, lambda: real_figures(judge, FINAL_IMAGES))
+    real = {"kind": "real", "images": FINAL_IMAGES, "judge_sha256": judge.judge_sha256}
+    store.run("real", real, lambda: real_figures(judge, FINAL_IMAGES))
     for sampling in choices(checkpoint.spec, advice):
         judged(store, sampling, SWEEP_IMAGES)
     judged(store, advice, FINAL_IMAGES)
@@ -79,7 +79,9 @@ def judged(store: Store, sampling: Sampling, images: int) -> Record:
 
 def fit_to_ship(figures: Mapping[str, Any]) -> bool:
     worst = min(figures["per_class_accuracy"].values())
-    return figures["class_accuracy"] >= LEAST_ACCURACY and worst >= LEAST_WORST and figures["recall"] >= LEAST_RECALL
+    return bool(
+        figures["class_accuracy"] >= LEAST_ACCURACY and worst >= LEAST_WORST and figures["recall"] >= LEAST_RECALL
+    )
 
 
 def description(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
@@ -119,13 +121,14 @@ def _row(record: Record) -> tuple[str, ...]:
 def _description(record: Record) -> str:
     figures, model = record["figures"], ModelSpec.from_dict(record["figures"]["spec"])
     shape = f"width {model.width}, {model.depth} blocks, patch {model.patch_size}"
-    tailors = f"learngene rank {model.learngene_rank}, tailor rank {model.tailor_rank} for each of {model.num_classes} classes"
+    ranks = f"learngene rank {model.learngene_rank}, tailor rank {model.tailor_rank} for each of {model.num_classes}"
     label = "with" if model.label_embedding else "no"
     kind = f"objective {model.objective}, {label} label embedding"
     counts = ", ".join(map(str, model.step_counts))
     few = f", distilled for {counts} steps with guidance {model.inside_guidance:g} inside" if model.distilled else ""
     size = f"With all that is shipped beside it, it takes {figures['folder_bytes'] / 1e6:.1f} MB."
-    return f"`{record['checkpoint']['model']}`: {shape}, {tailors}, {kind}{few}. {_training(figures['training'])}{size}"
+    whole = f"`{record['checkpoint']['model']}`: {shape}, {ranks} classes, {kind}{few}."
+    return f"{whole} {_training(figures['training'])}{size}"
 
 
 def _training(told: Mapping[str, Any]) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import Checkpoint, save_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL
+from kind_edge.training.data import CLASS_NAMES, find_fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[2]
 REMEDY = "make them anew with: scripts/results publish"
@@ -158,15 +161,43 @@ def test_a_block_is_put_in_the_place_of_the_last_one(tmp_path: Path) -> None:
         insert(document, "shipped", "a" * 64, "text")
 
 
-def test_what_is_judged_of_a_distilled_model_is_its_steps() -> None:
-    from studies.shipped import choices
+CHOICES: dict[str, tuple[dict[str, Any], list[tuple[int, float]]]] = {
+    "ordinary": ({}, [(2, 1.0), (2, 1.5), (2, 2.0)]),
+    "distilled": ({"step_counts": (1, 2), "inside_guidance": 1.5}, [(1, 1.5), (2, 1.5)]),
+}
 
-    from kind_edge.model.spec import ModelSpec
-    from kind_edge.training.sampled import Sampling
 
-    ordinary = ModelSpec(28, 1, 4, 16, 1, 2, 10, 4, 2)
-    distilled = ModelSpec(28, 1, 4, 16, 1, 2, 10, 4, 2, step_counts=(1, 4), inside_guidance=1.75)
-    advice = Sampling("euler", 4, 1.75)
-    assert [(each.steps, each.guidance) for each in choices(distilled, advice)] == [(1, 1.75), (4, 1.75)]
-    assert {each.steps for each in choices(ordinary, advice)} == {4}
-    assert math.isclose(min(each.guidance for each in choices(ordinary, advice)), 1.0)
+@pytest.mark.parametrize("kind", CHOICES)
+def test_a_model_is_judged_over_what_its_user_can_choose(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_checkpoint: Callable[..., Checkpoint]
+) -> None:
+    from studies import shipped
+    from studies.store import subject_of
+
+    try:
+        find_fashion_mnist()
+    except InputError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 60)
+    for name, value in {"GUIDANCE": (1.0, 1.5, 2.0), "SWEEP_IMAGES": 20, "FINAL_IMAGES": 30}.items():
+        monkeypatch.setattr(shipped, name, value)
+    spec, wanted = CHOICES[kind]
+    checkpoint = make_checkpoint(image_size=28, patch_size=7, num_classes=10, **spec)
+    advice = {"steps": 2, "guidance": 1.5, "sampler": "euler"}
+    checkpoint = dataclasses.replace(checkpoint, class_names=CLASS_NAMES, provenance={"recommended": advice})
+    folder = tmp_path / "model"
+    save_checkpoint(folder, checkpoint)
+    subject = subject_of(folder)
+    records = shipped.run(subject, tmp_path / "runs")
+    rows = [each["conditions"] for each in records if each["conditions"]["kind"] == "judged"]
+    assert [(row["steps"], row["guidance"]) for row in rows if row["images"] == 20] == wanted
+    assert [(row["steps"], row["guidance"]) for row in rows if row["images"] == 30] == [(2, 1.5)]
+    text = shipped.text(records)
+    assert ("distilled for 1, 2 steps with guidance 1.5 inside" in text) == (kind == "distilled")
+    assert ("Guidance 1 is the model without guidance" in text) == (kind == "ordinary")
+    monkeypatch.setattr(shipped, "fit_to_ship", lambda figures: figures["guidance"] == 2)
+    shipped.recommend(subject, tmp_path / "runs")
+    provenance = json.loads((folder / "config.json").read_text())["provenance"]
+    assert provenance["recommended"] == advice | {"guidance": 2.0 if kind == "ordinary" else 1.5}
+    assert provenance["quality"]["guidance"] == provenance["recommended"]["guidance"]
+    assert subject_of(folder) == subject
