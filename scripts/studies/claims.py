@@ -6,13 +6,12 @@ Every claim names the figure that it wants, so that the verdict is arithmetic. W
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kind_edge.training.data import CLASS_NAMES
 from studies.anysize import METHODS, PERCENTS
-from studies.statistics import cell, conditions_line, in_percent, markdown, spread_of, spread_of_figure
+from studies.statistics import cell, conditions_line, in_percent, markdown, paragraph, spread_of, spread_of_figure
 from studies.store import Record
 
 WANTED_ACCURACY = 0.9
@@ -42,9 +41,7 @@ def anysize_text(records: Sequence[Record]) -> str:
 
 def _claim(claim: str, wanted: str, supported: bool, measured: str) -> str:
     line = f"- **{claim}** (wanted: {wanted}): {'supported' if supported else 'not supported'}. {measured}"
-    joined = line.replace(" %", "\N{NO-BREAK SPACE}%")
-    text = textwrap.fill(joined, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return text.replace("\N{NO-BREAK SPACE}", " ")
+    return paragraph(line, indent="  ")
 
 
 # --- decomposition ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from kind_edge.errors import GateError
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.sampled import sampling_of
-from studies.statistics import in_percent, markdown
+from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject
 
 COMMAND = ("export", "--profile", "snapdragon8g3", "--classes", "sneaker,bag", "-o", "out")
@@ -99,12 +99,13 @@ def cutting_text(records: Sequence[Record]) -> str:
     judged = f"kind-edge eval --images {own.get('images')}"
     sampling = f"{own.get('sampler')}, {own.get('steps')} steps, guidance {own.get('guidance')}"
     header = ("classes", "file", "limit", "held-out loss", "accuracy")
-    return f"`{command}`, then `{judged}`; {sampling}:\n\n{markdown(header, rows)}"
+    told = paragraph(f"`{command}`, then `{judged}`; {sampling}:")
+    return f"{told}\n\n{markdown(header, rows)}"
 
 
 def _cut_row(record: Record) -> tuple[str, ...]:
     figures = record["figures"]
-    loss = ", ".join(f"{name} {increase:+.1%}" for name, increase in figures["loss_increase"].items())
+    loss = ", ".join(f"{name} {100 * increase:+.1f} %" for name, increase in figures["loss_increase"].items())
     sizes = (f"{figures[key]:,} B" for key in ("file_bytes", "limit_bytes"))
     return (", ".join(record["conditions"]["classes"]), *sizes, loss, f"{in_percent(figures['class_accuracy'], 1)}")
 
@@ -132,7 +133,8 @@ def _cost_part(record: Record) -> str:
         f"Predicted latencies miss the measured ones by {errors['median']} in the median and {errors['worst']} at "
         f"worst, sizes by {errors['size']} at worst, peak memory by {errors['memory']}."
     )
-    return "\n\n".join([f"{told}:", markdown(header, map(_cost_row, figures["plans"])), " ".join([missed, *refused])])
+    rows = markdown(header, map(_cost_row, figures["plans"]))
+    return "\n\n".join([paragraph(f"{told}:"), rows, paragraph(" ".join([missed, *refused]))])
 
 
 def _cost_row(row: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from kind_edge.model.spec import ModelSpec
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.sampled import Sampling, sampling_of
 from studies.decomposition import real_figures
-from studies.statistics import in_percent, markdown
+from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject, write_whole
 
 NAME = "shipped"
@@ -102,10 +102,10 @@ def text(records: Sequence[Record]) -> str:
     rows = sorted(of["judged"], key=lambda each: [each["conditions"][key] for key in ("images", "steps", "guidance")])
     header = ("steps", "guidance", "images", "Fréchet", "recall", "precision", "accuracy", "worst class")
     parts = [
-        *map(_description, of["model"]),
+        *(paragraph(_description(record)) for record in of["model"]),
         markdown(header, map(_row, rows)),
-        *map(_real, of["real"]),
-        *map(_meaning, of["model"]),
+        *(paragraph(_real(record)) for record in of["real"]),
+        *(paragraph(_meaning(record)) for record in of["model"]),
     ]
     return "\n\n".join(parts)
 

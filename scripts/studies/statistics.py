@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,13 @@ def cell(records: Sequence[dict[str, Any]], name: str, digits: int = 2, scale: f
 def in_percent(share: float, digits: int = 0) -> str:
     """ "97.2 %"."""
     return f"{100 * share:.{digits}f} %"
+
+
+def paragraph(text: str, indent: str = "") -> str:
+    """Lines of at most 120 characters; a percent sign stays with its figure."""
+    kept = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = textwrap.fill(kept, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

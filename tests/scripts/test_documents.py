@@ -41,6 +41,22 @@ def test_every_figure_in_the_documents_is_of_the_shipped_model() -> None:
     check(ROOT)
 
 
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """README.md and docs, to be spoiled; they have to be fresh, or nothing could be told of what the spoiling does."""
+    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    try:
+        check(tmp_path)
+    except InputError:
+        pytest.skip("the documents are stale: the first test says what is")
+    return tmp_path
+
+
+def joined(text: str) -> str:
+    return " ".join(text.split())
+
+
 def rewrite(path: Path, old: str, new: str) -> None:
     text = path.read_text(encoding="utf-8")
     assert old in text
@@ -121,30 +137,22 @@ FAULTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_document_that_is_stale_is_found(name: str, tmp_path: Path) -> None:
-    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    try:
-        check(tmp_path)
-    except InputError:
-        pytest.skip("the documents are stale: the test above says what is")
+def test_a_document_that_is_stale_is_found(name: str, copied: Path) -> None:
     spoil, wanted = FAULTS[name]
-    spoil(tmp_path)
+    spoil(copied)
     with pytest.raises(InputError) as caught:
-        check(tmp_path)
+        check(copied)
     for words in (*wanted, REMEDY):
         assert words in str(caught.value)
 
 
-def test_runs_are_missed_of_every_model_but_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_missed_of_every_model_but_the_first(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from studies import documents
 
-    shutil.copy(ROOT / "README.md", tmp_path / "README.md")
-    shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    shutil.rmtree(tmp_path / "docs" / "results")
+    shutil.rmtree(copied / "docs" / "results")
     monkeypatch.setattr(documents, "NO_RUNS_KEPT", "")
     with pytest.raises(InputError, match="block decomposition has no runs in docs/results/decomposition"):
-        check(tmp_path)
+        check(copied)
 
 
 def test_a_block_is_put_in_the_place_of_the_last_one(tmp_path: Path) -> None:
@@ -159,6 +167,48 @@ def test_a_block_is_put_in_the_place_of_the_last_one(tmp_path: Path) -> None:
         )
     with pytest.raises(UsageError, match="no lines <!-- shipped: begin -->"):
         insert(document, "shipped", "a" * 64, "text")
+
+
+def test_publishing_drops_the_runs_of_another_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studies import __main__ as studies
+    from studies.store import Record, Store
+
+    def finished(name: str, job: studies.Job) -> list[Record]:
+        return Store(job.output, name, job.subject).finished()
+
+    another_model(copied)
+    monkeypatch.setattr(studies, "ROOT", copied)
+    monkeypatch.setattr(studies, "measure", finished)
+    with pytest.raises(UsageError, match="did you mean: export"):
+        studies.publish(["exports"])
+    studies.publish(["export", "anysize"])
+    assert not (copied / "docs" / "results" / "anysize" / "full-100-seed0.json").exists()
+    assert only("export") in (copied / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        studies.publish([])
+    assert "docs/images/classes.png: of model eeeeeeeeeeee" in str(caught.value)
+    assert "anysize" not in str(caught.value)
+
+
+def test_costs_are_told_with_what_was_refused() -> None:
+    from studies.exported import cost_text, cutting_text
+
+    row = {
+        "precision": "int8", "max_size": "24%", "predicted_ms": 0.5, "measured_ms": 1.0, "predicted_bytes": 1_500_000,
+        "file_bytes": 1_480_000, "parity_db": 26.84,
+    }  # fmt: skip
+    errors = {"latency_error_median": 0.5, "latency_error_worst": 0.612, "size_error_worst": 0.0135}
+    refused = [{"precision": "int8", "max_size": "16%", "reason": "24.7 dB, want 25 dB"}]
+    figures = {"plans": [row], "refused": refused, **errors, "peak_memory_error_worst": 0.13}
+    told = joined(cost_text([{"conditions": {"classes": ["bag"]}, "hardware": "a machine", "figures": figures}]))
+    assert "| int8 | 24% | 0.50 ms | 1.00 ms | 1,500,000 B | 1,480,000 B | 26.8 dB |" in told
+    assert "by 50 % in the median and 61 % at worst, sizes by 1.4 % at worst" in told
+    assert "Refused: int8 within 16%: 24.7 dB, want 25 dB." in told
+    cut = {"file_bytes": 1, "limit_bytes": 2, "loss_increase": {"coat": 0.0151, "null": 0.01}, "class_accuracy": 0.93}
+    own = {"classes": ["shirt", "coat"], "images": 400, "sampler": "euler", "steps": 4, "guidance": 1.75}
+    told = joined(cutting_text([{"conditions": own, "figures": cut}]))
+    assert "eval --images 400`; euler, 4 steps, guidance 1.75:" in told
+    assert "| shirt, coat | 1 B | 2 B | coat +1.5 %, null +1.0 % | 93.0 % |" in told
 
 
 CHOICES: dict[str, tuple[dict[str, Any], list[tuple[int, float]]]] = {
@@ -192,7 +242,7 @@ def test_a_model_is_judged_over_what_its_user_can_choose(
     rows = [each["conditions"] for each in records if each["conditions"]["kind"] == "judged"]
     assert [(row["steps"], row["guidance"]) for row in rows if row["images"] == 20] == wanted
     assert [(row["steps"], row["guidance"]) for row in rows if row["images"] == 30] == [(2, 1.5)]
-    text = shipped.text(records)
+    text = joined(shipped.text(records))
     assert ("distilled for 1, 2 steps with guidance 1.5 inside" in text) == (kind == "distilled")
     assert ("Guidance 1 is the model without guidance" in text) == (kind == "ordinary")
     monkeypatch.setattr(shipped, "fit_to_ship", lambda figures: figures["guidance"] == 2)
