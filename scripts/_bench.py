@@ -24,7 +24,7 @@ CLASSES = ("sneaker", "bag")
 SIZES = (None, "60%", "40%", "25%")
 
 
-def cost() -> dict[str, Any]:
+def cost(model: str | Path = "fashion-mnist") -> dict[str, Any]:
     """Plans of several sizes on `host`, each exported and measured; two rounds, the faster counts."""
     from kind_edge.budget.profile import load_profile
     from kind_edge.deploy.bench import bench_model
@@ -32,17 +32,20 @@ def cost() -> dict[str, Any]:
     from kind_edge.errors import GateError
 
     load_profile("host")  # measured before the clock runs
-    rows, refused = [], 0
+    rows: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for precision in ("fp32", "int8"):
             for size in SIZES:
                 limit = size if precision == "fp32" or size is None else f"{float(size[:-1]) / 2.5:g}%"
                 out = Path(folder, f"{precision}-{size}".replace("%", ""))
                 try:
-                    bundle = export(profile="host", classes=CLASSES, precision=precision, max_size=limit, output=out)
+                    bundle = export(
+                        model, profile="host", classes=CLASSES, precision=precision, max_size=limit, output=out
+                    )
                 except GateError as error:
                     print(f"{precision} within {limit}: {error}", file=sys.stderr)
-                    refused += 1
+                    refused.append({"precision": precision, "max_size": limit or "none", "reason": str(error)})
                     continue
                 name = next(n for n in bundle.latency if n.endswith("int8.onnx") == (precision == "int8"))
                 rounds = [bundle.latency[name], bench_model(out / name)]
@@ -53,13 +56,14 @@ def cost() -> dict[str, Any]:
                     "measured_ms": min(report.p50_ms for report in rounds),
                     "predicted_bytes": bundle.plan.weight_bytes,
                     "file_bytes": bundle.files[name],
+                    "parity_db": bundle.parity[name],
                     "predicted_peak_bytes": bundle.plan.peak_memory_bytes,
                     "measured_peak_bytes": max(report.peak_memory_bytes or 0 for report in rounds),
                 })  # fmt: skip
     latency = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
     return {
         "plans": rows,
-        "refused_by_gate": refused,
+        "refused": refused,
         "latency_error_median": statistics.median(latency),
         "latency_error_worst": max(latency),
         "size_error_worst": max(abs(row["predicted_bytes"] / row["file_bytes"] - 1) for row in rows),
@@ -99,6 +103,8 @@ def show(result: dict[str, Any]) -> None:
     for key, value in result.items():
         if not isinstance(value, list):
             console.print(f"{key}: {value:.4g}")
+            continue
+        if not value:
             continue
         table = Table(*value[0])
         for row in value:

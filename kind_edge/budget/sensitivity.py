@@ -33,5 +33,5 @@ def spectra(
 
 
 def _retained(factors: SortedFactors) -> NDArray[np.float64]:
-    energy: NDArray[np.float64] = factors.s.square().numpy()
+    energy: NDArray[np.float64] = factors.energy.numpy()
     return np.concatenate([[0.0], np.cumsum(energy)])

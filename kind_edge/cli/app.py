@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from kind_edge._version import __version__
-from kind_edge.cli import adapt, bench, eval, export, generate, import_model, inspect, plan, profiles, train, verify
+from kind_edge.cli import (
+    adapt,
+    bench,
+    distill,
+    eval,
+    export,
+    generate,
+    import_model,
+    inspect,
+    plan,
+    profiles,
+    train,
+    verify,
+)
 from kind_edge.cli.terminal import Terminal
 
 app = typer.Typer(
@@ -42,6 +55,7 @@ def top(
 
 app.command("train")(train.train)
 app.command("adapt")(adapt.adapt)
+app.command("distill")(distill.distill)
 app.command("import")(import_model.import_model)
 app.command("plan")(plan.plan)
 app.command("export")(export.export)

@@ -64,7 +64,8 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
         factors = _factors(checkpoint, shape.name, kept, plan, chosen, calibration)
         tensors |= {f"{shape.name}.{key}": value.float() for key, value in factors.items()}
         ranks[shape.name] = Ranks(factors["learngene.s"].shape[-1], factors["tailors.s"].shape[-1])
-    spec = dataclasses.replace(checkpoint.spec, num_classes=len(kept), matrix_ranks=ranks)
+    nested = checkpoint.spec.nested and plan.form == "switch"
+    spec = dataclasses.replace(checkpoint.spec, num_classes=len(kept), nested=nested, matrix_ranks=ranks)
     float_tensors = {name: t.float() for name, t in tensors.items()}
     return Checkpoint(spec, plan.classes, float_tensors, {"truncated_from": plan.checkpoint_sha256})
 

@@ -58,6 +58,7 @@ class ModelSpec:
     `image_size` and `channels` are those of the network's own input: pixels, or latents of an autoencoder, each of
     which stands for `pixels_per_latent` pixels along a side (1: pixels).
     `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them.
+    `nested`: the components of every learngene lie in the order of their importance, and a cut keeps the leading ones.
     `step_counts` is empty for an ordinary model. A distilled one predicts, for each of these numbers of Euler steps,
     the mean velocity over a step (whose span is an input of the network), with guidance of strength
     `inside_guidance` in it.
@@ -83,6 +84,7 @@ class ModelSpec:
     pixels_per_latent: int = 1
     timestep_frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
+    nested: bool = False
     step_counts: tuple[int, ...] = ()
     inside_guidance: float | None = None
     matrix_ranks: Mapping[str, Ranks] = field(default_factory=dict)
@@ -105,7 +107,7 @@ class ModelSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(f"ModelSpec.{name}: got {value!r}, want an integer of at least 0")
-        for name in ("label_embedding", "learned_sigma", "factored"):
+        for name in ("label_embedding", "learned_sigma", "factored", "nested"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"ModelSpec.{name}: got {getattr(self, name)!r}, want true or false")
         ratio: Any = self.mlp_ratio
@@ -188,7 +190,7 @@ class ModelSpec:
 
     def dense(self) -> ModelSpec:
         """The ordinary DiT of the same shape: what percentages of a budget refer to."""
-        ordinary: dict[str, Any] = {"step_counts": (), "inside_guidance": None, "matrix_ranks": {}}
+        ordinary: dict[str, Any] = {"nested": False, "step_counts": (), "inside_guidance": None, "matrix_ranks": {}}
         return dataclasses.replace(self, factored=False, learngene_rank=0, tailor_rank=0, **ordinary)
 
     def to_dict(self) -> dict[str, Any]:

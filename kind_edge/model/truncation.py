@@ -2,6 +2,7 @@
 
 With C = E[x x^T] the input covariance, the rank-r W_r that minimises E|W x - W_r x|^2 is the SVD of W C^(1/2), cut to
 r and multiplied by C^(-1/2) (whitened SVD); its squared singular values are the output energy each component carries.
+A nested learngene has been trained so that its leading components do without the later ones: it is cut where it stands.
 Symbols: W n x m = A B^T with A n x k, B m x k.
 """
 
@@ -22,14 +23,18 @@ _FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class SortedFactors:
-    """U diag(s) V^T with components by falling output energy s^2: U n x k orthonormal, s k, V m x k; float64."""
+    """U diag(s) V^T, U n x k, s k, V m x k, float64, components in the order in which they are worth keeping.
+
+    `energy` k: the output energy that goes with each when it is dropped after all later ones; s^2 of an SVD.
+    """
 
     U: Tensor
     s: Tensor
     V: Tensor
+    energy: Tensor
 
     def cut(self, rank: int) -> SortedFactors:
-        return SortedFactors(self.U[:, :rank], self.s[:rank], self.V[:, :rank])
+        return SortedFactors(self.U[:, :rank], self.s[:rank], self.V[:, :rank], self.energy[:rank])
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,30 @@ def sorted_factors(a: Tensor, b: Tensor, whitening: Whitening | None) -> SortedF
     if whitening is not None:
         v = whitening.inverse_root @ v
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    return SortedFactors(u * sign, s[:k], v * sign)
+    return SortedFactors(u * sign, s[:k], v * sign, s[:k].square())
+
+
+def as_they_lie(u: Tensor, s: Tensor, v: Tensor, whitening: Whitening | None) -> SortedFactors:
+    """Factors in the order that they have. Components need not be orthogonal, so one may seem to carry nothing."""
+    u, s, v = u.double(), s.double(), v.double()
+    seen = v if whitening is None else whitening.root @ v
+    # Energy of the components from i on: the sum over that corner of the matrix of their inner products.
+    products = (s.unsqueeze(1) * (u.T @ u) * (seen.T @ seen) * s).flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    left = torch.cat([products.clamp_min(0), products.new_zeros(1)]).flip(0).cummax(0).values.flip(0)
+    return SortedFactors(u, s, v, left[:-1] - left[1:])
+
+
+def reordered(checkpoint: Checkpoint, calibration: Calibration) -> Checkpoint:
+    """The same function with every learngene's components by falling output energy, over classes and null branch."""
+    tensors = dict(checkpoint.float_tensors())
+    for shape in checkpoint.spec.matrices():
+        name = f"{shape.name}.learngene"
+        u, s, v = (tensors[f"{name}.{part}"].double() for part in "UsV")
+        found = sorted_factors(u * s, v, _both_branches(calibration, shape.name))
+        length = found.V.norm(dim=0)  # into s, so that V stays of the size that the optimizer is used to
+        factors = {"U": found.U, "s": found.s * length, "V": found.V / length}
+        tensors |= {f"{name}.{part}": tensor.float() for part, tensor in factors.items()}
+    return Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
 
 
 def _both_branches(calibration: Calibration, name: str) -> Whitening:
@@ -79,8 +107,8 @@ def fold_matrix(
 ) -> FoldedMatrix:
     """Learngene and tailors of matrix `name`, joined as the form demands and sorted by output energy.
 
-    switch: learngene shared (whitened over class and null branches, where there is a null branch), tailors apart.
-    single and union: learngene and the kept tailors as one product.
+    switch: learngene shared (whitened over class and null branches, where there is a null branch, or nested), tailors
+    apart. single and union: learngene and the kept tailors as one product.
     """
     t = checkpoint.tensors
     u, s, v = (t[f"{name}.learngene.{part}"].double() for part in "UsV")
@@ -88,8 +116,8 @@ def fold_matrix(
     own = None if calibration is None else Whitening.of(calibration.pooled[name])
     if form == "switch":
         both = None if calibration is None else _both_branches(calibration, name)
-        tailors = tuple(sorted_factors(tu[c] * ts[c], tv[c], own) for c in range(len(classes)))
-        return FoldedMatrix(sorted_factors(u * s, v, both), tailors)
+        shared = as_they_lie(u, s, v, both) if checkpoint.spec.nested else sorted_factors(u * s, v, both)
+        return FoldedMatrix(shared, tuple(sorted_factors(tu[c] * ts[c], tv[c], own) for c in range(len(classes))))
     a = torch.cat([u * s, *(tu * ts.unsqueeze(1)).unbind()], 1)
     b = torch.cat([v, *tv.unbind()], 1)
     return FoldedMatrix(sorted_factors(a, b, own), ())

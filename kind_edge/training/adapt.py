@@ -43,16 +43,15 @@ from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import DataSplit, TrainingData
 from kind_edge.training.distributed import Alone, launched_processes
 from kind_edge.training.loop import Progress, run
+from kind_edge.training.losses import NestedLoss
+from kind_edge.training.nested import CALIBRATION_IMAGES
 from kind_edge.training.open import dataset_at, open_data
 from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
-from kind_edge.training.train import CALIBRATION_IMAGES, check_output, hardware, heldout_tensors, pick_device
+from kind_edge.training.train import check_output, hardware, heldout_tensors, pick_device
 
 IMAGES = 60_000
 WARMUP_STEPS = 100
-AS_TRAINED = (
-    "batch_size", "learning_rate", "weight_decay", "gradient_clip",
-    "nested_share", "nested_lowest", "nested_from", "nested_teacher",
-)  # fmt: skip
+AS_TRAINED = ("batch_size", "learning_rate", "weight_decay", "gradient_clip")
 """Of the run that made the checkpoint, what its new tailors are trained with, too."""
 
 NEAREST = "nearest"
@@ -160,7 +159,8 @@ def adapt_to(
     choices = request.choices()
     output.mkdir(parents=True, exist_ok=True)
     state = load_state(output, config, alone, model, choices) if resume else start_from(config, model, alone)
-    run(config, state, split.training, lambda s: save_state(output, config, s, choices), on_progress)
+    nested = NestedLoss(config.spec.objective, config.seed) if config.spec.nested else None
+    run(config, state, split.training, lambda s: save_state(output, config, s, choices), on_progress, nested)
     provenance = _provenance(request, config, state, split, origins)
     joined = join(request, averaged_tensors(config, state), provenance)
     if calibration is not None or not request.kept:
@@ -182,6 +182,7 @@ def adapt_config(request: Request, dataset: str, images: int | None = None, seed
         "images": IMAGES if images is None else images,
         "warmup_steps": WARMUP_STEPS,
         "null_share": 0.0,
+        "nested_share": 0.0,
         "seed": seed,
     }
     return TrainConfig.from_dict(values, f"{request.source.path}: provenance: config")

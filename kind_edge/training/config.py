@@ -43,13 +43,8 @@ class TrainConfig:
     """Run the blocks through torch.compile."""
     accumulation: int = 1
     """Parts that a process goes through a step's images in, to save memory."""
-    nested_share: float = 0.0
-    """Share of steps that use only the leading part of every learngene: its size uniform in [nested_lowest, 1]."""
-    nested_lowest: float = 0.2
-    nested_from: float = 0.0
-    """Share of the run after which such steps begin."""
-    nested_teacher: bool = False
-    """Such steps learn the full model's own prediction instead of the target."""
+    nested_share: float = 0.1
+    """After `images`, how many more as a share of them, in a second stage that teaches every cut of the learngene."""
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
@@ -66,9 +61,8 @@ class TrainConfig:
         for name in ("ema_decay", "null_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, want at least 0 and less than 1")
-        for name in ("nested_share", "nested_lowest", "nested_from"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name}: got {getattr(self, name)}, want 0 to 1")
+        if not 0 <= self.nested_share <= 1:
+            raise InputError(f"nested_share: got {self.nested_share}, want 0 to 1")
 
     @property
     def steps(self) -> int:
@@ -101,8 +95,10 @@ _FASHION = ModelSpec(
     image_size=28, channels=1, patch_size=4, width=128, depth=6, heads=4, num_classes=10,
     learngene_rank=48, tailor_rank=8, objective="flow",
 )  # fmt: skip
-_TRIAL = TrainConfig(_FASHION, images=60_000)
-_STUDY = TrainConfig(dataclasses.replace(_FASHION, width=64, depth=4, learngene_rank=24, tailor_rank=4), images=240_000)
+_TRIAL = TrainConfig(_FASHION, images=60_000, nested_share=0.0)
+_STUDY = TrainConfig(
+    dataclasses.replace(_FASHION, width=64, depth=4, learngene_rank=24, tailor_rank=4), images=240_000, nested_share=0.0
+)
 
 PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": TrainConfig(_FASHION, images=660_000),

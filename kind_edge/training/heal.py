@@ -34,6 +34,7 @@ def heal_config(checkpoint: Checkpoint, steps: int = HEAL_STEPS, seed: int = 0) 
         images=steps * config.batch_size,
         learning_rate=config.learning_rate * HEAL_RATE_SHARE,
         warmup_steps=min(HEAL_WARMUP_STEPS, steps),
+        nested_share=0.0,
         seed=seed,
     )
 

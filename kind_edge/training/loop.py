@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from kind_edge.errors import InputError
-from kind_edge.model.diffusion import add_noise, draw_timesteps, loss_per_image
+from kind_edge.model.diffusion import draw_timesteps
 from kind_edge.model.gated_linear import ClassGate
 from kind_edge.training.batches import Batch, ClassBatches, generator, part_layout
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData
 from kind_edge.training.distributed import Processes, local, whole
+from kind_edge.training.losses import DiffusionLoss, Examples, Loss
 from kind_edge.training.state import TrainState, follow
 
 SAVE_EVERY_S = 120.0
@@ -44,15 +45,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / config.steps))
 
 
-def learngene_share(config: TrainConfig, step: int) -> float:
-    """The leading share of the learngene's components that a step uses: below 1 on `nested_share` of the steps."""
-    if config.nested_share == 0 or step < config.nested_from * config.steps:
-        return 1.0
-    chance, size = torch.rand(2, generator=generator(config.seed, step, 0, 0), dtype=torch.float64).tolist()
-    lowest = config.nested_lowest
-    return lowest + (1 - lowest) * size if chance < config.nested_share else 1.0
-
-
 @dataclass(frozen=True)
 class Noised:
     """What a step does to its images: noise [B, ch, H, W], timesteps [B], and which gates it closes [B]."""
@@ -69,8 +61,10 @@ class Noised:
         return cls(noise, timestep, torch.rand(shape[0], generator=stream) < config.null_share)
 
 
-def train_step(config: TrainConfig, state: TrainState, data: TrainingData, batches: ClassBatches) -> float:
-    """One optimizer step; returns the loss.
+def train_step(
+    config: TrainConfig, state: TrainState, data: TrainingData, batches: ClassBatches, loss_of: Loss | None = None
+) -> float:
+    """One optimizer step; returns the loss, by default the ordinary one.
 
     Raises `InputError` where the loss or its gradient is no number or has exploded: before anything is updated.
     """
@@ -84,7 +78,7 @@ def train_step(config: TrainConfig, state: TrainState, data: TrainingData, batch
         heads = part.first_of_groups
         state.tailors.fill(state.slots, batch.labels[heads])
         with state.processes.last(state.network, part.last):
-            share = part_loss(config, state, data, batch, noised, part.images) / config.accumulation
+            share = part_loss(config, state, data, batch, noised, part.images, loss_of) / config.accumulation
             share.backward()
         loss += share.detach()
         state.tailors.collect(state.slots, row_of_image[heads], gradient)
@@ -124,28 +118,28 @@ def parts_of(config: TrainConfig, processes: Processes) -> Iterator[Part]:
 
 
 def part_loss(
-    config: TrainConfig, state: TrainState, data: TrainingData, batch: Batch, noised: Noised, part: slice
+    config: TrainConfig,
+    state: TrainState,
+    data: TrainingData,
+    batch: Batch,
+    noised: Noised,
+    part: slice,
+    loss_of: Loss | None = None,
 ) -> Tensor:
     """The mean loss of a part of the batch, whose tailors lie in the slots."""
-    device, objective = state.processes.device, config.spec.objective
-    x = data.batch(batch.images[part]).to(device)
-    noise, timestep, closed = (t[part].to(device) for t in (noised.noise, noised.timestep, noised.closed))
-    labels = batch.labels[part].to(device)
-    nested = learngene_share(config, state.step)
+    device = state.processes.device
+    drawn = (batch.labels, noised.noise, noised.timestep, noised.closed)
+    examples = Examples(data.batch(batch.images[part]).to(device), *(tensor[part].to(device) for tensor in drawn))
 
-    def predict(sample: Tensor, timestep: Tensor, share: float = nested) -> Tensor:
-        gate = ClassGate.gathered(labels, closed, config.spec.num_classes, share)
+    def predict(sample: Tensor, timestep: Tensor, *, share: float = 1.0, span: Tensor | None = None) -> Tensor:
+        gate = ClassGate.gathered(examples.labels, examples.closed, config.spec.num_classes, share)
         # Every other size of the learngene would be compiled anew.
         stance = torch.compiler.set_stance("force_eager") if share < 1 else contextlib.nullcontext()
         with stance, torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            return state.network(sample, timestep, gate)
+            prediction: Tensor = state.network(sample, timestep, gate, span)
+        return prediction.float()
 
-    if config.nested_teacher and nested < 1:
-        sample, _ = add_noise(objective, x, noise, timestep)
-        with torch.no_grad():
-            whole = predict(sample, timestep, 1.0)
-        return (predict(sample, timestep) - whole).float().square().mean()
-    return loss_per_image(objective, lambda s, t: predict(s, t).float(), x, noise, timestep).mean()
+    return (loss_of or DiffusionLoss(config.spec.objective))(predict, examples, state.step)
 
 
 def clip(state: TrainState, tailor_gradient: Tensor, longest: float) -> Tensor:
@@ -173,18 +167,20 @@ def run(
     data: TrainingData,
     save: Callable[[TrainState], None],
     report: Callable[[Progress], None],
+    loss_of: Loss | None = None,
 ) -> TrainState:
-    """Train to the configured number of images; saves every two minutes, at the end, and when interrupted.
+    """Train to the configured number of images, on the ordinary loss unless another is given.
 
-    Ctrl-C and a scheduler's SIGTERM end the run after the present step, saved, with a `KeyboardInterrupt`; a second one
-    ends it at once, and what was saved before stands. Only the first of several processes reports.
+    Saves every two minutes, at the end, and when interrupted: Ctrl-C and a scheduler's SIGTERM end the run after the
+    present step, saved, with a `KeyboardInterrupt`; a second one ends it at once, and what was saved before stands.
+    Only the first of several processes reports.
     """
     batches = ClassBatches(data.labels.cpu(), config.spec.num_classes, config.batch_size, config.seed)
     began, first, saved = time.monotonic(), state.step, time.monotonic()
     seconds_before = state.seconds
     with stop_requests() as stop:
         while state.step < config.steps:
-            loss = train_step(config, state, data, batches)
+            loss = train_step(config, state, data, batches, loss_of)
             state.loss = loss if math.isnan(state.loss) else state.loss + 0.01 * (loss - state.loss)
             elapsed = time.monotonic() - began
             state.seconds = seconds_before + elapsed

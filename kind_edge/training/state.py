@@ -177,6 +177,14 @@ def load_state(
     return state
 
 
+def holds_nested(folder: Path) -> bool:
+    """Whether the state in a folder is of a run's second stage (a file that cannot be read is left to `load_state`)."""
+    try:
+        return bool(json.loads(read_metadata(folder / STATE)["config"])["model"]["nested"])
+    except (InputError, KeyError, ValueError, TypeError):
+        return False
+
+
 def check_same_run(folder: Path, stored: dict[str, object], wanted: dict[str, object]) -> None:
     """Refuse to continue a run with another configuration, naming what differs."""
 

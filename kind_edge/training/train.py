@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kind_edge._version import __version__
 from kind_edge.errors import UsageError
-from kind_edge.model.calibration import calibrate_on_images, save_calibration
+from kind_edge.model.calibration import save_calibration
 from kind_edge.model.checkpoint import (
     CALIBRATION,
     CONFIG,
@@ -28,12 +28,20 @@ from kind_edge.model.checkpoint import (
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import DataSplit, TrainingData
-from kind_edge.training.distributed import check_division, join
+from kind_edge.training.distributed import Processes, check_division, join
 from kind_edge.training.loop import Progress, run
+from kind_edge.training.losses import Loss, NestedLoss
+from kind_edge.training.nested import calibrated, nested_config, start_nested
 from kind_edge.training.open import open_data
-from kind_edge.training.state import STATE, TrainState, averaged_tensors, load_state, save_state, start
-
-CALIBRATION_IMAGES = 1024
+from kind_edge.training.state import (
+    STATE,
+    TrainState,
+    averaged_tensors,
+    holds_nested,
+    load_state,
+    save_state,
+    start,
+)
 
 
 def pick_device(name: str) -> torch.device:
@@ -83,23 +91,69 @@ def train(
         config, data, class_map=class_map, autoencoder=autoencoder, device=processes.device, report=on_note
     )
     output.mkdir(parents=True, exist_ok=True)
-    state = load_state(output, config, processes) if resume else start(config, processes)
-    return train_to_end(config, state, split, output, on_progress)
+    return train_stages(config, split, output, processes, resume=resume, on_progress=on_progress)
+
+
+def train_stages(
+    config: TrainConfig,
+    split: DataSplit,
+    output: Path,
+    processes: Processes | None = None,
+    *,
+    resume: bool = False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Path:
+    """`train` with data that is open already. Every process calls this."""
+    nested = nested_config(config)
+    if nested is None:
+        state = load_state(output, config, processes) if resume else start(config, processes)
+        return train_to_end(config, state, split, output, on_progress)
+    if resume and holds_nested(output):
+        state = load_state(output, nested, processes)
+    else:
+        first = load_state(output, config, processes) if resume else start(config, processes)
+        run(config, first, split.training, lambda s: save_state(output, config, s), on_progress)
+        done = Checkpoint(config.spec, split.training.class_names, averaged_tensors(config, first), {})
+        state = start_nested(nested, done, split.training, first.processes)
+        state.seconds = first.seconds
+    loss = NestedLoss(config.spec.objective, config.seed)
+    seen = config.steps * config.batch_size
+    return train_to_end(nested, state, split, output, on_progress, loss_of=loss, whole=config, seen_before=seen)
 
 
 def train_to_end(
-    config: TrainConfig, state: TrainState, split: DataSplit, output: Path, on_progress: Callable[[Progress], None]
+    config: TrainConfig,
+    state: TrainState,
+    split: DataSplit,
+    output: Path,
+    on_progress: Callable[[Progress], None],
+    *,
+    loss_of: Loss | None = None,
+    whole: TrainConfig | None = None,
+    seen_before: int = 0,
 ) -> Path:
-    """Train what is left of a run, saving into `output`, which becomes a checkpoint. Every process calls this."""
-    run(config, state, split.training, lambda s: save_state(output, config, s), on_progress)
+    """Train what is left of a stage, the last one, saving into `output`, which becomes a checkpoint.
+
+    `whole` is the configuration of the run that it is the last stage of, `seen_before` the images of earlier ones.
+    Every process calls this.
+    """
+    run(config, state, split.training, lambda s: save_state(output, config, s), on_progress, loss_of)
     weights = averaged_tensors(config, state)
     if state.processes.rank == 0:
-        finish(config, state, weights, output, split)
+        seen = seen_before + state.step * config.batch_size
+        finish(whole or config, state, weights, output, split, seen)
     state.processes.wait()
     return output
 
 
-def finish(config: TrainConfig, state: TrainState, weights: dict[str, Tensor], output: Path, split: DataSplit) -> None:
+def finish(
+    config: TrainConfig,
+    state: TrainState,
+    weights: dict[str, Tensor],
+    output: Path,
+    split: DataSplit,
+    images_seen: int,
+) -> None:
     """Write the checkpoint from the averaged weights, in fp16, and what planning needs beside it."""
     data = split.training
     provenance = {
@@ -109,7 +163,7 @@ def finish(config: TrainConfig, state: TrainState, weights: dict[str, Tensor], o
         "data_sha256": data.sha256,
         "hardware": hardware(state.processes.device),
         "seconds": round(state.seconds, 1),
-        "images_seen": state.step * config.batch_size,
+        "images_seen": images_seen,
         "final_loss": state.loss,
         "tools": {"kind_edge": __version__, "torch": torch.__version__},
         "recommended": {
@@ -118,12 +172,9 @@ def finish(config: TrainConfig, state: TrainState, weights: dict[str, Tensor], o
             "sampler": default_sampler(config.spec.objective),
         },
     }
-    checkpoint = Checkpoint(config.spec, data.class_names, weights, provenance)
+    checkpoint = Checkpoint(state.model.spec, data.class_names, weights, provenance)
     if config.spec.factored:
-        order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(0))
-        chosen = order[:CALIBRATION_IMAGES]
-        calibration = calibrate_on_images(checkpoint.model(), data.batch(chosen), data.labels[chosen])
-        save_calibration(output / CALIBRATION, calibration)
+        save_calibration(output / CALIBRATION, calibrated(checkpoint, data))
     save_heldout(output, split.heldout)
     save_checkpoint(output, checkpoint, torch.float16)
     assert (output / CONFIG).exists()

@@ -1,103 +1,193 @@
-"""`scripts/results NAME -o FOLDER`: run what is not finished yet, then print the table as markdown."""
+"""`scripts/results NAME -o FOLDER`: run what is not finished yet, then print what it says as markdown."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from kind_edge.errors import KindEdgeError, UsageError
-from kind_edge.model.shipped import DEFAULT_MODEL
-from studies import anysize, decomposition, pictures, trainings, transfer, trials
+from kind_edge.errors import KindEdgeError, UsageError, unknown
+from kind_edge.model.shipped import DEFAULT_MODEL, find_model
+from studies import anysize, claims, decomposition, exported, pictures, shipped, trainings, transfer, trials
+from studies.documents import RESULTS, ROOT, Block, check, insert
 from studies.statistics import SEEDS
-from studies.store import Record, subject_of, write_whole
+from studies.store import Record, Store, Subject, subject_of
 
-HELP = """decomposition  is the learngene classless, and does a tailor draw its own class alone?
+HELP = """publish        all that README.md and docs say of the shipped model, or only the BLOCKs that are named
+
+Of the shipped model, or of --checkpoint; with --into FILE they go into a document:
+classes        pictures of every class, from the same noises
+export         what the README's first command prints
+cutting        two pairs of classes cut to 40 % of the size: held-out loss, accuracy
+cost           scripts/bench cost: predicted and measured time, size and memory
+shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
+decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
 anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
+
+Beside it:
+recommend      settles the guidance of --checkpoint by the judge, and writes it and its quality into config.json
 trainings      trains the study presets with three seeds each, and runs decomposition on every model (hours)
 transfer       new classes and a new domain: tailors against LoRA, full fine-tuning and from scratch (an hour a seed)
 trials         trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
-twin           trains the dense transformer of the shipped model's shape on as many images, and judges it (1.5 hours)
-shipped        judges the model in FOLDER over guidance strengths, and with 10,000 images at its best
+twin           trains the dense transformer of the preset fashion-mnist's shape on as many images (1.5 hours)
 
-A finished run's figures lie in FOLDER/STUDY/RUN.json and are never computed again; stopped runs go on."""
+A finished run's figures lie in FOLDER/STUDY/RUN.json and are never computed again; stopped runs go on. `publish` keeps
+them in docs/results, which is of the shipped model alone: what other models left there is removed."""
+
+BLOCKS = (
+    Block("classes", "README.md", lambda _: "![Ten classes drawn by the shipped model](docs/images/classes.png)",
+          has_runs=False, album="docs/images"),
+    Block("export", "README.md", exported.listing_text),
+    Block("cutting", "docs/results.md", exported.cutting_text),
+    Block("cost", "docs/results.md", exported.cost_text),
+    Block("shipped", "docs/results.md", shipped.text),
+    Block("decomposition", "docs/claims.md", claims.decomposition_text),
+    Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
+)  # fmt: skip
+"""All that is said of the shipped model; quick ones first, and what is timed before the machine gets warm."""
 
 METHODS = {
     "anysize": ("whitened", "plain", "planned"),
     "anysize-heal": ("healed",),
     "anysize-dense": ("dense",),
 }
+ABOUT_A_MODEL = (*(block.name for block in BLOCKS), *(name for name in METHODS if name != "anysize"))
+OTHERS = ("trainings", "transfer", "trials", "twin")
 
 
-def study(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
-    """Run a study; returns its records and its table."""
-    own = {"trials": trials.trials, "twin": trials.twin, "shipped": trials.shipped}
-    if name in own:
-        rows = own[name](chosen.output)
-        return rows, trials.table(rows)
+@dataclass(frozen=True)
+class Job:
+    """What a study is of, where its runs lie and its pictures go, and how much it draws."""
+
+    subject: Subject
+    output: Path
+    album: Path
+    images: int
+    seeds: Sequence[int]
+
+
+def block_of(name: str) -> Block:
+    """Where a study of one model writes; the three about sizes share one."""
+    return next(block for block in BLOCKS if block.name == name.split("-")[0])
+
+
+def measure(name: str, job: Job) -> list[Record]:
+    """Run a study of one model, and draw its pictures."""
+    size = (job.subject, job.output, job.images, job.seeds)
+    if name == "classes":
+        pictures.draw_classes(job.subject, job.album)
+        return []
+    if name == "decomposition":
+        parts = decomposition.Decomposition(*size)
+        records = parts.run()
+        pictures.draw_decomposition(parts, records, job.album)
+        return records
+    if name in METHODS:
+        sizes = anysize.AnySize(*size)
+        records = sizes.run(METHODS[name])
+        pictures.draw_anysize(sizes, records, job.album)
+        return records
+    studies = {"export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run}
+    return studies[name](job.subject, job.output)
+
+
+def make_way(study: str, subject: Subject, output: Path) -> None:
+    """docs/results is of the shipped model alone: what another one left there goes when its study runs anew."""
+    shipped_model = subject.folder == find_model(DEFAULT_MODEL)
+    if shipped_model and output.resolve() == ROOT / RESULTS:
+        Store(output, study, subject).forget_others()
+
+
+def publish(names: Sequence[str]) -> None:
+    """Make blocks of the shipped model anew, one after the other, each put into its document when it is done."""
+    known = [block.name for block in BLOCKS]
+    for name in names:
+        if name not in known:
+            raise unknown("block", name, known)
+    subject = subject_of(DEFAULT_MODEL)
+    for block in [block for block in BLOCKS if block.name in (names or known)]:
+        began, document = time.monotonic(), ROOT / block.document
+        make_way(block.name, subject, ROOT / RESULTS)
+        job = Job(subject, ROOT / RESULTS, document.parent / block.album, block.images, SEEDS[: block.seeds])
+        insert(document, block.name, subject.sha256, block.text(measure(block.name, job)))
+        print(f"{block.document}: {block.name} took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+    if not names:
+        check(ROOT, subject, BLOCKS)
+
+
+def beside(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
+    """Studies that train models of their own."""
+    seeds, images = SEEDS[: chosen.seeds], chosen.images or 1000
     if name == "trainings":
-        trained = trainings.run(chosen.output, chosen.images, SEEDS[: chosen.seeds])
+        trained = trainings.run(chosen.output, images, seeds)
         return [record for own in trained.values() for record in own], trainings.table(trained)
     if name == "transfer":
-        records = transfer.study(chosen.output, transfer.Size(judged=chosen.images), SEEDS[: chosen.seeds])
+        records = transfer.study(chosen.output, transfer.Size(judged=images), seeds)
         return records, transfer.table(records)
-    subject = subject_of(chosen.checkpoint)
-    size = (chosen.images, SEEDS[: chosen.seeds])
-    album = chosen.into.parent / "images" if chosen.into else chosen.output
-    if name == "decomposition":
-        parts = decomposition.Decomposition(subject, chosen.output, *size)
-        records = parts.run()
-        pictures.draw_decomposition(parts, records, album)
-        return records, decomposition.table(records)
-    sizes = anysize.AnySize(subject, chosen.output, *size)
-    records = sizes.run(METHODS[name])
-    pictures.draw_anysize(sizes, records, album)
-    return records, anysize.table(records)
+    rows = {"trials": trials.trials, "twin": trials.twin}[name](chosen.output)
+    return rows, trials.table(rows)
+
+
+def run(chosen: argparse.Namespace) -> None:
+    if chosen.blocks and chosen.name != "publish":
+        raise UsageError(f"{' '.join(chosen.blocks)}: only publish takes names of blocks")
+    if chosen.into and chosen.name not in ABOUT_A_MODEL:
+        raise UsageError(f"--into: {chosen.name} has no block in a document; leave it out")
+    if chosen.name == "publish":
+        if chosen.into or chosen.checkpoint != DEFAULT_MODEL:
+            raise UsageError("publish is of the shipped model, into README.md and docs; it takes nothing but blocks")
+        publish(chosen.blocks)
+        return
+    if chosen.name in OTHERS:
+        records, text = beside(chosen.name, chosen)
+    elif chosen.name == "recommend":
+        subject = subject_of(chosen.checkpoint)
+        make_way(shipped.NAME, subject, chosen.output)
+        records = shipped.recommend(subject, chosen.output)
+        text = shipped.text(records)
+    else:
+        block = block_of(chosen.name)
+        album = chosen.into.parent / block.album if chosen.into else chosen.output
+        size = (chosen.images or block.images, SEEDS[: chosen.seeds or block.seeds])
+        job = Job(subject_of(chosen.checkpoint), chosen.output, album, *size)
+        make_way(block.name, job.subject, job.output)
+        records = measure(chosen.name, job)
+        text = block.text(records)
+        if chosen.into:
+            insert(chosen.into, block.name, job.subject.sha256, text)
+    print(json.dumps({"rows": records}) if chosen.json else text)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/results", description=HELP, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument(
-        "name", choices=["decomposition", *METHODS, "trainings", "transfer", "trials", "twin", "shipped"]
-    )
+    parser.add_argument("name", choices=["publish", *ABOUT_A_MODEL, "recommend", *OTHERS], metavar="NAME")
+    parser.add_argument("blocks", nargs="*", metavar="BLOCK", help=f"of publish: {', '.join(b.name for b in BLOCKS)}")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
-    parser.add_argument("--images", type=int, default=1000, help="images of a run")
-    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), default=len(SEEDS))
+    parser.add_argument("--images", type=int, help="images of a run; 1000, anysize 500")
+    parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="3, anysize 1")
     parser.add_argument(
-        "--into", type=Path, metavar="FILE", help="put the table into this document, and pictures beside it"
+        "--into", type=Path, metavar="FILE", help="put it into this document, and pictures into images/ beside it"
     )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    chosen = parse(arguments)
     try:
-        records, table = study(chosen.name, chosen)
-        if chosen.into:
-            insert(chosen.into, chosen.name.split("-")[0], table)
+        run(parse(arguments))
     except KindEdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps({"rows": records}) if chosen.json else table)
     return 0
-
-
-def insert(document: Path, name: str, table: str) -> None:
-    """Put the table in the place of what stands between the two marks of this study in a document."""
-    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-    text = document.read_text(encoding="utf-8")
-    before, found, rest = text.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise UsageError(f"--into {document}: it has no lines {begin.strip()} and {end} to put the table between")
-    write_whole(document, f"{before}{begin}\n{table}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

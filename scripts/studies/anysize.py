@@ -25,6 +25,7 @@ from kind_edge.deploy.merge import truncate
 from kind_edge.deploy.pipeline import plan as make_plan
 from kind_edge.deploy.quality import heldout_losses
 from kind_edge.deploy.request import OpenedModel, open_model
+from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import CONFIG, Checkpoint, load_checkpoint
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.config import TrainConfig
@@ -35,7 +36,6 @@ from kind_edge.training.sampled import judged_labels, sample_checkpoint, samplin
 from kind_edge.training.state import STATE
 from kind_edge.training.train import train
 from studies.decomposition import labelled_figures
-from studies.statistics import cell, conditions_line, markdown
 from studies.store import Record, Store, Subject
 
 NAME = "anysize"
@@ -44,6 +44,8 @@ PROFILE = "snapdragon8g3"
 """Any profile does: FLOPs are the same on all, and no other limit is set."""
 
 TRAINED = ("healed", "dense")
+METHODS = ("full", "planned", "whitened", "plain", *TRAINED)
+"""In the order of tables."""
 
 Matrices = Mapping[str, MatrixPlan]
 
@@ -64,6 +66,11 @@ class AnySize:
 
     def run(self, methods: Sequence[str] = ("whitened", "plain", "planned")) -> list[Record]:
         """Every run, seed by seed, so that an early end leaves whole curves."""
+        if self.model.checkpoint.spec.distilled and set(methods) & set(TRAINED):
+            raise UsageError(
+                f"{self.subject.name} is distilled, and no training on images goes on from there; --checkpoint takes "
+                "the model that it was distilled from"
+            )
         for seed in self.seeds:
             self._judged("full", 100, seed)
             for percent in PERCENTS:
@@ -87,8 +94,8 @@ class AnySize:
             full, kept = self.model.checkpoint, list(range(self.model.checkpoint.spec.num_classes))
             losses = heldout_losses(full, self._truncated(method, percent), "switch", kept, heldout)
             classes = [loss.increase for loss in losses if loss.name != "null"]
-            null = [loss.increase for loss in losses if loss.name == "null"]
-            return {"loss_increase": float(np.mean(classes)), "null_loss_increase": float(np.mean(null))}
+            null = {f"{loss.name}_loss_increase": loss.increase for loss in losses if loss.name == "null"}
+            return {"loss_increase": float(np.mean(classes)), **null}
 
         self.store.run(f"{method}-{percent}-heldout", self._size(method, percent) | {"kind": "heldout"}, compute)
 
@@ -204,37 +211,3 @@ def _ranks_text(matrices: Matrices) -> str:
 def _tell(progress: Progress) -> None:
     if progress.step % 100 == 0:
         print(f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}", file=sys.stderr, flush=True)
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
-
-METHODS = ("full", "planned", "whitened", "plain", "healed", "dense")
-
-
-def table(records: Sequence[Record]) -> str:
-    """Mean and range over the seeds; one row per method and size."""
-    header = (
-        "model", "rank (learngene + tailor), or width", "FLOPs", "share", "Fréchet distance", "class accuracy",
-        "worst class", "held-out loss",
-    )  # fmt: skip
-    whole = next((record["conditions"]["flops"] for record in records if record["conditions"]["percent"] == 100), None)
-    rows = []
-    for method in METHODS:
-        for percent in (100, *PERCENTS):
-            size = {"method": method, "percent": percent}
-            own = [record for record in records if size.items() <= record["conditions"].items()]
-            if own:
-                rows.append(_row(own, whole))
-    return f"{markdown(header, rows)}\n\n{conditions_line(records)}"
-
-
-def _row(own: Sequence[Record], whole: int | None) -> tuple[str, ...]:
-    size = own[0]["conditions"]
-    name = size["method"] if size["percent"] == 100 else f"{size['method']}, {size['percent']} %"
-    shape = size.get("ranks") or f"width {size['width']}"
-    share = f"{100 * size['flops'] / whole:.0f} %" if whole else "–"
-    flops = f"{size['flops'] / 1e6:.1f} M"
-    accuracy = (cell(own, key, 1, 100, " %") for key in ("class_accuracy", "worst_class_accuracy"))
-    loss = cell(own, "loss_increase", 1, 100, " %")
-    loss = loss if loss == "–" else f"+{loss}"
-    return (name, shape, flops, share, cell(own, "frechet", 1), *accuracy, loss)

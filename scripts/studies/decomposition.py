@@ -2,7 +2,7 @@
 
 Every run draws images through the gated model and asks the judge what it sees. Per seed of the noise:
 full        all classes at the recommended guidance: the row of class A is what its tailor draws
-unguided    the same without guidance, so the tailor has to do it alone
+unguided    the same without guidance, so the tailor has to do it alone (not of a model with guidance inside)
 learngene   every gate closed, no guidance
 crossed     label A with tailor B, for models with a label embedding: who decides?
 And once: `swap`, the same noise under every tailor; `noise`, what sampling starts from; `real`, test images.
@@ -23,13 +23,13 @@ from torch.nn import functional
 
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint
+from kind_edge.model.diffusion import TRAIN_STEPS
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.model.sampling import Denoiser, guided
+from kind_edge.model.sampling import Denoiser, denoiser
 from kind_edge.training.data import CLASS_NAMES, load_fashion_mnist
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.sampled import Sampled, Sampling, draw, draw_noise, judged_labels, sampling_of, spread
-from studies.statistics import cell, conditions_line, markdown
 from studies.store import Record, Store, Subject
 
 NAME = "decomposition"
@@ -51,7 +51,9 @@ class Decomposition:
         self.images, self.seeds = images, seeds
         self.names = judged_labels(self.checkpoint.class_names)
         self.guided = sampling_of(self.checkpoint)
-        self.unguided = sampling_of(self.checkpoint, guidance=1.0)
+        inside = self.checkpoint.spec.inside_guidance
+        self.alone = sampling_of(self.checkpoint, guidance=1.0 if inside is None else inside)
+        """With nothing to be guided towards: unguided, unless guidance is inside."""
 
     def run(self) -> list[Record]:
         """Every run, seed by seed; finished ones are only read."""
@@ -59,8 +61,9 @@ class Decomposition:
         self._once("real", {}, lambda: real_figures(self.judge, self.images))
         for seed in self.seeds:
             self.full(seed)
-            self._drawn("unguided", seed, self.unguided, self._full)
-            self._drawn("learngene", seed, self.unguided, self._learngene)
+            if not self.checkpoint.spec.distilled:
+                self._drawn("unguided", seed, self.alone, self._full)
+            self._drawn("learngene", seed, self.alone, self._learngene)
             if self.checkpoint.spec.label_embedding:
                 self._drawn("crossed", seed, self.guided, self._crossed)
         self._drawn("swap", self.seeds[0], self.guided, self._swap)
@@ -84,7 +87,7 @@ class Decomposition:
     def _full(self, seed: int, sampling: Sampling) -> dict[str, Any]:
         spec = self.checkpoint.spec
         index = spread(self.images, spec.num_classes)
-        denoise = guided(self.checkpoint.model(), sampling.guidance, spec.num_classes)
+        denoise = denoiser(self.checkpoint.model(), sampling.steps, sampling.guidance)
         noise = draw_noise(spec, self.images, seed)
         images = draw(denoise, noise, torch.from_numpy(index), spec.objective, sampling)
         return labelled_figures(self.judge, Sampled(images, np.array(self.names)[index]), self.names)
@@ -112,10 +115,11 @@ class Decomposition:
 
 
 def draw_learngene(checkpoint: Checkpoint, images: int, seed: int, sampling: Sampling) -> Images:
-    """Images with every gate closed, unguided: there is nothing to be guided towards."""
+    """Images with every gate closed; `sampling` is without guidance, or with what is inside."""
     spec = checkpoint.spec
     closed = torch.full((images,), spec.num_classes)
-    return draw(checkpoint.model(), draw_noise(spec, images, seed), closed, spec.objective, sampling)
+    denoise = denoiser(checkpoint.model(), sampling.steps, sampling.guidance)
+    return draw(denoise, draw_noise(spec, images, seed), closed, spec.objective, sampling)
 
 
 def draw_swapped(checkpoint: Checkpoint, noises: int, seed: int, sampling: Sampling) -> Images:
@@ -123,7 +127,7 @@ def draw_swapped(checkpoint: Checkpoint, noises: int, seed: int, sampling: Sampl
     spec = checkpoint.spec
     noise = draw_noise(spec, noises, seed).repeat(spec.num_classes, 1, 1, 1)
     classes = torch.arange(spec.num_classes).repeat_interleave(noises)
-    denoise = guided(checkpoint.model(), sampling.guidance, spec.num_classes)
+    denoise = denoiser(checkpoint.model(), sampling.steps, sampling.guidance)
     images = draw(denoise, noise, classes, spec.objective, sampling)
     return images.reshape(spec.num_classes, noises, *images.shape[1:])
 
@@ -136,17 +140,21 @@ def all_pairs(classes: int, images: int) -> NDArray[np.int64]:
 def draw_crossed(checkpoint: Checkpoint, pairs: NDArray[np.int64], seed: int, sampling: Sampling) -> Images:
     """Images of `pairs` [n, 2]: label embedding of the first, tailor of the second."""
     spec = checkpoint.spec
-    denoise = crossed(checkpoint.model(), spec.num_classes, sampling.guidance)
+    denoise = crossed(checkpoint.model(), sampling.steps, sampling.guidance)
     noise = draw_noise(spec, len(pairs), seed)
     return draw(denoise, noise, torch.from_numpy(pairs), spec.objective, sampling)
 
 
-def crossed(model: DiT, num_classes: int, guidance: float) -> Denoiser:
-    """A guided denoiser whose classes are (label, tailor) pairs [B, 2]; the null branch has neither."""
+def crossed(model: DiT, steps: int, guidance: float) -> Denoiser:
+    """`denoiser` whose classes are (label, tailor) pairs [B, 2]; the null branch, where there is one, has neither."""
+    num_classes = model.spec.num_classes
 
     def predict(x: Tensor, timestep: Tensor, pairs: Tensor) -> Tensor:
         labels, tailors = pairs.unbind(1)
         gates = functional.one_hot(tailors, num_classes)
+        if model.spec.distilled:
+            span = torch.full_like(timestep, TRAIN_STEPS / steps)
+            return model(x, timestep, ClassGate.opening(gates, labels), span)
         both = ClassGate.opening(
             torch.cat([gates, torch.zeros_like(gates)]), torch.cat([labels, torch.full_like(labels, num_classes)])
         )
@@ -245,34 +253,3 @@ def variance_shares(features: NDArray[np.float64]) -> dict[str, float]:
         "noise_share_of_rest": noise / (total - tailor),
         "chance_share": 1 / classes,
     }
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
-
-ROWS = (
-    ("real", "real test images"),
-    ("full", "full, guided"),
-    ("unguided", "full, without guidance"),
-    ("learngene", "learngene alone"),
-    ("noise", "noise"),
-)
-
-
-def table(records: Sequence[Record]) -> str:
-    """Mean and range over the seeds, one row per kind of image."""
-    header = (
-        "images",
-        "entropy per image (nats)",
-        "of the mean (nats)",
-        "judge over 90 % sure",
-        "class accuracy",
-        "Fréchet distance",
-    )
-    rows = []
-    for kind, words in ROWS:
-        own = [record for record in records if record["conditions"]["kind"] == kind]
-        if own:
-            figures = (cell(own, "entropy_nats", 3), cell(own, "marginal_entropy_nats", 3))
-            shares = (cell(own, name, 1, 100, " %") for name in ("confident_share", "class_accuracy"))
-            rows.append((words, *figures, *shares, cell(own, "frechet", 1)))
-    return f"{markdown(header, rows)}\n\n{conditions_line(records)}"

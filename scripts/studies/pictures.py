@@ -1,9 +1,7 @@
-"""The studies as pictures: grids of drawn images, and plots where matplotlib is installed."""
+"""The studies as pictures: grids of drawn images, and plots."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,46 +9,60 @@ from typing import Any
 import numpy as np
 
 from kind_edge.deploy.grid import save_grid
-from kind_edge.training.sampled import sample_checkpoint
+from kind_edge.errors import UsageError
+from kind_edge.model.checkpoint import load_checkpoint
+from kind_edge.training.sampled import sample_checkpoint, sampling_of
 from studies.anysize import METHODS, PERCENTS, AnySize
 from studies.decomposition import Decomposition, draw_learngene, draw_swapped
+from studies.documents import stamp
 from studies.statistics import spread_of_figure
-from studies.store import Record
+from studies.store import Record, Subject
 
-COLUMNS = 10
-SCALE = 2
+COLUMNS, SCALE = 10, 2
+CLASS_COLUMNS, CLASS_SCALE = 8, 3
+
+
+def draw_classes(subject: Subject, folder: Path) -> None:
+    """The same noises under every tailor, as the checkpoint recommends to sample."""
+    checkpoint = load_checkpoint(subject.folder)
+    images = draw_swapped(checkpoint, CLASS_COLUMNS, 0, sampling_of(checkpoint))  # [C, M, H, W, ch]
+    rows, path = images.reshape(-1, *images.shape[2:]), folder / "classes.png"
+    save_grid(rows, path, CLASS_COLUMNS, CLASS_SCALE, list(checkpoint.class_names))
+    stamp(path, subject.sha256)
 
 
 def draw_decomposition(study: Decomposition, records: Sequence[Record], folder: Path) -> None:
     """Same noise under every tailor with the learngene alone below, and the swap matrices."""
-    path = folder / "decomposition.png"
+    path, sha256 = folder / "decomposition.png", study.store.subject.sha256
     swapped = draw_swapped(study.checkpoint, COLUMNS, 0, study.guided)  # [C, M, H, W, ch]
-    alone = draw_learngene(study.checkpoint, COLUMNS, 0, study.unguided)
+    alone = draw_learngene(study.checkpoint, COLUMNS, 0, study.alone)
     rows = np.concatenate([swapped.reshape(-1, *swapped.shape[2:]), alone])
     save_grid(rows, path, COLUMNS, SCALE, [*study.checkpoint.class_names, "no tailor"])
-    if plt := pyplot():
-        plot_swap_matrices(plt, records, folder / "swap-matrix.png")
+    stamp(path, sha256)
+    plot_swap_matrices(pyplot(), records, folder / "swap-matrix.png")
+    stamp(folder / "swap-matrix.png", sha256)
 
 
 def draw_anysize(study: AnySize, records: Sequence[Record], folder: Path) -> None:
     """One image of every class at every size from the same noise, and quality against FLOPs."""
-    path = folder / "anysize.png"
+    path, sha256 = folder / "anysize.png", study.subject.sha256
     classes, sampling = study.model.checkpoint.spec.num_classes, study.sampling
     sizes = [("full", 100)] + [(method, percent) for method in ("whitened", "plain") for percent in PERCENTS]
     rows = [
         sample_checkpoint(study.at_size(*size), classes, 3, sampling.steps, sampling.guidance).images for size in sizes
     ]
     save_grid(np.concatenate(rows), path, classes, SCALE, [f"{method} {percent} %" for method, percent in sizes])
-    if plt := pyplot():
-        plot_sizes(plt, records, folder / "anysize-curves.png")
+    stamp(path, sha256)
+    plot_sizes(pyplot(), records, folder / "anysize-curves.png")
+    stamp(folder / "anysize-curves.png", sha256)
 
 
 def pyplot() -> Any:
-    """matplotlib's pyplot without a display; None, said once, where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print("matplotlib is not installed: no plots", file=sys.stderr)
-        return None
-    import matplotlib
+    """matplotlib's pyplot without a display."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError("the plots need matplotlib: pip install matplotlib") from error
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -61,12 +73,13 @@ def pyplot() -> Any:
 
 def plot_swap_matrices(plt: Any, records: Sequence[Record], path: Path) -> None:
     """Rows: whose tailor; columns: what the judge sees; mean percentages over the seeds."""
-    kinds = [("full", "guided"), ("unguided", "without guidance")]
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 4.8), layout="constrained")
-    for axis, (kind, words) in zip(axes, kinds, strict=True):
-        own = [record["figures"] for record in records if record["conditions"]["kind"] == kind]
-        if not own:
-            continue
+    kinds = [
+        (words, own)
+        for kind, words in (("full", "guided"), ("unguided", "without guidance"))
+        if (own := [record["figures"] for record in records if record["conditions"]["kind"] == kind])
+    ]
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.6 * len(kinds), 4.8), layout="constrained", squeeze=False)
+    for axis, (words, own) in zip(axes[0], kinds, strict=True):
         matrix = 100 * np.mean([figures["confusion"] for figures in own], axis=0)
         axis.imshow(matrix, cmap="Blues", vmin=0, vmax=100)
         for (row, column), share in np.ndenumerate(matrix):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,18 @@ def cell(records: Sequence[dict[str, Any]], name: str, digits: int = 2, scale: f
     """The spread of one figure as a cell of a table; a dash if no run has it."""
     spread = spread_of_figure(records, name)
     return "–" if spread is None else spread.text(digits, scale, unit)
+
+
+def in_percent(share: float, digits: int = 0) -> str:
+    """ "97.2 %"."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def paragraph(text: str, indent: str = "") -> str:
+    """Lines of at most 120 characters; a percent sign stays with its figure."""
+    kept = text.replace(" %", "\N{NO-BREAK SPACE}%")
+    lines = textwrap.fill(kept, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -85,6 +85,14 @@ class Store:
         records = [read_record(path) for path in sorted(self.folder.glob("*.json"))]
         return [record for record in records if record["checkpoint"] == self._checkpoint()]
 
+    def forget_others(self) -> None:
+        """Remove the stored runs of other models, which no longer say anything."""
+        for path in sorted(self.folder.glob("*.json")):
+            of = read_record(path)["checkpoint"]
+            if of["sha256"] != self.subject.sha256:
+                print(f"{path}: of model {of['sha256'][:12]}, removed", file=sys.stderr)
+                path.unlink()
+
     def _checkpoint(self) -> dict[str, str]:
         subject = self.subject
         return {"model": subject.name, "sha256": subject.sha256, "weights_sha256": subject.weights_sha256}

@@ -11,6 +11,7 @@ from kind_edge.training.config import preset
 from kind_edge.training.state import STATE
 from kind_edge.training.train import train
 from studies import decomposition
+from studies.claims import decomposition_table
 from studies.store import Record, subject_of
 
 PRESETS = ("study", "study-label")
@@ -31,4 +32,4 @@ def run(output: Path, images: int, seeds: Sequence[int]) -> dict[str, list[Recor
 
 def table(records: dict[str, list[Record]]) -> str:
     """One table per preset; ranges are over trainings."""
-    return "\n\n".join(f"{name}\n\n{decomposition.table(own)}" for name, own in records.items())
+    return "\n\n".join(f"{name}\n\n{decomposition_table(own)}" for name, own in records.items())

@@ -51,8 +51,8 @@ from kind_edge.training.data import (
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.loop import Noised, Progress, part_loss, run
 from kind_edge.training.metrics import frechet_distance, gaussian_of
-from kind_edge.training.state import STATE, TrainState, load_state, save_state, start, start_from
-from kind_edge.training.train import train_to_end
+from kind_edge.training.state import STATE, TrainState, load_state, save_state, start_from
+from kind_edge.training.train import train_stages
 from studies.statistics import cell, markdown
 from studies.store import Record, Store, subject_of
 
@@ -151,13 +151,12 @@ class Size:
 def trained_before(folder: Path, kind: str, size: Size, seed: int) -> Path:
     """The model of seven classes, trained unless it lies there already."""
     spec = SPEC if kind == "kind" else dataclasses.replace(SPEC.dense(), label_embedding=True)
-    config = TrainConfig(spec, images=size.before, seed=seed)
+    config = TrainConfig(spec, images=size.before, seed=seed, nested_share=0.0)
     place = folder / "weights" / f"before-{kind}-{size.before}-seed{seed}"
     if not (place / CONFIG).exists():
         split = fashion_mnist_split(load_fashion_mnist(), 50).of_classes(OLD)
         place.mkdir(parents=True, exist_ok=True)
-        state = load_state(place, config) if (place / STATE).exists() else start(config)
-        train_to_end(config, state, split, place, _tell)
+        train_stages(config, split, place, resume=(place / STATE).exists(), on_progress=_tell)
     return place
 
 

@@ -19,13 +19,12 @@ from kind_edge.budget.plan import MatrixPlan
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint, save_checkpoint
 from kind_edge.model.dit import DiT, initialise
-from kind_edge.model.sampling import guided
-from kind_edge.model.shipped import find_model
+from kind_edge.model.sampling import denoiser
 from kind_edge.training.config import preset
 from kind_edge.training.data import CLASS_NAMES, find_fashion_mnist
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+DISTILLED: dict[str, Any] = {"step_counts": (2, 4), "inside_guidance": 1.5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,19 +107,23 @@ def test_confusion_is_by_row() -> None:
     assert (obeys["pairs"], obeys["follows_tailor"], obeys["follows_label"]) == (180, 1.0, 0.0)
 
 
+@pytest.mark.parametrize("distilled", [True, False])
 @pytest.mark.parametrize("label_embedding", [True, False])
-def test_a_label_crossed_with_its_own_tailor_is_the_ordinary_model(label_embedding: bool, tmp_path: Path) -> None:
+def test_a_label_crossed_with_its_own_tailor_is_the_ordinary_model(
+    label_embedding: bool, distilled: bool, tmp_path: Path
+) -> None:
     from studies.decomposition import crossed
 
     from kind_edge.model.checkpoint import load_checkpoint
 
-    model = load_checkpoint(smoke_folder(tmp_path, label_embedding=label_embedding)).model()
+    inside = DISTILLED if distilled else {}
+    model = load_checkpoint(smoke_folder(tmp_path, label_embedding=label_embedding, **inside)).model()
     x, timestep = torch.randn(3, 1, 28, 28), torch.full((3,), 400.0)
     classes = torch.tensor([4, 0, 4])
     own = torch.stack([classes, classes], 1)
     other = torch.stack([torch.tensor([1, 2, 3]), classes], 1)
-    ordinary = guided(model, 1.5, 10)(x, timestep, classes)
-    denoise = crossed(model, 10, 1.5)
+    ordinary = denoiser(model, 2, 1.5)(x, timestep, classes)
+    denoise = crossed(model, 2, 1.5)
     torch.testing.assert_close(denoise(x, timestep, own), ordinary, atol=1e-5, rtol=1e-4)
     label_matters = not torch.allclose(denoise(x, timestep, other), ordinary, atol=1e-5, rtol=1e-4)
     assert label_matters == label_embedding
@@ -155,12 +158,26 @@ def test_decomposition_of_a_model_with_a_label_embedding(
     assert main(["decomposition", *command, "--into", str(document)]) == 0
     captured = capsys.readouterr()
     assert "| learngene alone |" in captured.out
-    assert document.read_text().startswith("above\n<!-- decomposition: begin -->\n\n| images |")
+    assert document.read_text().startswith("above\n<!-- decomposition: begin, model ")
     assert document.read_text().endswith("<!-- decomposition: end -->\nbelow\n")
     assert "old" not in document.read_text()
     assert (tmp_path / "images" / "decomposition.png").stat().st_size < 150_000
     assert "swap-seed0 took" in captured.err
     assert "full-seed0 took" not in captured.err
+
+
+def test_decomposition_of_a_model_with_guidance_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from studies.claims import decomposition_text
+    from studies.decomposition import Decomposition
+    from studies.store import subject_of
+
+    needs_data()
+    monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 100)
+    study = Decomposition(subject_of(smoke_folder(tmp_path / "model", **DISTILLED)), tmp_path / "out", 20, (0,))
+    records = study.run()
+    assert {record["run"] for record in records} == {"noise", "real", "full-seed0", "learngene-seed0", "swap-seed0"}
+    assert {record["conditions"].get("guidance") for record in records} == {None, 1.5}
+    assert "without guidance" not in decomposition_text(records)
 
 
 def test_sizes_keep_their_promise(tmp_path: Path) -> None:
@@ -208,7 +225,7 @@ def test_every_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     needs_data()
     small = dataclasses.replace(preset("smoke"), images=40, spec=dataclasses.replace(preset("smoke").spec, depth=1))
     monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 50)
-    monkeypatch.setattr("kind_edge.training.train.CALIBRATION_IMAGES", 10)
+    monkeypatch.setattr("kind_edge.training.nested.CALIBRATION_IMAGES", 10)
     monkeypatch.setattr(trainings, "PRESETS", ("smoke",))
     monkeypatch.setattr(trainings, "preset", lambda _: small)
     first = trainings.run(tmp_path, 20, (0, 1))
@@ -216,30 +233,3 @@ def test_every_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert trainings.run(tmp_path, 20, (0, 1)) == first
     assert len({record["checkpoint"]["weights_sha256"] for record in first["smoke"]}) == 2
     assert " to " in trainings.table(first)
-
-
-FILES = sorted(RESULTS.glob("*/*.json"))
-
-
-def test_every_stored_result_says_which_model_it_is_of() -> None:
-    from studies.store import read_record, weights_hash
-
-    assert FILES
-    shipped = weights_hash(find_model("fashion-mnist"))
-    for path in FILES:
-        record = read_record(path)
-        own = record["checkpoint"]["weights_sha256"]
-        assert len(own) == len(record["checkpoint"]["sha256"]) == 64, path
-        assert record["checkpoint"]["model"] != "fashion-mnist" or own == shipped, path
-        assert (record["study"], record["run"]) == (path.parent.name, path.stem)
-
-
-@pytest.mark.parametrize("study", ["decomposition", "anysize"])
-def test_the_claims_are_what_the_stored_results_say(study: str) -> None:
-    from studies import anysize, decomposition
-    from studies.store import read_record
-
-    records = [read_record(path) for path in FILES if path.parent.name == study]
-    table = {"decomposition": decomposition.table, "anysize": anysize.table}[study](records)
-    text = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
-    assert table in text, f"docs/claims.md is out of date; scripts/results {study} -o docs/results prints the table"

@@ -26,10 +26,12 @@ from kind_edge.training.batches import ClassBatches
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
 from kind_edge.training.loop import run, train_step
-from kind_edge.training.state import STATE, TrainState, load_state, save_state, start
+from kind_edge.training.nested import nested_config
+from kind_edge.training.state import STATE, TrainState, holds_nested, load_state, save_state, start
 
 SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 9, learngene_rank=4, tailor_rank=2)
-CONFIG = TrainConfig(SPEC, images=40 * 6, batch_size=6, warmup_steps=2, nested_share=0.3)
+CONFIG = TrainConfig(SPEC, images=16 * 6, batch_size=6, warmup_steps=2, nested_share=1.0)
+NESTED = nested_config(CONFIG)
 LABELS = torch.arange(27) % 9
 IMAGES = torch.randint(256, (27, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 DATA = in_memory(IMAGES.numpy(), LABELS, tuple("abcdefghi"), "0")
@@ -39,8 +41,9 @@ import os, sys, pathlib
 import torch
 from kind_edge.training import loop
 from kind_edge.training.config import TrainConfig
-from kind_edge.training.data import in_memory
-from kind_edge.training.state import STATE, load_state, save_state, start
+from kind_edge.training.data import DataSplit, in_memory
+from kind_edge.training.state import STATE
+from kind_edge.training.train import train_stages
 
 loop.SAVE_EVERY_S = 0.0  # after every step
 labels = torch.arange(27) % 9
@@ -49,8 +52,8 @@ data = in_memory(images.numpy(), labels, tuple("abcdefghi"), "0")
 config = TrainConfig.from_dict(eval(sys.argv[1]), "test")
 
 def train(folder):
-    state = load_state(folder, config) if (folder / STATE).exists() else start(config)
-    loop.run(config, state, data, lambda s: save_state(folder, config, s), lambda _: None)
+    split = DataSplit(data, data.of_classes(()))
+    train_stages(config, split, folder, resume=(folder / STATE).exists())
 
 for line in sys.stdin:  # a fork for every run, so that torch is imported once
     pid = os.fork()
@@ -62,8 +65,12 @@ for line in sys.stdin:  # a fork for every run, so that torch is imported once
 """
 
 
-def stored_step(folder: Path) -> int:
-    return load_state(folder, CONFIG).step if (folder / STATE).exists() else 0
+def stored_step(folder: Path) -> tuple[bool, int]:
+    """Which stage, and how far it is."""
+    if not (folder / STATE).exists():
+        return False, 0
+    nested = holds_nested(folder)
+    return nested, load_state(folder, NESTED if nested else CONFIG).step
 
 
 def wait_for_saves(path: Path, count: int) -> None:
@@ -107,13 +114,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(tm
             assert int(answer()) == signal.SIGKILL
             reached.append(stored_step(tmp_path / "killed"))
         assert reached == sorted(set(reached))
-        assert reached[-1] < CONFIG.steps
+        assert reached[-1] < (True, NESTED.steps)
         started(tmp_path / "killed")
         assert int(answer()) == 0
     finally:
         server.kill()
         server.communicate()
-    assert [path.name for path in (tmp_path / "killed").iterdir()] == [STATE]
+    assert stored_step(tmp_path / "killed") == (True, NESTED.steps)
+    assert not list((tmp_path / "killed").glob("*.partial"))
     wanted, got = (load_file(tmp_path / name / STATE) for name in ("undisturbed", "killed"))
     assert wanted.keys() == got.keys()
     for name, tensor in wanted.items():

@@ -23,6 +23,7 @@ from kind_edge.training.batches import ClassBatches
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
 from kind_edge.training.loop import Noised, learning_rate, train_step
+from kind_edge.training.losses import NestedLoss
 from kind_edge.training.state import TrainState, averaged_tensors, start
 from kind_edge.training.tailors import BETAS, average_kept, decay_at
 
@@ -165,13 +166,13 @@ def test_clipping_sees_the_tailors() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile, of its own tensors
 def test_a_compiled_block_is_one_graph_whatever_the_step() -> None:
     graphs = CompileCounter()
-    config, data = with_classes(40, batch_size=12, images=72, nested_share=0.4), data_of(40)
+    config, data = with_classes(40, batch_size=12, images=72), data_of(40)
     losses = []
     for compiled in (False, True):
         state, batches = start(config), ClassBatches(data.labels, 40, 12, 0)
         for block in state.model.blocks if compiled else ():
             block.compile(backend=graphs, fullgraph=True)
-        losses.append([train_step(config, state, data, batches) for _ in range(6)])
+        losses.append([train_step(config, state, data, batches, NestedLoss("flow", 0)) for _ in range(6)])
     assert graphs.frame_count == 1
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

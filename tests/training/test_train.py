@@ -20,7 +20,8 @@ from kind_edge.training.state import STATE
 from kind_edge.training.train import pick_device, train
 
 SMOKE = preset("smoke")
-CONFIG = dataclasses.replace(SMOKE, images=6 * SMOKE.batch_size, spec=dataclasses.replace(SMOKE.spec, depth=1))
+SPEC = dataclasses.replace(SMOKE.spec, depth=1)
+CONFIG = dataclasses.replace(SMOKE, images=6 * SMOKE.batch_size, nested_share=0.5, spec=SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +52,11 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_leaves_a_checkpoint_in_fp16(trained: Path) -> None:
     checkpoint = load_checkpoint(trained)
-    assert (checkpoint.spec, checkpoint.class_names) == (CONFIG.spec, CLASS_NAMES)
+    assert (checkpoint.spec, checkpoint.class_names) == (dataclasses.replace(SPEC, nested=True), CLASS_NAMES)
     dtypes = {tensor.dtype for name, tensor in checkpoint.tensors.items() if name != "pos_embed"}  # loaded unrounded
     assert dtypes == {torch.float16}
     provenance = checkpoint.provenance
-    assert provenance["images_seen"] == 240
+    assert provenance["images_seen"] == 360
     assert TrainConfig.from_dict(provenance["config"], "provenance") == CONFIG
     assert provenance["data_sha256"] == DATA_SHA256
     assert 0 < provenance["final_loss"] < 10

@@ -1,0 +1,171 @@
+"""What documents say of the shipped model: written between marks by studies, and checked against model and runs.
+
+A block lies between `<!-- NAME: begin, model HASH -->` and `<!-- NAME: end -->`; HASH is the first 12 digits of the
+checkpoint's, as `kind-edge export` prints it. A picture carries the same hash as PNG text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from kind_edge.errors import InputError, UsageError
+from studies.store import Record, Subject, read_record, write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, PICTURES = Path("docs/results"), Path("docs/images")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md")
+REMEDY = "scripts/results publish"
+HASH_DIGITS = 12
+NO_RUNS_KEPT = "7fa71f970f29"
+"""Blocks of this model were measured before their runs were kept; of every other model the runs have to be there."""
+
+_BLOCK = re.compile(
+    r"<!-- (?P<name>[a-z]+): begin(?:, model (?P<model>[0-9a-f]{12}))? -->\n(?P<body>.*?)<!-- (?P=name): end -->", re.S
+)
+_MARK = re.compile(r"<!-- [a-z]+: (?:begin|end)")
+_PICTURE = re.compile(r"\((?:docs/)?images/([^)]+)\)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """What one study writes into one document: `text` of its runs, which lie in RESULTS/name (unless it has none).
+
+    `images` and `seeds` are how much it draws; its pictures go into the folder `album` beside the document.
+    """
+
+    name: str
+    document: str
+    text: Callable[[Sequence[Record]], str]
+    images: int = 1000
+    seeds: int = 3
+    has_runs: bool = True
+    album: str = "images"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A block as it stands in a document; `model` is None where the mark names none."""
+
+    model: str | None
+    body: str
+
+
+def short(sha256: str) -> str:
+    return sha256[:HASH_DIGITS]
+
+
+def insert(document: Path, name: str, model_sha256: str, text: str) -> None:
+    """Put `text` between the two marks of that name, in the place of what stands there, and the hash into the first."""
+    if not document.is_file():
+        raise UsageError(f"--into {document}: no such file")
+    whole = document.read_text(encoding="utf-8")
+    found = next((match for match in _BLOCK.finditer(whole) if match["name"] == name), None)
+    if found is None:
+        raise UsageError(
+            f"--into {document}: it has no lines <!-- {name}: begin --> and <!-- {name}: end --> to put that between"
+        )
+    block = f"<!-- {name}: begin, model {short(model_sha256)} -->\n\n{text}\n\n<!-- {name}: end -->"
+    write_whole(document, whole[: found.start()] + block + whole[found.end() :])
+
+
+def stamp(picture: Path, model_sha256: str) -> None:
+    """Write the model's hash into a PNG."""
+    with Image.open(picture) as image:
+        image.load()
+    text = PngInfo()
+    text.add_text("model", short(model_sha256))
+    temporary = picture.with_name(f".{picture.name}")
+    image.save(temporary, format="PNG", optimize=True, pnginfo=text)
+    temporary.replace(picture)
+
+
+# --- are they still true? ---------------------------------------------------------------------------------------------
+
+
+def check(root: Path, subject: Subject, blocks: Sequence[Block]) -> None:
+    """Raise `InputError`, with all that is stale and what makes it anew, unless all is of the model `subject`."""
+    names: list[str] = []
+    faults: list[str] = []
+    found = {(path, name): block for path in _documents(root) for name, block in _written(root, path, faults)}
+    for block in blocks:
+        own = [*_block_faults(root, subject, block, found.pop((block.document, block.name), None))]
+        faults += [f"{block.document}: block {block.name} {fault}" for fault in own]
+        names += [block.name] if own else []
+    known = [block.name for block in blocks]
+    faults += [f"{path}: block {name} is no study's; known: {', '.join(known)}" for path, name in found]
+    runs = sorted((root / RESULTS).glob("*/*.json"))
+    faults += [f"{path.relative_to(root)}: no block rests on it" for path in runs if path.parent.name not in known]
+    faults += _picture_faults(root, subject)
+    if faults:
+        heading = f"the documents are not what was measured of the shipped model, {short(subject.sha256)}:"
+        raise InputError("\n".join([heading, *faults, f"make them anew with: {' '.join([REMEDY, *names])}"]))
+
+
+def _documents(root: Path) -> list[str]:
+    return [path.relative_to(root).as_posix() for pattern in DOCUMENTS for path in sorted(root.glob(pattern))]
+
+
+def _written(root: Path, document: str, faults: list[str]) -> Iterator[tuple[str, Written]]:
+    text = (root / document).read_text(encoding="utf-8")
+    found = list(_BLOCK.finditer(text))
+    if len(_MARK.findall(text)) != 2 * len(found) or len({match["name"] for match in found}) != len(found):
+        faults.append(f"{document}: a mark lacks its other end, or a block stands there twice")
+    for match in found:
+        yield match["name"], Written(match["model"], match["body"])
+
+
+def _block_faults(root: Path, subject: Subject, block: Block, written: Written | None) -> Iterator[str]:
+    if written is None:
+        yield "is not there"
+        return
+    if written.model is None:
+        yield "does not say of which model it is"
+    elif written.model != short(subject.sha256):
+        yield f"is of model {written.model}"
+    records = []
+    for path in sorted((root / RESULTS / block.name).glob("*.json")):
+        try:
+            record = read_record(path)
+        except InputError as error:
+            yield f"rests on {error}"
+            continue
+        records.append(record)
+        if record["checkpoint"]["sha256"] != subject.sha256:
+            yield f"rests on {path.relative_to(root)}, of model {short(record['checkpoint']['sha256'])}"
+        if (record["study"], record["run"]) != (block.name, path.stem):
+            yield f"rests on {path.relative_to(root)}, which calls itself {record['study']}/{record['run']}"
+    if block.has_runs and not records and short(subject.sha256) != NO_RUNS_KEPT:
+        yield f"has no runs in {RESULTS / block.name}"
+    if (records or not block.has_runs) and written.body.strip() != block.text(records).strip():
+        yield f"is not what the runs in {RESULTS / block.name} say"
+
+
+def _picture_faults(root: Path, subject: Subject) -> Iterator[str]:
+    shown = {
+        name
+        for path in _documents(root)
+        for match in _BLOCK.finditer((root / path).read_text(encoding="utf-8"))
+        for name in _PICTURE.findall(match["body"])
+    }
+    lying = {path.name for path in (root / PICTURES).iterdir()}
+    yield from (f"{PICTURES / name}: not there, but a block shows it" for name in sorted(shown - lying))
+    yield from (f"{PICTURES / name}: no block shows it, so no study makes it" for name in sorted(lying - shown))
+    for name in sorted(lying):
+        model = _model_of_picture(root / PICTURES / name)
+        if model != short(subject.sha256):
+            yield f"{PICTURES / name}: of model {model or 'unknown'}"
+
+
+def _model_of_picture(path: Path) -> str | None:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.info.get("model")
+    except (OSError, UnidentifiedImageError):
+        return None

@@ -1,0 +1,143 @@
+"""What the shipped model's bundles are: the README's first command, cuts to a share of the size, predicted costs.
+
+listing    what the first command of the README prints
+cutting    two pairs of classes, cut to 40 % of the dense size: held-out loss, and accuracy of the bundle's images
+cost       `scripts/bench cost`: predicted and measured
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import _bench
+
+from kind_edge.deploy.pipeline import evaluate, export
+from kind_edge.errors import GateError
+from kind_edge.model.checkpoint import load_checkpoint
+from kind_edge.training.evaluate import Judge
+from kind_edge.training.sampled import sampling_of
+from studies.statistics import in_percent, markdown, paragraph
+from studies.store import Record, Store, Subject
+
+COMMAND = ("export", "--profile", "snapdragon8g3", "--classes", "sneaker,bag", "-o", "out")
+PROFILE, PRECISION, LIMIT = "snapdragon8g3", "fp32", "40%"
+PAIRS = (("sneaker", "bag"), ("shirt", "coat"))
+JUDGED_IMAGES = 400
+
+
+def listing(subject: Subject, output: Path) -> list[Record]:
+    """The command as a person runs it: a process of its own, in an empty folder, into a pipe."""
+
+    def compute() -> dict[str, Any]:
+        command = [sys.executable, "-P", "-m", "kind_edge.cli", COMMAND[0], str(subject.folder.resolve()), *COMMAND[1:]]
+        told = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+        with TemporaryDirectory() as folder:
+            done = subprocess.run(command, cwd=folder, env=told, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise GateError(f"kind-edge {' '.join(COMMAND)} ended with exit code {done.returncode}; see above")
+        return {"printed": "\n".join(map(str.rstrip, done.stdout.splitlines())).strip("\n")}
+
+    store = Store(output, "export", subject)
+    store.run("listing", {"kind": "listing", "command": list(COMMAND), **_advice(subject)}, compute)
+    return store.finished()
+
+
+def cutting(subject: Subject, output: Path) -> list[Record]:
+    store = Store(output, "cutting", subject)
+    own = {"profile": PROFILE, "precision": PRECISION, "max_size": LIMIT, "images": JUDGED_IMAGES, "seed": 0}
+    for pair in PAIRS:
+        conditions = {"kind": "cut", "classes": list(pair), **own, **_advice(subject)}
+        conditions["judge_sha256"] = Judge.load().judge_sha256
+        store.run("-".join(pair), conditions, partial(_cut, subject.folder, pair))
+    return store.finished()
+
+
+def _cut(model: Path, classes: Sequence[str]) -> dict[str, Any]:
+    with TemporaryDirectory() as folder:
+        bundle = export(
+            model, profile=PROFILE, classes=classes, precision=PRECISION, max_size=LIMIT, output=Path(folder, "out")
+        )
+        report = evaluate(bundle.path, JUDGED_IMAGES, 0).quality
+    return {
+        "file_bytes": bundle.files["onnx/denoiser.onnx"],
+        "limit_bytes": int(bundle.plan.limits["max_size"]),
+        "loss_increase": {loss.name: loss.increase for loss in bundle.quality},
+        "class_accuracy": report.class_accuracy,
+    }
+
+
+def cost(subject: Subject, output: Path) -> list[Record]:
+    store = Store(output, "cost", subject)
+    conditions = {"kind": "cost", "profile": "host", "classes": list(_bench.CLASSES), **_advice(subject)}
+    store.run("plans", conditions, lambda: _bench.cost(subject.folder))
+    return store.finished()
+
+
+def _advice(subject: Subject) -> dict[str, Any]:
+    return dataclasses.asdict(sampling_of(load_checkpoint(subject.folder)))
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def listing_text(records: Sequence[Record]) -> str:
+    return "\n\n".join(f"```text\n{record['figures']['printed']}\n```" for record in records)
+
+
+def cutting_text(records: Sequence[Record]) -> str:
+    rows = [_cut_row(record) for pair in PAIRS for record in records if record["conditions"]["classes"] == list(pair)]
+    own = records[0]["conditions"] if records else {}
+    command = f"kind-edge export --profile {PROFILE} --precision {PRECISION} --max-size {LIMIT} --classes ..."
+    judged = f"kind-edge eval --images {own.get('images')}"
+    sampling = f"{own.get('sampler')}, {own.get('steps')} steps, guidance {own.get('guidance')}"
+    header = ("classes", "file", "limit", "held-out loss", "accuracy")
+    told = paragraph(f"`{command}`, then `{judged}`; {sampling}:")
+    return f"{told}\n\n{markdown(header, rows)}"
+
+
+def _cut_row(record: Record) -> tuple[str, ...]:
+    figures = record["figures"]
+    loss = ", ".join(f"{name} {100 * increase:+.1f} %" for name, increase in figures["loss_increase"].items())
+    sizes = (f"{figures[key]:,} B" for key in ("file_bytes", "limit_bytes"))
+    return (", ".join(record["conditions"]["classes"]), *sizes, loss, f"{in_percent(figures['class_accuracy'], 1)}")
+
+
+def cost_text(records: Sequence[Record]) -> str:
+    return "\n\n".join(map(_cost_part, records))
+
+
+def _cost_part(record: Record) -> str:
+    figures = record["figures"]
+    header = ("precision", "`--max-size`", "predicted", "measured", "predicted file", "file", "parity")
+    errors = {
+        name: f"{in_percent(figures[key])}" if figures[key] >= 0.1 else f"{in_percent(figures[key], 1)}"
+        for name, key in (
+            ("median", "latency_error_median"), ("worst", "latency_error_worst"), ("size", "size_error_worst"),
+            ("memory", "peak_memory_error_worst"),
+        )
+    }  # fmt: skip
+    refused = [f"Refused: {row['precision']} within {row['max_size']}: {row['reason']}." for row in figures["refused"]]
+    told = (
+        f"`scripts/bench cost`, on {record['hardware']}, classes {', '.join(record['conditions']['classes'])}, one "
+        "evaluation; of two rounds the faster median"
+    )
+    missed = (
+        f"Predicted latencies miss the measured ones by {errors['median']} in the median and {errors['worst']} at "
+        f"worst, sizes by {errors['size']} at worst, peak memory by {errors['memory']}."
+    )
+    rows = markdown(header, map(_cost_row, figures["plans"]))
+    return "\n\n".join([paragraph(f"{told}:"), rows, paragraph(" ".join([missed, *refused]))])
+
+
+def _cost_row(row: Mapping[str, Any]) -> tuple[str, ...]:
+    times = (f"{row[key]:.2f} ms" for key in ("predicted_ms", "measured_ms"))
+    sizes = (f"{row[key]:,} B" for key in ("predicted_bytes", "file_bytes"))
+    return (row["precision"], row["max_size"], *times, *sizes, f"{row['parity_db']:.1f} dB")
