@@ -142,7 +142,10 @@ class AnySize:
 
     def _truncated(self, method: str, percent: int) -> Checkpoint:
         plan = dataclasses.replace(self.base, matrices=self._matrices(method, percent))
-        return truncate(self.model.checkpoint, plan, None if method == "plain" else self.model.calibration)
+        whole = self.model.checkpoint
+        if method == "plain":  # an SVD, also of what is nested
+            return truncate(dataclasses.replace(whole, spec=dataclasses.replace(whole.spec, nested=False)), plan, None)
+        return truncate(whole, plan, self.model.calibration)
 
     def _healed(self, percent: int, seed: int) -> Checkpoint:
         provenance = self.model.checkpoint.provenance

@@ -136,7 +136,7 @@ def _block_faults(root: Path, subject: Subject, block: Block, written: Written |
             yield f"rests on {error}"
             continue
         records.append(record)
-        if record["checkpoint"]["sha256"] != subject.sha256:
+        if record["checkpoint"]["sha256"] not in subject.family:
             yield f"rests on {path.relative_to(root)}, of model {short(record['checkpoint']['sha256'])}"
         if (record["study"], record["run"]) != (block.name, path.stem):
             yield f"rests on {path.relative_to(root)}, which calls itself {record['study']}/{record['run']}"

@@ -20,20 +20,31 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Subject:
-    """The model a study is about. `weights_sha256` is over the weights alone, `sha256` also over what they mean."""
+    """The model a study is about. `weights_sha256` is over the weights alone, `sha256` also over what they mean.
+
+    `teacher_sha256`: of the model that it was distilled from, if it was; a study may compare the two.
+    """
 
     name: str
     folder: Path
     sha256: str
     weights_sha256: str
+    teacher_sha256: str | None = None
+
+    @property
+    def family(self) -> set[str]:
+        """Hashes of the models that its figures may be of."""
+        return {self.sha256} | ({self.teacher_sha256} if self.teacher_sha256 else set())
 
 
 def subject_of(model: str | Path) -> Subject:
-    from kind_edge.model.checkpoint import checkpoint_hash
+    from kind_edge.model.checkpoint import checkpoint_hash, read_config
     from kind_edge.model.shipped import find_model
 
     folder = find_model(model)
-    return Subject(folder.resolve().name, folder, checkpoint_hash(folder), weights_hash(folder))
+    distilled = read_config(folder)["provenance"].get("distilled", {})
+    hashes = checkpoint_hash(folder), weights_hash(folder), distilled.get("teacher_sha256")
+    return Subject(folder.resolve().name, folder, *hashes)
 
 
 def weights_hash(folder: Path) -> str:
@@ -89,7 +100,7 @@ class Store:
         """Remove the stored runs of other models, which no longer say anything."""
         for path in sorted(self.folder.glob("*.json")):
             of = read_record(path)["checkpoint"]
-            if of["sha256"] != self.subject.sha256:
+            if of["sha256"] not in self.subject.family:
                 print(f"{path}: of model {of['sha256'][:12]}, removed", file=sys.stderr)
                 path.unlink()
 
