@@ -35,12 +35,12 @@ class HeldoutLoss:
     plan: float
 
     @property
-    def increase(self) -> float:
+    def change(self) -> float:
         """0.03 is 3 % more loss than the full model's."""
         return self.plan / self.full - 1
 
     def to_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "full": self.full, "plan": self.plan, "increase": self.increase}
+        return {"images": self.images, "full": self.full, "plan": self.plan, "increase": self.change}
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class HeldoutDeviation:
     difference: float
 
     @property
-    def share(self) -> float:
+    def change(self) -> float:
         """0.03: what changed has 3 % of the prediction's energy."""
         return self.difference / self.full
 
     def to_dict(self) -> dict[str, Any]:
-        return {"images": self.images, "full": self.full, "difference": self.difference, "share": self.share}
+        return {"images": self.images, "full": self.full, "difference": self.difference, "share": self.change}
 
 
 Quality = HeldoutLoss | HeldoutDeviation

@@ -12,7 +12,19 @@ from pathlib import Path
 
 from kind_edge.errors import KindEdgeError, UsageError, unknown
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
-from studies import anysize, claims, decomposition, exported, pictures, shipped, steps, trainings, transfer, trials
+from studies import (
+    anysize,
+    claims,
+    decomposition,
+    exported,
+    nesting,
+    pictures,
+    shipped,
+    steps,
+    trainings,
+    transfer,
+    trials,
+)
 from studies.documents import RESULTS, ROOT, Block, check, insert
 from studies.statistics import SEEDS
 from studies.store import Record, Store, Subject, subject_of
@@ -22,10 +34,11 @@ HELP = """publish        all that README.md and docs say of the shipped model, o
 Of the shipped model, or of --checkpoint; with --into FILE they go into a document:
 classes        pictures of every class, from the same noises
 export         what the README's first command prints
-cutting        two pairs of classes cut to 40 % of the size: held-out loss, accuracy
+cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
 cost           scripts/bench cost: predicted and measured time, size and memory
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
+nesting        cuts of the learngene alone, without retraining: the model and its teacher
 decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
@@ -48,7 +61,8 @@ BLOCKS = (
     Block("cutting", "docs/results.md", exported.cutting_text),
     Block("cost", "docs/results.md", exported.cost_text),
     Block("shipped", "docs/results.md", shipped.text),
-    Block("steps", "docs/distillation.md", steps.text, images=5000, seeds=1),
+    Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
+    Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
 )  # fmt: skip
@@ -92,6 +106,8 @@ def measure(name: str, job: Job) -> list[Record]:
         return records
     if name == "steps":
         return steps.run(job.subject, job.output, job.images)
+    if name == "nesting":
+        return nesting.run(job.subject, job.output, job.images)
     if name in METHODS:
         sizes = anysize.AnySize(*size)
         records = sizes.run(METHODS[name])
@@ -176,7 +192,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("blocks", nargs="*", metavar="BLOCK", help=f"of publish: {', '.join(b.name for b in BLOCKS)}")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
-    parser.add_argument("--images", type=int, help="images of a run; 1000, anysize 500, steps 5000")
+    parser.add_argument("--images", type=int, help="images of a run; 1000, nesting 2000, anysize 500, steps 5000")
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="3, anysize 1")
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="put it into this document, and pictures into images/ beside it"

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from kind_edge.budget.cost import deployed_fixed_cost, matrix_cost
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy.merge import truncate
 from kind_edge.deploy.pipeline import plan as make_plan
-from kind_edge.deploy.quality import heldout_losses
+from kind_edge.deploy.quality import heldout_quality
 from kind_edge.deploy.request import OpenedModel, open_model
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import CONFIG, Checkpoint, load_checkpoint
+from kind_edge.model.sampling import make_scheduler
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.evaluate import Judge
@@ -92,10 +94,11 @@ class AnySize:
             if heldout is None:
                 return {}
             full, kept = self.model.checkpoint, list(range(self.model.checkpoint.spec.num_classes))
-            losses = heldout_losses(full, self._truncated(method, percent), "switch", kept, heldout)
-            classes = [loss.increase for loss in losses if loss.name != "null"]
-            null = {f"{loss.name}_loss_increase": loss.increase for loss in losses if loss.name == "null"}
-            return {"loss_increase": float(np.mean(classes)), **null}
+            cut = self._truncated(method, percent)
+            found = heldout_quality(full, cut, "switch", kept, heldout, timesteps_of(full))
+            changes = {each.name: each.change for each in found}
+            null = {"null_heldout_change": changes.pop("null")} if "null" in changes else {}
+            return {"heldout_change": float(np.mean([*changes.values()])), **null}
 
         self.store.run(f"{method}-{percent}-heldout", self._size(method, percent) | {"kind": "heldout"}, compute)
 
@@ -171,6 +174,13 @@ class AnySize:
         widths = [int(width) for width in range(step, 2 * spec.width, step)]
         narrow = [dataclasses.replace(spec.dense(), width=width, label_embedding=True) for width in widths]
         return min(narrow, key=lambda dense: abs(dense_flops(dense, self.base) - target))
+
+
+def timesteps_of(checkpoint: Checkpoint) -> Tensor:
+    """Those of the sampling that the checkpoint recommends."""
+    advice = sampling_of(checkpoint)
+    timesteps: Tensor = make_scheduler(advice.sampler, checkpoint.spec.objective, advice.steps).timesteps
+    return timesteps
 
 
 def uniform(spec: ModelSpec, percent: int) -> Matrices:

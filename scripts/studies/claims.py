@@ -141,7 +141,7 @@ def anysize_table(records: Sequence[Record]) -> str:
     """Mean and range over the seeds; one row per method and size."""
     header = (
         "model", "rank (learngene + tailor), or width", "FLOPs", "share", "Fréchet distance", "class accuracy",
-        "worst class", "held-out loss",
+        "worst class", "held-out change",
     )  # fmt: skip
     whole = next((record["conditions"]["flops"] for record in records if record["conditions"]["percent"] == 100), None)
     sizes = [(method, percent) for method in METHODS for percent in (100, *PERCENTS)]
@@ -156,7 +156,7 @@ def _row(own: Sequence[Record], whole: int | None) -> tuple[str, ...]:
     share = f"{100 * size['flops'] / whole:.0f} %" if whole else "–"
     flops = f"{size['flops'] / 1e6:.1f} M"
     accuracy = (cell(own, key, 1, 100, " %") for key in ("class_accuracy", "worst_class_accuracy"))
-    loss = cell(own, "loss_increase", 1, 100, " %")
+    loss = cell(own, "heldout_change", 1, 100, " %")
     loss = loss if loss == "–" else f"+{loss}"
     return (name, shape, flops, share, cell(own, "frechet", 1), *accuracy, loss)
 

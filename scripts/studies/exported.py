@@ -1,7 +1,7 @@
 """What the shipped model's bundles are: the README's first command, cuts to a share of the size, predicted costs.
 
 listing    what the first command of the README prints
-cutting    two pairs of classes, cut to 40 % of the dense size: held-out loss, and accuracy of the bundle's images
+cutting    two pairs of classes, cut to 40 % of the dense size: change on held-out images, accuracy of the bundle's
 cost       `scripts/bench cost`: predicted and measured
 """
 
@@ -69,7 +69,7 @@ def _cut(model: Path, classes: Sequence[str]) -> dict[str, Any]:
     return {
         "file_bytes": bundle.files["onnx/denoiser.onnx"],
         "limit_bytes": int(bundle.plan.limits["max_size"]),
-        "loss_increase": {loss.name: loss.increase for loss in bundle.quality},
+        "heldout_change": {each.name: each.change for each in bundle.quality},
         "class_accuracy": report.class_accuracy,
     }
 
@@ -98,14 +98,14 @@ def cutting_text(records: Sequence[Record]) -> str:
     command = f"kind-edge export --profile {PROFILE} --precision {PRECISION} --max-size {LIMIT} --classes ..."
     judged = f"kind-edge eval --images {own.get('images')}"
     sampling = f"{own.get('sampler')}, {own.get('steps')} steps, guidance {own.get('guidance')}"
-    header = ("classes", "file", "limit", "held-out loss", "accuracy")
+    header = ("classes", "file", "limit", "held-out change", "accuracy")
     told = paragraph(f"`{command}`, then `{judged}`; {sampling}:")
     return f"{told}\n\n{markdown(header, rows)}"
 
 
 def _cut_row(record: Record) -> tuple[str, ...]:
     figures = record["figures"]
-    loss = ", ".join(f"{name} {100 * increase:+.1f} %" for name, increase in figures["loss_increase"].items())
+    loss = ", ".join(f"{name} {100 * increase:+.1f} %" for name, increase in figures["heldout_change"].items())
     sizes = (f"{figures[key]:,} B" for key in ("file_bytes", "limit_bytes"))
     return (", ".join(record["conditions"]["classes"]), *sizes, loss, f"{in_percent(figures['class_accuracy'], 1)}")
 

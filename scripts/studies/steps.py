@@ -26,6 +26,7 @@ NAME = "steps"
 PROFILE = "snapdragon8g3"
 """Any does: nothing is limited, and nothing timed."""
 
+IMAGES = 5_000
 TEACHER_STEPS = (20, 50)
 TARGETS = {"frechet_4_over_teacher_20": 1.10, "frechet_2_over_teacher_20": 1.35, "accuracy_drop_4": 2.0}
 

@@ -190,13 +190,15 @@ def test_cutting_is_judged_by_what_changes_in_the_prediction(distilled_folder: P
     kept = [0, 1, 2, 3]
     same = heldout_deviations(full, full, "switch", kept, heldout, timesteps_of(4))
     assert [each.name for each in same] == list(full.class_names)  # no row of a null branch
-    assert all(each.share == 0 and each.full > 0 for each in same)
+    assert all(each.change == 0 and each.full > 0 for each in same)
     tensors = {name: tensor.clone() for name, tensor in full.tensors.items()}
     for name, tensor in tensors.items():
         if name.endswith("tailors.s"):
             tensor[2] = 0
     cut = dataclasses.replace(full, tensors=tensors)
-    shares = {each.name: each.share for each in heldout_deviations(full, cut, "switch", kept, heldout, timesteps_of(4))}
+    shares = {
+        each.name: each.change for each in heldout_deviations(full, cut, "switch", kept, heldout, timesteps_of(4))
+    }
     assert shares.pop("coat") > 1e-4
     assert set(shares.values()) == {0.0}
 

@@ -44,21 +44,21 @@ def test_a_model_is_as_good_as_itself(full: Checkpoint, heldout: Heldout) -> Non
     losses = heldout_losses(full, full, "switch", [0, 1, 2, 3], heldout)
     assert [loss.name for loss in losses] == [*full.class_names, "null"]
     assert [loss.images for loss in losses] == [8, 8, 8, 8, 32]
-    assert all(loss.increase == 0 and loss.full > 0 for loss in losses)
+    assert all(loss.change == 0 and loss.full > 0 for loss in losses)
     assert losses[0].to_dict().keys() == {"images", "full", "plan", "increase"}
 
 
 def test_a_lost_tailor_changes_its_class_alone(full: Checkpoint, heldout: Heldout) -> None:
     losses = {loss.name: loss for loss in heldout_losses(full, damaged(full, "2"), "switch", [0, 1, 2, 3], heldout)}
     assert losses["coat"].plan != losses["coat"].full
-    assert all(loss.increase == 0 for name, loss in losses.items() if name != "coat")
+    assert all(loss.change == 0 for name, loss in losses.items() if name != "coat")
 
 
 def test_a_lost_learngene_changes_everything(full: Checkpoint, heldout: Heldout) -> None:
     losses = heldout_losses(full, damaged(full, "learngene"), "switch", [0, 1, 2, 3], heldout)
     # Without training the loss moves either way, and of one class it happens to stay where it was.
-    assert sum(abs(loss.increase) > 1e-4 for loss in losses) >= len(losses) - 1
-    assert losses[0].increase == pytest.approx(losses[0].plan / losses[0].full - 1)
+    assert sum(abs(loss.change) > 1e-4 for loss in losses) >= len(losses) - 1
+    assert losses[0].change == pytest.approx(losses[0].plan / losses[0].full - 1)
 
 
 def test_the_same_model_with_fewer_classes_is_as_good(full: Checkpoint, heldout: Heldout) -> None:
@@ -67,7 +67,7 @@ def test_the_same_model_with_fewer_classes_is_as_good(full: Checkpoint, heldout:
     fewer = Checkpoint(dataclasses.replace(full.spec, num_classes=2), ("shirt", "bag"), tensors)
     losses = heldout_losses(full, fewer, "switch", [3, 1], heldout)
     assert [loss.name for loss in losses] == ["shirt", "bag", "null"]
-    assert all(loss.increase == pytest.approx(0, abs=1e-6) for loss in losses)
+    assert all(loss.change == pytest.approx(0, abs=1e-6) for loss in losses)
 
 
 def test_kept_classes_are_numbered_anew(full: Checkpoint, heldout: Heldout) -> None:

@@ -204,7 +204,7 @@ def test_costs_are_told_with_what_was_refused() -> None:
     assert "| int8 | 24% | 0.50 ms | 1.00 ms | 1,500,000 B | 1,480,000 B | 26.8 dB |" in told
     assert "by 50 % in the median and 61 % at worst, sizes by 1.4 % at worst" in told
     assert "Refused: int8 within 16%: 24.7 dB, want 25 dB." in told
-    cut = {"file_bytes": 1, "limit_bytes": 2, "loss_increase": {"coat": 0.0151, "null": 0.01}, "class_accuracy": 0.93}
+    cut = {"file_bytes": 1, "limit_bytes": 2, "heldout_change": {"coat": 0.0151, "null": 0.01}, "class_accuracy": 0.93}
     own = {"classes": ["shirt", "coat"], "images": 400, "sampler": "euler", "steps": 4, "guidance": 1.75}
     told = joined(cutting_text([{"conditions": own, "figures": cut}]))
     assert "eval --images 400`; euler, 4 steps, guidance 1.75:" in told
