@@ -59,7 +59,7 @@ class DenseLinear(nn.Linear):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class Attention(nn.Module):
@@ -93,8 +93,9 @@ class Block(nn.Module):
         """x [B, N, D] -> [B, N, D]."""
         width = x.shape[-1:]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, -1)  # [B, 1, D] each
-        x = x + gate1 * self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate)
-        return x + gate2 * self.mlp(modulate(F.layer_norm(x, width, eps=self.mlp_norm_eps), shift2, scale2), gate)
+        x = torch.addcmul(x, gate1, self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate))
+        hidden = modulate(F.layer_norm(x, width, eps=self.mlp_norm_eps), shift2, scale2)
+        return torch.addcmul(x, gate2, self.mlp(hidden, gate))
 
 
 class ModulatedBlock(Block):
@@ -181,7 +182,8 @@ class DiT(nn.Module):
         """
         gate = classes if isinstance(classes, ClassGate) else ClassGate.of(classes, self.spec.num_classes)
         c = self.condition(timestep, gate.class_index, span)  # [B, D]
-        x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
+        # As patches leave the convolution, a token's values lie far apart, and would in every block after.
+        x = patchify(self.patch_embed, self.pos_embed, sample).contiguous()  # [B, N, D]
         for block in self.blocks:
             x = block(x, c, gate)  # [B, N, D]
         return unpatchify(x, self.final.adaln(c), self.final.linear, self.spec)
