@@ -59,7 +59,7 @@ class DenseLinear(nn.Linear):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
+    return x * (1 + scale) + shift
 
 
 class Attention(nn.Module):
@@ -93,9 +93,8 @@ class Block(nn.Module):
         """x [B, N, D] -> [B, N, D]."""
         width = x.shape[-1:]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, -1)  # [B, 1, D] each
-        x = torch.addcmul(x, gate1, self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate))
-        hidden = modulate(F.layer_norm(x, width, eps=self.mlp_norm_eps), shift2, scale2)
-        return torch.addcmul(x, gate2, self.mlp(hidden, gate))
+        x = x + gate1 * self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate)
+        return x + gate2 * self.mlp(modulate(F.layer_norm(x, width, eps=self.mlp_norm_eps), shift2, scale2), gate)
 
 
 class ModulatedBlock(Block):

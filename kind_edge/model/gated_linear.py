@@ -160,7 +160,14 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shared_u: Tensor, shared_v: Tensor, u: Tensor, v: Tensor, bias: Tensor, is_open: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        shared_u: Tensor,
+        shared_v: Tensor,
+        u: Tensor,
+        v: Tensor,
+        bias: Tensor,
+        is_open: Tensor | None,
     ) -> Tensor:
         """x [G, T, m], U_G [n, N_G], V_G [m, N_G], U [G, n, N_T], V [G, m, N_T], open [G, T, 1] -> [G, T, n]."""
         shared_z = x.flatten(0, 1) @ shared_v  # [G*T, N_G]
