@@ -181,7 +181,8 @@ class DiT(nn.Module):
         """
         gate = classes if isinstance(classes, ClassGate) else ClassGate.of(classes, self.spec.num_classes)
         c = self.condition(timestep, gate.class_index, span)  # [B, D]
-        x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
+        # As patches leave the convolution, a token's values lie far apart, and would in every block after.
+        x = patchify(self.patch_embed, self.pos_embed, sample).contiguous()  # [B, N, D]
         for block in self.blocks:
             x = block(x, c, gate)  # [B, N, D]
         return unpatchify(x, self.final.adaln(c), self.final.linear, self.spec)

@@ -84,6 +84,41 @@ def test_a_grouped_batch_is_the_sum_of_its_components(
     torch.testing.assert_close(layer(x, gate), summed(layer, x, [one_hot(label, classes) for label in labels]))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@given(shapes, st.data())
+def test_a_grouped_batch_learns_what_its_components_say(
+    frozen: bool, shape: tuple[int, int, int, int, int], data: st.DataObject
+) -> None:
+    n, m, learngene, tailor, classes = shape
+    size = data.draw(st.integers(1, 3))
+    closed = data.draw(st.lists(st.booleans(), min_size=size * classes, max_size=size * classes))
+    layer = layer_of(n, m, learngene, tailor, classes)
+    layer.learngene.requires_grad_(not frozen)
+    x = torch.randn(len(closed), 2, m, dtype=torch.float64, requires_grad=True)
+    towards = torch.randn(2, n, len(closed), dtype=torch.float64).permute(2, 0, 1)  # not as it lies in memory
+    open_gates = [[0] * classes if shut else one_hot(i // size, classes) for i, shut in enumerate(closed)]
+    gate = ClassGate.grouped(torch.arange(classes), torch.tensor(closed), classes)
+    wanted = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    got, want = (
+        torch.autograd.grad((y * towards).sum(), wanted, allow_unused=True, materialize_grads=True)
+        for y in (layer(x, gate), summed(layer, x, open_gates))
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_bfloat16_is_for_the_products_alone() -> None:
+    layer = layer_of(6, 5, 4, 2, CLASSES).float()
+    x = torch.randn(CLASSES, 2, 5, requires_grad=True)
+    gate = ClassGate.grouped(torch.arange(CLASSES), torch.arange(CLASSES) == 1, CLASSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x, gate)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x, gate), atol=0.5, rtol=0.05)
+    y.float().square().sum().backward()
+    assert {tensor.grad.dtype for tensor in (x, *layer.parameters())} == {torch.float32}
+
+
 def test_the_explicit_product_is_what_a_single_gate_applies() -> None:
     layer = layer_of(5, 3, 2, 2, CLASSES)
     x = torch.randn(1, 4, 3, dtype=torch.float64)

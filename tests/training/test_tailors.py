@@ -164,6 +164,7 @@ def test_clipping_sees_the_tailors() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile, of its own tensors
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # and what it does itself
 def test_a_compiled_block_is_one_graph_whatever_the_step() -> None:
     graphs = CompileCounter()
     config, data = with_classes(40, batch_size=12, images=72), data_of(40)
