@@ -47,9 +47,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def distilled(teacher: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     assert teacher.path is not None
     folder = tmp_path_factory.mktemp("distill") / "student"
-    config = dataclasses.replace(
-        distill_config(Request(teacher, GUIDANCE), 120 * 12), batch_size=12, learning_rate=1e-2
-    )
+    config = dataclasses.replace(distill_config(Request(teacher, GUIDANCE), 80 * 12), batch_size=12, learning_rate=1e-2)
     distill_to(Request(teacher, GUIDANCE), config, folder)
     return load_checkpoint(folder)
 
