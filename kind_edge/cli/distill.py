@@ -31,7 +31,7 @@ def distill(
     ] = None,
     images: Annotated[
         int | None,
-        typer.Option("--images", min=1, metavar="N", help="Images drawn in training.", show_default="60000"),
+        typer.Option("--images", min=1, metavar="N", help="Images drawn in training.", show_default="48000"),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to train.")] = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in DIR.")] = False,

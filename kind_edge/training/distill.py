@@ -39,7 +39,7 @@ from kind_edge.training.train import check_output, hardware, pick_device
 from kind_edge.training.walks import STEP_COUNTS, TEACHER_STEPS, DistillationLoss
 
 DEFAULT_STEP_COUNT = 4
-IMAGES = 60_000
+IMAGES = 48_000
 BATCH_SIZE = 40
 RATE_SHARE = 0.3
 """Of the teacher's learning rate: the weights are good ones already."""
