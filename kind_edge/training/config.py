@@ -138,4 +138,6 @@ def read_config(path: Path) -> TrainConfig:
     config = TrainConfig.from_dict(values, str(path))
     if config.spec.distilled:
         raise InputError(f"{path} [model]: step_counts: training makes none; train without, then kind-edge distill")
+    if config.spec.nested:
+        raise InputError(f"{path} [model]: nested: a training's second stage makes it so; set nested_share instead")
     return config

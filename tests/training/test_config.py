@@ -81,6 +81,8 @@ def test_no_file_and_no_preset(tmp_path: Path) -> None:
         preset("fashion-mnits")
 
 
-def test_training_makes_no_distilled_models(tmp_path: Path) -> None:
+def test_training_takes_no_model_that_only_training_makes(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"run\.toml \[model\]: step_counts: .* kind-edge distill"):
         read_config(written(tmp_path, MODEL + "step_counts = [1, 4]\ninside_guidance = 1.5\n"))
+    with pytest.raises(InputError, match=r"run\.toml \[model\]: nested: .* set nested_share instead"):
+        read_config(written(tmp_path, MODEL + "nested = true\n"))

@@ -31,7 +31,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def toml(config: Any, path: Path) -> Path:
     values = config.to_dict()
-    model = {name: value for name, value in values.pop("model").items() if name != "matrix_ranks"}
+    model = {name: value for name, value in values.pop("model").items() if value not in (None, {}, [])}
     lines = [f"{name} = {json.dumps(value)}" for name, value in values.items()]
     path.write_text("\n".join([*lines, "[model]", *(f"{name} = {json.dumps(value)}" for name, value in model.items())]))
     return path
