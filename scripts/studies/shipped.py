@@ -89,7 +89,9 @@ def description(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     told = ("command", "images_seen", "seconds", "hardware", "final_loss")
     training = {key: checkpoint.provenance[key] for key in told if key in checkpoint.provenance}
     size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    return {"spec": checkpoint.spec.to_dict(), "training": training, "folder_bytes": size}
+    after = checkpoint.provenance.get("distilled", {})
+    distilled = {key: after[key] for key in told if key in after}
+    return {"spec": checkpoint.spec.to_dict(), "training": training, "distilled": distilled, "folder_bytes": size}
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -128,17 +130,19 @@ def _description(record: Record) -> str:
     few = f", distilled for {counts} steps with guidance {model.inside_guidance:g} inside" if model.distilled else ""
     size = f"With all that is shipped beside it, it takes {figures['folder_bytes'] / 1e6:.1f} MB."
     whole = f"`{record['checkpoint']['model']}`: {shape}, {ranks} classes, {kind}{few}."
-    return f"{whole} {_training(figures['training'])}{size}"
+    made = _made("Made", "on", figures["training"]) + _made("Then", "with", figures.get("distilled", {}))
+    record_words = "The whole record is in its `config.json`. " if made else ""
+    return f"{whole} {made}{record_words}{size}"
 
 
-def _training(told: Mapping[str, Any]) -> str:
-    """What is known of it, as one sentence."""
+def _made(how: str, by: str, told: Mapping[str, Any]) -> str:
+    """What is known of a training, as one sentence."""
     if "command" not in told:
         return ""
-    images = f" on {told['images_seen']:,} images" if "images_seen" in told else ""
+    images = f" {by} {told['images_seen']:,} images" if "images_seen" in told else ""
     hours = f" in {told['seconds'] / 3600:.2f} h" if "seconds" in told else ""
     machine = f" ({told['hardware']})" if "hardware" in told else ""
-    return f"Made by `{told['command']}`{images}{hours}{machine}; the whole record is in its `config.json`. "
+    return f"{how} by `{told['command']}`{images}{hours}{machine}. "
 
 
 def _real(record: Record) -> str:
