@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kind_edge.errors import KindEdgeError, UsageError, unknown
+from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
+from kind_edge.training.sampled import sampling_of
 from studies import (
     anysize,
     claims,
@@ -25,7 +27,7 @@ from studies import (
     transfer,
     trials,
 )
-from studies.documents import RESULTS, ROOT, Block, check, insert
+from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert
 from studies.statistics import SEEDS
 from studies.store import Record, Store, Subject, subject_of
 
@@ -52,7 +54,7 @@ trials         trains the four short runs (KIND, dense, with label embedding, ep
 twin           trains the dense transformer of the preset fashion-mnist's shape on as many images (1.5 hours)
 
 A finished run's figures lie in FOLDER/STUDY/RUN.json and are never computed again; stopped runs go on. `publish` keeps
-them in docs/results, which is of the shipped model alone: what other models left there is removed."""
+them in docs/results, which is of the shipped model, drawn as it recommends: what else lies there is removed."""
 
 BLOCKS = (
     Block("classes", "README.md", lambda _: "![Ten classes drawn by the shipped model](docs/images/classes.png)",
@@ -118,10 +120,13 @@ def measure(name: str, job: Job) -> list[Record]:
 
 
 def make_way(study: str, subject: Subject, output: Path) -> None:
-    """docs/results is of the shipped model alone: what another one left there goes when its study runs anew."""
+    """docs/results is of the shipped model, drawn as it recommends: other runs there go when their study runs anew."""
     shipped_model = subject.folder == find_model(DEFAULT_MODEL)
     if shipped_model and output.resolve() == ROOT / RESULTS:
-        Store(output, study, subject).forget_others()
+        advice = sampling_of(load_checkpoint(subject.folder))
+        Store(output, study, subject).forget(
+            lambda record: record["checkpoint"]["sha256"] != subject.sha256 or as_recommended(record, advice)
+        )
 
 
 def publish(names: Sequence[str]) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import load_checkpoint
+from kind_edge.training.sampled import Sampling, sampling_of
 from studies.store import Record, Subject, read_record, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,8 +24,6 @@ RESULTS, PICTURES = Path("docs/results"), Path("docs/images")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md")
 REMEDY = "scripts/results publish"
 HASH_DIGITS = 12
-NO_RUNS_KEPT = "7fa71f970f29"
-"""Blocks of this model were measured before their runs were kept; of every other model the runs have to be there."""
 
 _BLOCK = re.compile(
     r"<!-- (?P<name>[a-z]+): begin(?:, model (?P<model>[0-9a-f]{12}))? -->\n(?P<body>.*?)<!-- (?P=name): end -->", re.S
@@ -85,16 +85,32 @@ def stamp(picture: Path, model_sha256: str) -> None:
     temporary.replace(picture)
 
 
+def as_recommended(record: Record, advice: Sampling) -> bool:
+    """Whether a run of the model was drawn as it recommends, or so without guidance.
+
+    `shipped` and `steps` try all there is.
+    """
+    own = record["conditions"]
+    if record["study"] == "steps":
+        return True
+    if record["study"] == "shipped":
+        return bool(own.get("recommended", asdict(advice)) == asdict(advice))
+    return "guidance" not in own or (
+        (own["sampler"], own["steps"]) == (advice.sampler, advice.steps) and own["guidance"] in (1.0, advice.guidance)
+    )
+
+
 # --- are they still true? ---------------------------------------------------------------------------------------------
 
 
 def check(root: Path, subject: Subject, blocks: Sequence[Block]) -> None:
     """Raise `InputError`, with all that is stale and what makes it anew, unless all is of the model `subject`."""
+    advice = sampling_of(load_checkpoint(subject.folder))
     names: list[str] = []
     faults: list[str] = []
     found = {(path, name): block for path in _documents(root) for name, block in _written(root, path, faults)}
     for block in blocks:
-        own = [*_block_faults(root, subject, block, found.pop((block.document, block.name), None))]
+        own = [*_block_faults(root, subject, advice, block, found.pop((block.document, block.name), None))]
         faults += [f"{block.document}: block {block.name} {fault}" for fault in own]
         names += [block.name] if own else []
     known = [block.name for block in blocks]
@@ -120,7 +136,9 @@ def _written(root: Path, document: str, faults: list[str]) -> Iterator[tuple[str
         yield match["name"], Written(match["model"], match["body"])
 
 
-def _block_faults(root: Path, subject: Subject, block: Block, written: Written | None) -> Iterator[str]:
+def _block_faults(
+    root: Path, subject: Subject, advice: Sampling, block: Block, written: Written | None
+) -> Iterator[str]:
     if written is None:
         yield "is not there"
         return
@@ -138,9 +156,11 @@ def _block_faults(root: Path, subject: Subject, block: Block, written: Written |
         records.append(record)
         if record["checkpoint"]["sha256"] not in subject.family:
             yield f"rests on {path.relative_to(root)}, of model {short(record['checkpoint']['sha256'])}"
+        elif record["checkpoint"]["sha256"] == subject.sha256 and not as_recommended(record, advice):
+            yield f"rests on {path.relative_to(root)}, which is not drawn as the checkpoint recommends"
         if (record["study"], record["run"]) != (block.name, path.stem):
             yield f"rests on {path.relative_to(root)}, which calls itself {record['study']}/{record['run']}"
-    if block.has_runs and not records and short(subject.sha256) != NO_RUNS_KEPT:
+    if block.has_runs and not records:
         yield f"has no runs in {RESULTS / block.name}"
     if (records or not block.has_runs) and written.body.strip() != block.text(records).strip():
         yield f"is not what the runs in {RESULTS / block.name} say"

@@ -76,11 +76,14 @@ def learngene_cut(spec: ModelSpec, percent: int) -> Matrices:
 
 
 def text(records: Sequence[Record]) -> str:
+    """One row per model and cut, and whether half the learngene is enough."""
+    if not records:
+        return ""
     header = ("model", "learngene", "FLOPs", "Fréchet", "over its full rank", "accuracy", "worst class", "held-out")
     kinds = ("teacher", "student")
     of = {kind: {r["conditions"]["percent"]: r for r in records if r["conditions"]["kind"] == kind} for kind in kinds}
     rows, claims = [], []
-    for rung in filter(None, of.values()):
+    for rung in (found for found in of.values() if found.keys() >= set(PERCENTS)):
         whole = rung[100]["figures"]["frechet"]
         rows += [_row(rung[percent], whole) for percent in PERCENTS]
         ratio, name = rung[50]["figures"]["frechet"] / whole, rung[50]["checkpoint"]["model"]

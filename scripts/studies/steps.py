@@ -73,9 +73,12 @@ def figures(model: Path, steps: int, guidance: float, images: int) -> dict[str, 
 
 
 def summary(records: Sequence[Record]) -> dict[str, float]:
-    """The figures that have targets; accuracy in points."""
+    """The figures that have targets, accuracy in points; none where their runs are missing."""
     by = {(record["conditions"]["kind"], record["conditions"]["steps"]): record["figures"] for record in records}
-    teacher, four, two = by["teacher", 20], by["student", 4], by["student", 2]
+    wanted = [("teacher", 20), ("student", 4), ("student", 2)]
+    if any(key not in by for key in wanted):
+        return {}
+    teacher, four, two = (by[key] for key in wanted)
     return {
         "frechet_4_over_teacher_20": four["frechet"] / teacher["frechet"],
         "frechet_2_over_teacher_20": two["frechet"] / teacher["frechet"],
@@ -85,6 +88,8 @@ def summary(records: Sequence[Record]) -> dict[str, float]:
 
 def text(records: Sequence[Record]) -> str:
     """One row per step count, and how the targets were met."""
+    if not records:
+        return ""
     order = sorted(records, key=lambda each: (each["conditions"]["kind"] != "teacher", -each["conditions"]["steps"]))
     header = ("model", "steps", "evaluations an image", "Fréchet", "recall", "precision", "accuracy", "worst class")
     table = markdown(header, map(_row, order))
@@ -102,6 +107,7 @@ def text(records: Sequence[Record]) -> str:
     claims = [
         f"- {words[key]}: {found[key]:.2f} (wanted: at most {wanted:g}): {'met' if found[key] <= wanted else 'missed'}"
         for key, wanted in TARGETS.items()
+        if key in found
     ]
     return "\n\n".join([table, conditions, "\n".join(claims)])
 

@@ -96,12 +96,12 @@ class Store:
         records = [read_record(path) for path in sorted(self.folder.glob("*.json"))]
         return [record for record in records if record["checkpoint"] == self._checkpoint()]
 
-    def forget_others(self) -> None:
-        """Remove the stored runs of other models, which no longer say anything."""
+    def forget(self, keep: Callable[[Record], bool]) -> None:
+        """Remove the stored runs of other models, and those that are not to be kept."""
         for path in sorted(self.folder.glob("*.json")):
-            of = read_record(path)["checkpoint"]
-            if of["sha256"] not in self.subject.family:
-                print(f"{path}: of model {of['sha256'][:12]}, removed", file=sys.stderr)
+            record = read_record(path)
+            if record["checkpoint"]["sha256"] not in self.subject.family or not keep(record):
+                print(f"{path}: out of date, removed", file=sys.stderr)
                 path.unlink()
 
     def _checkpoint(self) -> dict[str, str]:
