@@ -96,9 +96,7 @@ _FASHION = ModelSpec(
     learngene_rank=48, tailor_rank=8, objective="flow",
 )  # fmt: skip
 _TRIAL = TrainConfig(_FASHION, images=60_000, nested_share=0.0)
-_STUDY = TrainConfig(
-    dataclasses.replace(_FASHION, width=64, depth=4, learngene_rank=24, tailor_rank=4), images=240_000, nested_share=0.0
-)
+_STUDY = TrainConfig(dataclasses.replace(_FASHION, width=64, depth=4, learngene_rank=24, tailor_rank=4), images=240_000)
 
 PRESETS: dict[str, TrainConfig] = {
     "fashion-mnist": TrainConfig(_FASHION, images=660_000),

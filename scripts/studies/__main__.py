@@ -48,7 +48,7 @@ anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many ima
 
 Beside it:
 recommend      settles the guidance of --checkpoint by the judge, and writes it and its quality into config.json
-trainings      trains the study presets with three seeds each, and runs decomposition on every model (hours)
+trainings      trains the study presets with three seeds each; decomposition and anysize of every model (hours)
 transfer       new classes and a new domain: tailors against LoRA, full fine-tuning and from scratch (an hour a seed)
 trials         trains the four short runs (KIND, dense, with label embedding, epsilon) into FOLDER and judges each
 twin           trains the dense transformer of the preset fashion-mnist's shape on as many images (1.5 hours)
@@ -151,6 +151,7 @@ def beside(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
     seeds, images = SEEDS[: chosen.seeds], chosen.images or 1000
     if name == "trainings":
         trained = trainings.run(chosen.output, images, seeds)
+        trainings.draw(trained, chosen.output)
         return [record for own in trained.values() for record in own], trainings.table(trained)
     if name == "transfer":
         records = transfer.study(chosen.output, transfer.Size(judged=images), seeds)

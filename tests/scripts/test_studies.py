@@ -220,16 +220,26 @@ def test_healing_starts_from_the_truncated_weights(tmp_path: Path) -> None:
 
 
 def test_every_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from functools import partial
+
     from studies import trainings
+
+    from kind_edge.training.heal import heal_config
 
     needs_data()
     small = dataclasses.replace(preset("smoke"), images=40, spec=dataclasses.replace(preset("smoke").spec, depth=1))
     monkeypatch.setattr("kind_edge.training.evaluate.REAL_IMAGES", 50)
     monkeypatch.setattr("kind_edge.training.nested.CALIBRATION_IMAGES", 10)
     monkeypatch.setattr(trainings, "PRESETS", ("smoke",))
+    monkeypatch.setattr(trainings, "SIZED", ("smoke",))
+    monkeypatch.setattr("studies.anysize.PERCENTS", (55,))
+    monkeypatch.setattr("studies.anysize.heal_config", partial(heal_config, steps=2))
     monkeypatch.setattr(trainings, "preset", lambda _: small)
     first = trainings.run(tmp_path, 20, (0, 1))
     monkeypatch.setattr(trainings, "train", None)
     assert trainings.run(tmp_path, 20, (0, 1)) == first
     assert len({record["checkpoint"]["weights_sha256"] for record in first["smoke"]}) == 2
     assert " to " in trainings.table(first)
+    assert {record["conditions"].get("method") for record in first["smoke"]} >= {"whitened", "healed", "dense"}
+    trainings.draw(first, tmp_path)
+    assert (tmp_path / "smoke-sizes.png").stat().st_size > 5_000
