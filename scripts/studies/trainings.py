@@ -1,6 +1,6 @@
 """Decomposition and sizes over trainings instead of noises: the study presets, each trained with three seeds.
 
-The sizes, with healed and dense models, are of the preset without a label embedding, which is built like the shipped one.
+The sizes, with healed and dense models, are of the preset that is built like the shipped one: no label embedding.
 """
 
 from __future__ import annotations
