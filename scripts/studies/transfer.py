@@ -36,7 +36,7 @@ from kind_edge.model.checkpoint import CONFIG, Checkpoint, load_checkpoint
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.sampling import guided, sample
 from kind_edge.model.spec import ModelSpec
-from kind_edge.training.adapt import WARMUP_STEPS, Request, adapt_config, adapt_to, begin
+from kind_edge.training.adapt import WARMUP_STEPS, adapt_config, adapt_to
 from kind_edge.training.batches import Batch
 from kind_edge.training.classifier import Classifier, embed, train_classifier
 from kind_edge.training.config import TrainConfig
@@ -51,6 +51,7 @@ from kind_edge.training.data import (
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.loop import Noised, Progress, part_loss, run
 from kind_edge.training.metrics import frechet_distance, gaussian_of
+from kind_edge.training.newcomers import Request, begin
 from kind_edge.training.state import STATE, TrainState, load_state, save_state, start_from
 from kind_edge.training.train import train_stages
 from studies.statistics import cell, markdown

@@ -17,9 +17,11 @@ from kind_edge.deploy.reference import load_heldout
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.calibration import Calibration, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, load_checkpoint, read_tensors
-from kind_edge.training.adapt import NEAREST, Request, adapt, adapt_config, adapt_to, begin, mix, origins_of
+from kind_edge.training.adapt import adapt, adapt_config, adapt_to
 from kind_edge.training.data import DataSplit, in_memory
+from kind_edge.training.joined import mix
 from kind_edge.training.loop import Progress
+from kind_edge.training.newcomers import NEAREST, Request, begin, origins_of
 from kind_edge.training.state import STATE
 
 OLD, NEW = ("sneaker", "bag", "coat", "shirt"), ("dog", "cat")
