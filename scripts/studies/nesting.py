@@ -16,7 +16,7 @@ import numpy as np
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy.merge import truncate
 from kind_edge.deploy.pipeline import plan as make_plan
-from kind_edge.deploy.quality import heldout_quality
+from kind_edge.deploy.quality import heldout_losses, heldout_quality
 from kind_edge.deploy.request import OpenedModel, open_model
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.spec import ModelSpec
@@ -49,7 +49,17 @@ def _cuts(subject: Subject, output: Path, images: int) -> list[Record]:
         own = {"kind": kind, "percent": percent, "images": images, "seed": 0, **sampling}
         own["judge_sha256"] = Judge.load().judge_sha256
         rows.append(store.run(f"{kind}-{percent}", own, partial(_figures, model, base, percent, images)))
+    if model.heldout is not None and not model.checkpoint.spec.distilled:
+        rows.append(store.run("whole-heldout", {"kind": "whole"}, partial(_whole_loss, model)))
     return rows
+
+
+def _whole_loss(model: OpenedModel) -> dict[str, float]:
+    """Mean diffusion loss over the classes, nothing cut: to be compared between trainings."""
+    assert model.heldout is not None
+    full = model.checkpoint
+    losses = heldout_losses(full, full, "switch", list(range(full.spec.num_classes)), model.heldout)
+    return {"heldout_loss": float(np.mean([each.full for each in losses if each.name != "null"]))}
 
 
 def _figures(model: OpenedModel, base: Plan, percent: int, images: int) -> dict[str, Any]:
@@ -89,6 +99,9 @@ def text(records: Sequence[Record]) -> str:
         ratio, name = rung[50]["figures"]["frechet"] / whole, rung[50]["checkpoint"]["model"]
         verdict = "met" if ratio <= WANTED_AT_HALF else "missed"
         claims.append(f"- {name}, half the learngene: {ratio:.2f} x (wanted: at most {WANTED_AT_HALF}): {verdict}")
+    for record in (record for record in records if record["conditions"]["kind"] == "whole"):
+        loss = record["figures"]["heldout_loss"]
+        claims.append(f"- {record['checkpoint']['model']}, nothing cut, has a held-out loss of {loss:.4f}")
     own = records[0]["conditions"]
     judge = own["judge_sha256"][:12]
     conditions = paragraph(
