@@ -20,9 +20,9 @@ class Spread:
     count: int
 
     def text(self, digits: int = 2, scale: float = 1.0, unit: str = "") -> str:
-        """ "5.31 (5.20 to 5.44)"; one value stands alone."""
+        """ "5.31 (5.20 to 5.44)"; one value stands alone, and so do equal ones."""
         mean, low, high = (f"{scale * value:.{digits}f}{unit}" for value in (self.mean, self.low, self.high))
-        return mean if self.count == 1 else f"{mean} ({low} to {high})"
+        return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def spread_of(values: Iterable[float]) -> Spread:
