@@ -122,11 +122,11 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
 def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     """Size, parity and latency of every model file."""
     from kind_edge.deploy.manifest import read_manifest
-    from kind_edge.deploy.verify import GATES_DB
+    from kind_edge.deploy.parity import gates_db
 
     manifest = read_manifest(bundle.path)
     for file, worst_db in bundle.parity.items():
-        gate_db = GATES_DB[manifest.models[file].precision]
+        gate_db = gates_db(manifest.models[file].role)[manifest.models[file].precision]
         report = bundle.latency.get(file)
         predicted_ms = bundle.predicted_here_ms.get(file)
         times_ms = (report.p50_ms, report.p90_ms, report.p99_ms, predicted_ms) if report else (None,) * 4
@@ -145,6 +145,8 @@ def _conditions(bundle: Bundle) -> Iterator[tuple[str, Cell]]:
     """What the latencies above are, and the whole image."""
     image, plan = bundle.image_latency, bundle.plan
     yield "measured", conditions(next(iter(bundle.latency.values())))
+    if any("sampler" in file for file in bundle.latency):
+        yield "", "of the sampler one image: all steps, and its distance is PSNR"
     yield "image", f"{milliseconds(image.p50_ms)} here (p50 of {image.runs}), {milliseconds(image.p90_ms)} p90"
     if plan.profile != "host":
         first, lasting = format_seconds(plan.image_latency_s), format_seconds(plan.sustained_image_latency_s)

@@ -20,7 +20,7 @@ from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_man
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
 from kind_edge.deploy.quality import Quality, heldout_quality
-from kind_edge.deploy.reference import make_reference
+from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_source, open_model
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
@@ -186,9 +186,10 @@ def _make(model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Expo
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
     stage("verifying")
-    reference = make_reference(truncated, plan.form, timesteps, own)
+    reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan)
     assemble.save_reference(folder, reference)
-    default_model = next(path for path in _runnable(entries) if entries[path]["precision"] == plan.precision)
+    wanted = {"role": "denoiser", "precision": plan.precision}
+    default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
     manifest = assemble.manifest_of(
         assemble.describe(plan, model.checkpoint.spec, entries, default_model, table), folder
     )
@@ -248,7 +249,8 @@ def _fresh_reference(plan_values: Mapping[str, Any], checkpoint: str | Path) -> 
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     truncated = truncate(model.checkpoint, stored, model.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
-    return make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
+    points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
+    return points | make_images(truncated, stored, seed=1)
 
 
 def evaluate(

@@ -17,10 +17,11 @@ from kind_edge.deploy import pipeline
 from kind_edge.deploy.bundle import zip_bundle
 from kind_edge.deploy.manifest import ModelEntry, TensorInfo
 from kind_edge.deploy.merge import fold, truncate
+from kind_edge.deploy.parity import FileParity
 from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.deploy.verify import FileParity, verify_model
+from kind_edge.deploy.verify import verify_model
 from kind_edge.errors import InputError, UsageError
 from kind_edge.exporters.diffusers_parts import passthrough_autoencoder
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint
