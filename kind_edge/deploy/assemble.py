@@ -164,9 +164,10 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = "The model draws latents: pictures come from the decoder of the autoencoder it was trained with."
+    healed = f"\nCut, then {values['healing']['told']}." if values.get("healing", {}).get("kept") else ""
     return f"""# {values["name"]}
 
-{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.
+{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.{healed}
 Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
 
 {picture}
