@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -152,7 +153,7 @@ def export(
             plan = make_plan(source, request)
         if heal_s is not None:
             stage("healing")
-            cut = _healed(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
+            cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
             made = _make(opened, plan, folder, exporters, stage, cut)
         bundle = _finish(opened, plan, device, folder, destination, made, stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
@@ -180,8 +181,19 @@ def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping
         )
 
 
-def _healed(model: OpenedModel, plan: Plan, cut: Cut, seconds: float, state: Path, on_healing: OnHealing | None) -> Cut:
-    """The cut with the weights that healing leaves, or with its own where those are no better."""
+def heal_cut(
+    model: OpenedModel,
+    plan: Plan,
+    cut: Cut,
+    seconds: float,
+    state: Path,
+    on_healing: OnHealing | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Cut:
+    """The cut with the weights that healing leaves, or with its own where those are no better.
+
+    `state` is a file: what is learned is kept there, and an interrupted call goes on. `clock` counts the `seconds`.
+    """
     from kind_edge.training.healing import Lesson, Rows, heal, walk_deviation
 
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
@@ -189,7 +201,7 @@ def _healed(model: OpenedModel, plan: Plan, cut: Cut, seconds: float, state: Pat
     kept = tuple(class_indices(model.checkpoint, plan.classes))
     guidance = plan.guidance if plan.evaluations_per_step > 1 else 1.0
     lesson = Lesson(model.checkpoint, cut.truncated, kept, plan.form, rows, guidance, plan.null_branch)
-    done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None))
+    done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None), clock)
     return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
 
 

@@ -30,7 +30,7 @@ from kind_edge.model.spec import Form
 from kind_edge.training.loop import stop_requests
 from kind_edge.training.tailors import BETAS
 
-POOL = 24
+POOL = 48
 """Images that are drawn at a time."""
 RATE = 2e-3
 WARMUP_STEPS = 20
