@@ -36,21 +36,26 @@ class OnnxExporter:
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         written = []
 
-        def write(proto: onnx.ModelProto, path: str, role: str, precision: str) -> None:
+        def write(proto: onnx.ModelProto, path: str, role: str, precision: str, wide: list[str]) -> None:
             onnx.checker.check_model(proto, full_check=True)
             onnx.save_model(proto, folder / path)
             entry = {"role": role, "precision": precision, **inputs_and_outputs(proto)}
+            if wide and precision != "fp32":
+                entry["fp32_matrices"] = wide
             written.append(ExportedFile(path, precision, entry))
 
         graph, plan = to_onnx(model), model.origin.plan
-        protos = {precision: graph if precision == "fp32" else quantize_int8(graph) for precision in precisions}
-        for precision, proto in protos.items():
-            infix = "" if precision == "fp32" else f".{precision}"
-            write(proto, f"onnx/denoiser{infix}.onnx", "denoiser", precision)
-        if plan.precision in protos and model.spec.pixels_per_latent == 1:
-            table = sampler_table(plan.sampler, model.spec.objective, plan.steps)
-            null_index = len(plan.classes) if plan.evaluations_per_step > 1 else None
-            write(to_sampler(protos[plan.precision], table, null_index), "onnx/sampler.onnx", "sampler", plan.precision)
+        left = {shape.name for shape in model.spec.matrices()}
+        for precision in precisions:
+            stored = plan.matrix_precisions(precision)
+            wide = [name for name in stored if stored[name] == "fp32" and name in left]
+            proto = graph if precision == "fp32" else quantize_int8(graph, wide)
+            path = "onnx/denoiser.onnx" if precision == "fp32" else f"onnx/denoiser.{precision}.onnx"
+            write(proto, path, "denoiser", precision, wide)
+            if precision == plan.precision and model.spec.pixels_per_latent == 1:
+                table = sampler_table(plan.sampler, model.spec.objective, plan.steps)
+                null_index = len(plan.classes) if plan.evaluations_per_step > 1 else None
+                write(to_sampler(proto, table, null_index), "onnx/sampler.onnx", "sampler", precision, wide)
         return tuple(written)
 
     def open(self, path: Path) -> Interpreter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -105,14 +106,20 @@ def predict_here_ms(
 
     One call of a denoiser is one evaluation, of a sampler one image.
     """
+    left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
     request = Request(load_profile(HOST), plan.classes, sampling)
-    found = {}
+    predicted = {}
     for path, entry in entries.items():
-        deployment = Deployment(spec, request, Candidate(plan.form, entry["precision"], "cpu"))
+        precisions = plan.matrix_precisions(entry["precision"])
+        matrices = {
+            shape.name: dataclasses.replace(plan.matrices[shape.name], precision=precisions[shape.name])
+            for shape in left.matrices()
+        }
+        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
         calls = deployment.evaluations if entry["role"] == "sampler" else 1
-        found[path] = 1e3 * calls * deployment.evaluation_latency_s(plan.matrices, sustained=False)
-    return found
+        predicted[path] = 1e3 * calls * deployment.evaluation_latency_s(matrices, sustained=False)
+    return predicted
 
 
 def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> None:
@@ -163,9 +170,10 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = "The model draws latents: pictures come from the decoder of the autoencoder it was trained with."
+    healed = f"\nCut, then {values['healing']['told']}." if values.get("healing", {}).get("kept") else ""
     return f"""# {values["name"]}
 
-{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.
+{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.{healed}
 Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
 
 {picture}
