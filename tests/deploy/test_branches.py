@@ -186,7 +186,7 @@ def test_exported_files_keep_their_gates(wide: tuple[Plan, Checkpoint], exported
     truncated = truncate(checkpoint, plan, None)
     fp32, int8 = (run_reference(exporter("onnx").open(exported / file), plan, truncated) for file in FILES.values())
     assert fp32 >= 100 > int8 >= 25
-    entries = predict_here_ms(plan, checkpoint.spec, {p: {"precision": p} for p in ("fp32", "int8")}, 4)
+    entries = predict_here_ms(plan, checkpoint.spec, {p: {"role": "denoiser", "precision": p} for p in FILES}, 4)
     assert all(latency > 0 for latency in entries.values())
 
 
