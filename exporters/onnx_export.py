@@ -1,4 +1,4 @@
-"""ONNX: the denoiser at opset 20, in fp32 and in dynamic int8 (per channel)."""
+"""ONNX at opset 20: the denoiser in fp32 and in dynamic int8 (per channel), and the plan's own as a whole sampler."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kind_edge.deploy.ort import require_onnxruntime
+from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.session import open_session, runtime_errors
 from kind_edge.errors import InputError
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnnxExporter:
-    """Writes `onnx/denoiser.onnx` and, from it, `onnx/denoiser.int8.onnx`."""
+    """Writes `onnx/denoiser.onnx`, from it `onnx/denoiser.int8.onnx`, and from the plan's own `onnx/sampler.onnx`.
+
+    A model of latents has no sampler: its images come from a decoder.
+    """
 
     name: str = "onnx"
     precisions: tuple[str, ...] = ("fp32", "int8")
@@ -27,17 +31,31 @@ class OnnxExporter:
 
         from kind_edge.exporters.onnx_graph import inputs_and_outputs, to_onnx
         from kind_edge.exporters.onnx_int8 import quantize_int8
+        from kind_edge.exporters.onnx_sampler import to_sampler
 
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
-        graph = to_onnx(model)
         written = []
-        for precision in precisions:
-            proto = graph if precision == "fp32" else quantize_int8(graph)
-            path = "onnx/denoiser.onnx" if precision == "fp32" else f"onnx/denoiser.{precision}.onnx"
+
+        def write(proto: onnx.ModelProto, path: str, role: str, precision: str, wide: list[str]) -> None:
             onnx.checker.check_model(proto, full_check=True)
             onnx.save_model(proto, folder / path)
-            entry = {"role": "denoiser", "precision": precision, **inputs_and_outputs(proto)}
+            entry = {"role": role, "precision": precision, **inputs_and_outputs(proto)}
+            if wide and precision != "fp32":
+                entry["fp32_matrices"] = wide
             written.append(ExportedFile(path, precision, entry))
+
+        graph, plan = to_onnx(model), model.origin.plan
+        left = {shape.name for shape in model.spec.matrices()}
+        for precision in precisions:
+            stored = plan.matrix_precisions(precision)
+            wide = [name for name in stored if stored[name] == "fp32" and name in left]
+            proto = graph if precision == "fp32" else quantize_int8(graph, wide)
+            path = "onnx/denoiser.onnx" if precision == "fp32" else f"onnx/denoiser.{precision}.onnx"
+            write(proto, path, "denoiser", precision, wide)
+            if precision == plan.precision and model.spec.pixels_per_latent == 1:
+                table = sampler_table(plan.sampler, model.spec.objective, plan.steps)
+                null_index = len(plan.classes) if plan.evaluations_per_step > 1 else None
+                write(to_sampler(proto, table, null_index), "onnx/sampler.onnx", "sampler", precision, wide)
         return tuple(written)
 
     def open(self, path: Path) -> Interpreter:
@@ -47,7 +65,7 @@ class OnnxExporter:
 
         def run(inputs: Arrays) -> Any:
             try:
-                return session.run(["prediction"], dict(inputs))[0]
+                return session.run(None, dict(inputs))[0]
             except refusals as error:
                 raise InputError(f"{path}: ONNX Runtime cannot run it: {error}") from error
 

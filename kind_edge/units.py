@@ -81,6 +81,18 @@ def parse_quantity(text: str, kind: Kind, allow_share: bool = True, flag: str = 
     return _positive(float(number) * _SCALES[kind][name], kind, text, kind, allow_share, flag)
 
 
+def parse_duration(text: str, flag: str = "value") -> float:
+    """ "90s", "5m", "1h" -> seconds. Unlike a limit of latency, a time to spend may say m for minutes.
+
+    Raises `UsageError`, which names `flag` and an example.
+    """
+    try:
+        return parse_quantity(re.sub(r"(?<=[\d.\s])m\s*$", "min", text), "seconds", allow_share=False).value
+    except UsageError as error:
+        reason = str(error).split(": ", 1)[1].rsplit("; write for example", 1)[0]
+        raise UsageError(f"{flag} {text!r}: {reason}; write for example 90s, 5m or 1h") from error
+
+
 def format_bytes(value: float, binary: bool = True) -> str:
     """4_718_592 -> "4.5 MiB"; with `binary` false "4.72 MB". Three significant digits."""
     names = ("B", "KiB", "MiB", "GiB", "TiB") if binary else ("B", "kB", "MB", "GB", "TB")

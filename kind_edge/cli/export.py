@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +20,7 @@ from kind_edge.units import format_seconds
 if TYPE_CHECKING:
     from kind_edge.deploy.bench import LatencyReport
     from kind_edge.deploy.pipeline import Bundle
+    from kind_edge.training.healing import HealingProgress
 
 
 def export(
@@ -48,6 +50,16 @@ def export(
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
     max_size: options.MaxSize = None,
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            "--heal",
+            metavar="5m",
+            callback=options.duration("--heal"),
+            help="Let the cut model learn from the full one for so long; needs no data, and goes on if interrupted.",
+            show_default="off",
+        ),
+    ] = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
     ] = False,
@@ -68,22 +80,40 @@ def export(
         "form": form, "precision": precision, "unit": unit,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
-    with terminal.stages() as begin:
+    with _healing_kept(terminal, heal), terminal.stages() as begin:
         begin("starting")
         from kind_edge.budget.plan import read_plan
         from kind_edge.deploy import pipeline
 
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
-            checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed,
-            on_stage=begin, **choices,  # type: ignore[arg-type]  # their types were checked one by one above
+            checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed, heal=heal,
+            on_stage=begin, on_healing=lambda now: begin.count(now.seconds, now.total_s, _healing_details(now)),
+            **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
     if (warning := quality_view.warning(bundle.quality)) is not None:
         terminal.say_warning(warning)
+    if bundle.healing is not None and not bundle.healing.kept:
+        terminal.say_warning(bundle.healing.told())
     if as_json:
         terminal.json(bundle.to_dict())
     else:
         print_bundle(terminal, bundle)
+
+
+@contextlib.contextmanager
+def _healing_kept(terminal: Terminal, heal: str | None) -> Iterator[None]:
+    """What to do after an interruption."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if heal is not None:
+            terminal.note("what was healed so far is kept beside the bundle; the same command goes on")
+        raise
+
+
+def _healing_details(now: HealingProgress) -> str:
+    return f"s, step {now.step}, loss {now.loss:.4f}"
 
 
 def _known_formats(text: str) -> list[str]:
@@ -110,6 +140,8 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
     out.print()
     out.print(tables.facts(_conditions(bundle)))
     quality_view.print_quality(out, bundle.quality)
+    if bundle.healing is not None and bundle.healing.kept:
+        out.print(tables.facts([("", f"{bundle.healing.told()} of {bundle.healing.measure}")]))
     out.print(tables.heading("Bundle"))
     out.print(tables.facts((name, tables.size(size)) for name, size in bundle.files.items()))
     out.print()
@@ -122,11 +154,11 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
 def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     """Size, parity and latency of every model file."""
     from kind_edge.deploy.manifest import read_manifest
-    from kind_edge.deploy.verify import GATES_DB
+    from kind_edge.deploy.parity import gates_db
 
     manifest = read_manifest(bundle.path)
     for file, worst_db in bundle.parity.items():
-        gate_db = GATES_DB[manifest.models[file].precision]
+        gate_db = gates_db(manifest.models[file].role)[manifest.models[file].precision]
         report = bundle.latency.get(file)
         predicted_ms = bundle.predicted_here_ms.get(file)
         times_ms = (report.p50_ms, report.p90_ms, report.p99_ms, predicted_ms) if report else (None,) * 4
@@ -145,6 +177,8 @@ def _conditions(bundle: Bundle) -> Iterator[tuple[str, Cell]]:
     """What the latencies above are, and the whole image."""
     image, plan = bundle.image_latency, bundle.plan
     yield "measured", conditions(next(iter(bundle.latency.values())))
+    if any("sampler" in file for file in bundle.latency):
+        yield "", "of the sampler one image: all steps, and its distance is PSNR"
     yield "image", f"{milliseconds(image.p50_ms)} here (p50 of {image.runs}), {milliseconds(image.p90_ms)} p90"
     if plan.profile != "host":
         first, lasting = format_seconds(plan.image_latency_s), format_seconds(plan.sustained_image_latency_s)

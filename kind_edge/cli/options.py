@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from kind_edge.errors import UsageError, unknown
-from kind_edge.units import Kind, parse_quantity
+from kind_edge.units import Kind, parse_duration, parse_quantity
 
 FormChoice = Literal["auto", "switch", "single", "union"]
 PrecisionChoice = Literal["auto", "fp32", "int8"]
@@ -41,6 +41,17 @@ def _limit(flag: str, kind: Kind) -> Callable[[str | None], str | None]:
     def check(text: str | None) -> str | None:
         if text is not None:
             parse_quantity(text, kind, flag=flag)
+        return text
+
+    return check
+
+
+def duration(flag: str) -> Callable[[str | None], str | None]:
+    """Refuse what is no time at once."""
+
+    def check(text: str | None) -> str | None:
+        if text is not None:
+            parse_duration(text, flag)
         return text
 
     return check

@@ -66,28 +66,12 @@ class Terminal:
             yield
 
     @contextlib.contextmanager
-    def stages(self) -> Iterator[Callable[[str], None]]:
-        """A function that is told what begins now: a spinner on a terminal, a line in a log."""
+    def stages(self) -> Iterator[Stages]:
+        """Told what begins now: a spinner on a terminal, a line in a log."""
         with self.working(), contextlib.ExitStack() as stack:
-            status = stack.enter_context(self.err.status("starting", refresh_per_second=4)) if self.animated else None
-            current: list[tuple[str, float]] = []
-
-            def finish() -> None:
-                if current and status is not None:
-                    name, began = current.pop()
-                    took = f"{time.monotonic() - began:.1f} s"
-                    self.err.print(Text.assemble(("✓ ", "green"), f"{name} ", (took, "dim")))
-
-            def begin(name: str) -> None:
-                finish()
-                current.append((name, time.monotonic()))
-                if status is not None:
-                    status.update(f"{name} ...")
-                else:
-                    self.note(f"{name} ...")
-
-            yield begin
-            finish()
+            stages = Stages(self, stack)
+            yield stages
+            stages.finish()
 
     @contextlib.contextmanager
     def counting(self, what: str) -> Iterator[OnCount]:
@@ -123,6 +107,52 @@ class Terminal:
         return Progress(
             *columns, TimeRemainingColumn(compact=True), console=self.err, transient=True, refresh_per_second=4
         )
+
+
+class Stages:
+    """Called with the name of what begins; a stage that takes long may count, and has a bar then."""
+
+    def __init__(self, terminal: Terminal, stack: contextlib.ExitStack) -> None:
+        self.terminal, self._stack = terminal, stack
+        self._current: tuple[str, float] | None = None
+        self._status = terminal.err.status("starting", refresh_per_second=4) if terminal.animated else None
+        self._bar: Progress | None = None
+        self._tenth = 0
+        if self._status is not None:
+            stack.enter_context(self._status)
+
+    def __call__(self, name: str) -> None:
+        self.finish()
+        self._current, self._tenth = (name, time.monotonic()), 0
+        if self._status is not None:
+            self._status.update(f"{name} ...")
+        else:
+            self.terminal.note(f"{name} ...")
+
+    def count(self, done: float, total: float, details: str) -> None:
+        """Of the present stage: a bar in the spinner's place, or a line for every tenth in a log."""
+        name = self._current[0] if self._current else ""
+        if self._status is not None:
+            if self._bar is None:
+                self._status.stop()  # a terminal shows one moving thing at a time
+                self._bar = self._stack.enter_context(self.terminal.progress_bar())
+                self._bar.add_task(name, total=round(total), details="")
+            self._bar.update(self._bar.task_ids[0], completed=int(done), details=details)
+        elif 10 * done // total > self._tenth:
+            self._tenth = int(10 * done // total)
+            self.terminal.note(f"{name}: {self._tenth * 10} %, {details}")
+
+    def finish(self) -> None:
+        """What began is done."""
+        if self._bar is not None and self._status is not None:
+            self._bar.stop()
+            self._bar = None
+            self._status.start()
+        if self._current and self._status is not None:
+            name, began = self._current
+            took = f"{time.monotonic() - began:.1f} s"
+            self.terminal.err.print(Text.assemble(("✓ ", "green"), f"{name} ", (took, "dim")))
+        self._current = None
 
 
 def terminal_of(context: typer.Context) -> Terminal:

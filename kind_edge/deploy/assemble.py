@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -101,16 +102,24 @@ def percentiles(report: LatencyReport) -> dict[str, float]:
 def predict_here_ms(
     plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], rows: int
 ) -> dict[str, float]:
-    """What the cost model says of this machine's CPU for every file: to be compared with what was measured."""
+    """What the cost model says of this machine's CPU for every file: to be compared with what was measured.
+
+    One call of a denoiser is one evaluation, of a sampler one image.
+    """
+    left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
     request = Request(load_profile(HOST), plan.classes, sampling)
-    return {
-        path: 1e3
-        * Deployment(spec, request, Candidate(plan.form, entry["precision"], "cpu")).evaluation_latency_s(
-            plan.matrices, sustained=False
-        )
-        for path, entry in entries.items()
-    }
+    predicted = {}
+    for path, entry in entries.items():
+        precisions = plan.matrix_precisions(entry["precision"])
+        matrices = {
+            shape.name: dataclasses.replace(plan.matrices[shape.name], precision=precisions[shape.name])
+            for shape in left.matrices()
+        }
+        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
+        calls = deployment.evaluations if entry["role"] == "sampler" else 1
+        predicted[path] = 1e3 * calls * deployment.evaluation_latency_s(matrices, sustained=False)
+    return predicted
 
 
 def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> None:
@@ -156,12 +165,15 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
     elif plan.evaluations_per_step > 1:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
+    whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
+    once = _sampler_words(whole, values) if whole else ""
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = "The model draws latents: pictures come from the decoder of the autoencoder it was trained with."
+    healed = f"\nCut, then {values['healing']['told']}." if values.get("healing", {}).get("kept") else ""
     return f"""# {values["name"]}
 
-{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.
+{", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.{healed}
 Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
 
 {picture}
@@ -176,7 +188,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
 
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
-
+{once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
 
 | input | type | shape |
@@ -193,4 +205,19 @@ and, with {prediction}, compute
 
 `step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. Pixels are (x + 1) * 127.5,
 clipped to 0..255. An int8 model takes one image at a time: its activations share one range per call.
+"""
+
+
+def _sampler_words(path: str, values: Mapping[str, Any]) -> str:
+    """How an app draws an image with a single call."""
+    names = [each["name"] for each in values["models"][path]["inputs"]]
+    extra = [f"`class_index` int64 [n] (0 to {len(values['classes']) - 1})"] if "class_index" in names else []
+    extra += [f"`guidance` float32 [] ({values['sampler']['guidance']:g})"] if "guidance" in names else []
+    image = values["image"]
+    shape = f"[n, {image['channels']}, {image['height']}, {image['width']}]"
+    given = " and ".join([", ".join([f"Gaussian `noise` float32 {shape}", *extra[:-1]]), *extra[-1:]])
+    return f"""
+One call: `{path}` takes {given},
+and gives `image` {shape} in 0..1; all {values["sampler"]["steps"]} steps are in it. It needs a runtime with
+control flow (ONNX Runtime on the CPU has it). Step by step, to show progress or to cancel:
 """

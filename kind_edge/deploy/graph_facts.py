@@ -116,14 +116,15 @@ def _shapes(model: Any) -> dict[str, Shape]:
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     constants = {tensor.name for tensor in fixed.graph.initializer}
-    for value in fixed.graph.input:
-        for dimension in value.type.tensor_type.shape.dim:
-            if value.name not in constants and not dimension.dim_value:
-                dimension.dim_value = 1
-    # What the file says of inner values may still hold the free dimensions.
-    del fixed.graph.value_info[:]
-    for value in fixed.graph.output:
-        value.type.tensor_type.ClearField("shape")
+    for graph in _graphs(fixed.graph):
+        for value in graph.input:
+            for dimension in value.type.tensor_type.shape.dim:
+                if value.name not in constants and not dimension.dim_value:
+                    dimension.dim_value = 1
+        # What the file says of inner values may still hold the free dimensions.
+        del graph.value_info[:]
+        for value in graph.output:
+            value.type.tensor_type.ClearField("shape")
     try:
         inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
     except (onnx.shape_inference.InferenceError, ValueError):

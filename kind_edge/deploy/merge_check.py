@@ -6,7 +6,7 @@ import torch
 
 from kind_edge.budget.plan import Plan, full_rank
 from kind_edge.deploy.merge import class_indices, fold, truncate
-from kind_edge.deploy.verify import MERGE_GATE_DB, sqnr_db
+from kind_edge.deploy.parity import MERGE_GATE_DB, sqnr_db
 from kind_edge.errors import GateError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.gated_linear import ClassGate

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -17,24 +20,35 @@ from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
+from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.merge import class_indices, fold, truncate
-from kind_edge.deploy.merge_check import check_merge
-from kind_edge.deploy.quality import Quality, heldout_quality
-from kind_edge.deploy.reference import make_reference
+from kind_edge.deploy.quality import Healing, Quality
+from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_source, open_model
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
-from kind_edge.model.checkpoint import checkpoint_hash, load_checkpoint
+from kind_edge.model.checkpoint import (
+    checkpoint_hash,
+    load_checkpoint,
+    save_checkpoint,
+    stored_dtype,
+)
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
 from kind_edge.registry import Exporter, exporter
-from kind_edge.units import format_bytes
+from kind_edge.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
+    from kind_edge.training.healing import HealingProgress
     from kind_edge.training.inception import Inception
     from kind_edge.training.sampled import Evaluation
 
+    OnHealing = Callable[[HealingProgress], None]
+
 OnStage = Callable[[str], None]
+
+HEALED = "healed"
+"""Folder of a bundle: the checkpoint that a healed bundle's files were folded from."""
 
 _SIZE_ATTEMPTS = 3
 
@@ -52,6 +66,7 @@ class Bundle:
     plan: Plan
     quality: tuple[Quality, ...]
     merge_db: float
+    healing: Healing | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -63,6 +78,7 @@ class Bundle:
             "image_latency_ms": assemble.percentiles(self.image_latency),
             "predicted_here_ms": dict(self.predicted_here_ms),
             "quality": {each.name: each.to_dict() for each in self.quality},
+            **({"healing": self.healing.to_dict()} if self.healing else {}),
             "plan": self.plan.to_dict(),
         }
 
@@ -85,17 +101,22 @@ def export(
     plan: Plan | None = None,
     output: str | Path | None = None,
     formats: Sequence[str] = ("onnx",),
+    heal: str | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
+    on_healing: OnHealing | None = None,
     **choices: Unpack[Choices],
 ) -> Bundle:
     """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
 
+    `heal` is a time such as "5m": for so long the cut model learns from the full one, once it is known that it can be
+    exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
     ONNX is always among the formats: what an app loads, what is measured and what draws the preview.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
     exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats))]
+    heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
@@ -117,7 +138,8 @@ def export(
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         for attempt in range(_SIZE_ATTEMPTS):
-            made = _make(opened, plan, folder, exporters, stage)
+            stage("merging")
+            made = _make(opened, plan, folder, exporters, stage, make_cut(opened, plan))
             excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
             if excess <= 0:
                 break
@@ -129,7 +151,12 @@ def export(
             spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
             request = dataclasses.replace(request, spare_bytes=spare_bytes)
             plan = make_plan(source, request)
+        if heal_s is not None:
+            stage("healing")
+            cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
+            made = _make(opened, plan, folder, exporters, stage, cut)
         bundle = _finish(opened, plan, device, folder, destination, made, stage)
+    shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
     return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
 
 
@@ -154,30 +181,52 @@ def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping
         )
 
 
+def heal_cut(
+    model: OpenedModel,
+    plan: Plan,
+    cut: Cut,
+    seconds: float,
+    state: Path,
+    on_healing: OnHealing | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Cut:
+    """The cut with the weights that healing leaves, or with its own where those are no better.
+
+    `state` is a file: what is learned is kept there, and an interrupted call goes on. `clock` counts the `seconds`.
+    """
+    from kind_edge.training.healing import Lesson, Rows, heal, walk_deviation
+
+    table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
+    rows = Rows(*(torch.from_numpy(getattr(table, name)).float() for name in Rows._fields))
+    kept = tuple(class_indices(model.checkpoint, plan.classes))
+    guidance = plan.guidance if plan.evaluations_per_step > 1 else 1.0
+    lesson = Lesson(model.checkpoint, cut.truncated, kept, plan.form, rows, guidance, plan.null_branch)
+    done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None), clock)
+    return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
+
+
 @dataclass(frozen=True)
 class _Made:
     """The model files in the temporary folder, proven, before they are measured."""
 
+    cut: Cut
     entries: Mapping[str, Mapping[str, Any]]
     default_model: str
     model_bytes: int
     table: SamplerTable
     verification: VerifyReport
-    merge_db: float
-    quality: tuple[Quality, ...]
 
 
-def _make(model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Exporter], stage: OnStage) -> _Made:
-    """Merge, export and verify into `folder`."""
+def _make(
+    model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Exporter], stage: OnStage, cut: Cut
+) -> _Made:
+    """Export and verify into `folder`; healed weights are in no other checkpoint, so they are kept there."""
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
     timesteps = torch.from_numpy(table.timestep)
-    stage("merging")
-    merge_db = check_merge(model.checkpoint, plan, timesteps)
-    truncated = truncate(model.checkpoint, plan, model.calibration)
-    kept = class_indices(model.checkpoint, plan.classes)
-    heldout = model.heldout
-    own = heldout.of_classes(kept) if heldout else None
-    quality = heldout_quality(model.checkpoint, truncated, plan.form, kept, heldout, timesteps) if heldout else ()
+    truncated = cut.truncated
+    if cut.healed:
+        save_checkpoint(folder / HEALED, truncated, stored_dtype(model.checkpoint))
+    own = model.heldout.of_classes(class_indices(model.checkpoint, plan.classes)) if model.heldout else None
     plain = fold(truncated, plan, timesteps)
     stage("exporting")
     entries = {
@@ -186,15 +235,16 @@ def _make(model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Expo
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
     stage("verifying")
-    reference = make_reference(truncated, plan.form, timesteps, own)
+    reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan)
     assemble.save_reference(folder, reference)
-    default_model = next(path for path in _runnable(entries) if entries[path]["precision"] == plan.precision)
+    wanted = {"role": "denoiser", "precision": plan.precision}
+    default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
     manifest = assemble.manifest_of(
         assemble.describe(plan, model.checkpoint.spec, entries, default_model, table), folder
     )
     verification = verify_models(folder, manifest, reference).require()
     size = (folder / default_model).stat().st_size
-    return _Made(entries, default_model, size, table, verification, merge_db, quality)
+    return _Made(cut, entries, default_model, size, table, verification)
 
 
 def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -208,8 +258,11 @@ def _finish(
     """Measure, draw the preview and write what the bundle says about itself."""
     spec = model.checkpoint.spec
     values = assemble.describe(plan, spec, made.entries, made.default_model, made.table)
-    values["verification"] = {**made.verification.to_dict(), "merge_db": made.merge_db}
-    values["quality"] = {each.name: each.to_dict() for each in made.quality}
+    cut = made.cut
+    values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
+    values["quality"] = {each.name: each.to_dict() for each in cut.quality}
+    if cut.healing:
+        values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
     stage("measuring")
     measured = _runnable(made.entries)
     latency, image = assemble.measure(folder, values, list(measured), made.default_model)
@@ -225,30 +278,36 @@ def _finish(
     assemble.write_texts(folder, plan, values)
     write_manifest(folder, values)
     sizes, parity = _sizes(folder), made.verification.parity
-    return Bundle(destination, sizes, parity, latency, image, predicted, plan, made.quality, made.merge_db)
+    known = (cut.quality, cut.merge_db, cut.healing)
+    return Bundle(destination, sizes, parity, latency, image, predicted, plan, *known)
 
 
 def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyReport:
     """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
 
-    The stored reference is used; with `checkpoint` it is computed anew from the gated model.
+    The stored reference is used; with `checkpoint` it is computed anew from the gated model. Of a healed bundle that is
+    the healed checkpoint in it, and `checkpoint` must be the one that it was cut from.
     """
     with open_bundle(bundle) as folder:
         manifest = verified_manifest(folder, str(bundle))
         reference = load_reference(folder)
         if checkpoint is not None:
-            reference = _fresh_reference(manifest.raw["plan"], checkpoint)
+            reference = _fresh_reference(manifest.raw, folder, checkpoint)
         return verify_models(folder, manifest, reference).require()
 
 
-def _fresh_reference(plan_values: Mapping[str, Any], checkpoint: str | Path) -> Mapping[str, Any]:
-    stored = Plan.from_dict(plan_values, "manifest.json: plan")
+def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Path) -> Mapping[str, Any]:
+    stored = Plan.from_dict(raw["plan"], "manifest.json: plan")
     model = open_model(checkpoint)
     _check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
-    truncated = truncate(model.checkpoint, stored, model.calibration)
+    if raw.get("healing", {}).get("kept"):
+        truncated = load_checkpoint(folder / HEALED)
+    else:
+        truncated = truncate(model.checkpoint, stored, model.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
-    return make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
+    points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
+    return points | make_images(truncated, stored, seed=1)
 
 
 def evaluate(

@@ -6,9 +6,10 @@ guidance in it, has no target in one image and one noise: there the cut model is
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import Form
+from kind_edge.units import format_seconds, format_share
 
 DRAWS = 4
 """Timesteps and noises per image; the same for both models, so that their difference is far finer than either."""
@@ -71,6 +73,43 @@ def heldout_quality(
     if full.spec.distilled:
         return heldout_deviations(full, truncated, form, kept, heldout, timesteps)
     return heldout_losses(full, truncated, form, kept, heldout)
+
+
+def overall(quality: Sequence[Quality]) -> float:
+    """One figure for all classes (and the null branch): change of the mean loss, or share of what changed."""
+    full = sum(each.full for each in quality)
+    if any(isinstance(each, HeldoutLoss) for each in quality):
+        return sum(each.plan for each in quality if isinstance(each, HeldoutLoss)) / full - 1
+    return sum(each.difference for each in quality if isinstance(each, HeldoutDeviation)) / full
+
+
+@dataclass(frozen=True)
+class Healing:
+    """What fine-tuning of a cut model brought: `before` and `after` are one `measure`, over all classes.
+
+    `kept`: whether its weights were taken; not where they are no better than those that cutting left, or where it came
+    to numbers that are none (`after` is None).
+    """
+
+    seconds: float
+    steps: int
+    measure: Literal["held-out loss", "held-out deviation", "deviation"]
+    before: float
+    after: float | None
+    kept: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def told(self) -> str:
+        """ "healed 5 min: 3.1 % -> 1.9 %"."""
+        after = "no number" if self.after is None else format_share(self.after)
+        change = f"{format_share(self.before)} -> {after}"
+        if self.kept:
+            return f"healed {format_seconds(self.seconds)}: {change}"
+        return (
+            f"healing for {format_seconds(self.seconds)} made it no better ({change}): the weights are as they were cut"
+        )
 
 
 def heldout_losses(

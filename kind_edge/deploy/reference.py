@@ -10,15 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kind_edge.budget.plan import Plan
 from kind_edge.deploy.verify import TIMESTEPS
 from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import HELDOUT, HELDOUT_IMAGES, HELDOUT_LATENTS, Checkpoint, read_tensors
 from kind_edge.model.diffusion import add_noise
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.model.sampling import step_span
+from kind_edge.model.sampling import denoiser, sample, step_span
 from kind_edge.model.spec import Form, ModelSpec
 
 IMAGES_PER_POINT = 2
+IMAGE_CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,25 @@ def make_reference(
         "class_index": classes.numpy(),
         "prediction": prediction.numpy(),
     }
+
+
+def make_images(truncated: Checkpoint, plan: Plan, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Images by the gated model through diffusers' scheduler: what a sampler must draw. Of ten classes at most.
+
+    Arrays: noise and image [n, ch, H, W], the image clipped to [0, 1]; image_class [n]. Without a switch there is one.
+    """
+    spec, kept = truncated.spec, len(truncated.class_names)
+    shown = (
+        np.unique(np.linspace(0, kept - 1, IMAGE_CLASSES).round().astype(np.int64)) if plan.form == "switch" else [0]
+    )
+    shape = (len(shown), spec.channels, spec.image_size, spec.image_size)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    classes = torch.from_numpy(shown) if plan.form == "switch" else torch.full((1,), kept)
+    strength = plan.guidance if plan.inside_guidance is None else plan.inside_guidance
+    denoise = denoiser(truncated.model(), plan.steps, strength)
+    images = sample(denoise, noise, classes, spec.objective, plan.steps, plan.sampler)
+    image = ((images + 1) / 2).clamp(0, 1)
+    return {"noise": noise.numpy(), "image_class": shown, "image": image.numpy()}
 
 
 def _gate(form: Form, classes: torch.Tensor, kept: int) -> ClassGate:

@@ -1,14 +1,12 @@
-"""Does an artefact compute the same function? Layers: names, types, shapes, finiteness, then SQNR in float64.
+"""Does an artefact compute the same function? Layers: names, types, shapes, finiteness, then its distance in dB.
 
-SQNR = 10 log10(sum ref^2 / sum (ref - out)^2) in dB, per class and timestep; the worst one counts.
+Of a denoiser SQNR per class and timestep, of a sampler PSNR per image; the worst one counts.
 """
 
 from __future__ import annotations
 
-import math
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,78 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.deploy.manifest import Manifest, ModelEntry, TensorInfo
-from kind_edge.errors import GateError, InputError
+from kind_edge.deploy.parity import FileParity, VerifyReport, gates_db, psnr_db, sqnr_db
+from kind_edge.errors import InputError
 from kind_edge.registry import Interpreter, exporter
 
-GATES_DB: Mapping[str, float] = {"fp32": 100.0, "fp16": 45.0, "int8": 25.0}
-MERGE_GATE_DB = 100.0
 REFERENCE_FILE = "verify/reference.npz"
 TIMESTEPS = 5
 REFERENCE_ARRAYS = {"sample", "step_index", "timestep", "class_index", "prediction"}
-EXACT_DB = 400.0
-"""What is reported for outputs that do not differ at all: more than float64 can tell apart, and still a JSON number."""
+IMAGE_ARRAYS = {"noise", "image_class", "image"}
+"""Whole images of the gated model; only what `kind-edge` 0.1.0 wrote is without."""
 
 Reference = Mapping[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class FileParity:
-    """One artefact: its gate, its worst SQNR, the SQNR of every class and timestep, and everything that is wrong."""
-
-    file: str
-    gate_db: float
-    worst_db: float | None
-    points: tuple[Mapping[str, Any], ...]
-    failures: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """All artefacts of a bundle; `passed` only if every one kept its gate."""
-
-    files: tuple[FileParity, ...]
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        return tuple(f"{parity.file}: {failure}" for parity in self.files for failure in parity.failures)
-
-    @property
-    def parity(self) -> dict[str, float | None]:
-        """Worst SQNR in dB by file."""
-        return {parity.file: parity.worst_db for parity in self.files}
-
-    @property
-    def gates(self) -> dict[str, float]:
-        return {parity.file: parity.gate_db for parity in self.files}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "passed": self.passed,
-            "parity": self.parity,
-            "gates": self.gates,
-            "failures": list(self.failures),
-            "points": {parity.file: [dict(point) for point in parity.points] for parity in self.files},
-        }
-
-    def require(self) -> VerifyReport:
-        """Itself if everything passed; `GateError` that lists every failure otherwise."""
-        if not self.passed:
-            raise GateError("parity failed: " + "; ".join(self.failures), self.to_dict())
-        return self
-
-
-def sqnr_db(reference: NDArray[Any], output: NDArray[Any]) -> float:
-    """SQNR in dB, in float64; `EXACT_DB` for equal arrays."""
-    wanted, got = reference.astype(np.float64), output.astype(np.float64)
-    noise = float(((wanted - got) ** 2).sum())
-    signal = float((wanted**2).sum())
-    if noise == 0.0:
-        return EXACT_DB
-    return 10 * math.log10(signal / noise) if signal > 0 else -EXACT_DB
 
 
 def load_reference(folder: Path) -> Reference:
@@ -97,8 +34,10 @@ def load_reference(folder: Path) -> Reference:
             reference = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot read the stored reference: {error}") from error
-    if set(reference) != REFERENCE_ARRAYS or len({len(array) for array in reference.values()}) != 1:
-        raise InputError(f"{path}: want arrays of one length named {', '.join(sorted(REFERENCE_ARRAYS))}")
+    images = {name: reference[name] for name in IMAGE_ARRAYS & set(reference)}
+    for names, found in ((REFERENCE_ARRAYS, set(reference) - set(images)), (IMAGE_ARRAYS, set(images) or IMAGE_ARRAYS)):
+        if found != names or len({len(reference[name]) for name in found if name in reference}) > 1:
+            raise InputError(f"{path}: want arrays of one length named {', '.join(sorted(names))}")
     return reference
 
 
@@ -116,15 +55,18 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
     if {c for c, _ in points} != set(range(labels)) or len(points) != labels * steps:
         raise InputError(f"{REFERENCE_FILE}: has {len(points)} points, want {labels} classes at {steps} timesteps each")
     return VerifyReport(
-        tuple(verify_model(folder, entry, reference, manifest.classes) for entry in manifest.models.values())
+        tuple(
+            verify_sampler(folder, entry, reference, manifest)
+            if entry.role == "sampler"
+            else verify_model(folder, entry, reference, manifest.classes)
+            for entry in manifest.models.values()
+        )
     )
 
 
 def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes: tuple[str, ...]) -> FileParity:
-    """One model file; its format is the first part of its path."""
-    if entry.precision not in GATES_DB:
-        raise InputError(f"{entry.path}: precision {entry.precision!r}, want one of {', '.join(GATES_DB)}")
-    gate = GATES_DB[entry.precision]
+    """One denoiser; its format is the first part of its path."""
+    gate = _gate_db(entry)
     failures = list(_interface_failures(entry, reference))
     points: list[Mapping[str, Any]] = []
     if not failures:
@@ -140,6 +82,61 @@ def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes:
             ]
     worst = min((point["sqnr_db"] for point in points), default=None)
     return FileParity(entry.path, gate, worst, tuple(points), tuple(failures))
+
+
+def verify_sampler(folder: Path, entry: ModelEntry, reference: Reference, manifest: Manifest) -> FileParity:
+    """One sampler: its images, one call each, beside those that the gated model draws from the same noise."""
+    gate = _gate_db(entry)
+    failures = list(_sampler_failures(entry, reference))
+    points: list[Mapping[str, Any]] = []
+    if not failures:
+        run = exporter(entry.path.split("/")[0]).open(folder / entry.path)
+        inputs = {"noise": reference["noise"], "class_index": reference["image_class"]}
+        inputs = {name: array for name, array in inputs.items() if name in entry.input_names()}
+        once = (
+            {"guidance": np.array(manifest.sampler.guidance, np.float32)} if "guidance" in entry.input_names() else {}
+        )
+        parts = [run({n: a[at : at + 1] for n, a in inputs.items()} | once) for at in range(len(reference["image"]))]
+        output = np.concatenate(parts)
+        failures += _output_failures(entry.outputs[0], output, reference["image"])
+        if not failures:
+            names = [manifest.classes[c] for c in reference["image_class"]]
+            values = [round(psnr_db(*pair), 2) for pair in zip(reference["image"], output, strict=True)]
+            points = [{"class": name, "psnr_db": value} for name, value in zip(names, values, strict=True)]
+            failures += [
+                f"the image of {name} is {value:.1f} dB from the gated model's, want {gate:.0f} dB or more"
+                for name, value in zip(names, values, strict=True)
+                if value < gate
+            ]
+    worst = min((point["psnr_db"] for point in points), default=None)
+    return FileParity(entry.path, gate, worst, tuple(points), tuple(failures))
+
+
+def _gate_db(entry: ModelEntry) -> float:
+    gates = gates_db(entry.role)
+    if entry.precision not in gates:
+        raise InputError(f"{entry.path}: precision {entry.precision!r}, want one of {', '.join(gates)}")
+    return gates[entry.precision]
+
+
+def _sampler_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
+    """Names, types and shapes of a sampler's inputs, as the bundle contract has them."""
+    if not set(reference) >= IMAGE_ARRAYS or not len(reference["image"]):
+        yield "the reference holds no images to compare a sampler's with; export again"
+        return
+    known: dict[str, tuple[str, list[int | str]]] = {
+        "noise": ("float32", ["batch", *reference["noise"].shape[1:]]),
+        "class_index": ("int64", ["batch"]),
+        "guidance": ("float32", []),
+    }
+    if entry.input_names()[:1] != ("noise",):
+        yield f"inputs are {list(entry.input_names())}, want noise, then class_index and guidance where it has them"
+    for tensor in entry.inputs:
+        if (tensor.dtype, list(tensor.shape)) != known.get(tensor.name):
+            wanted = "{} {}".format(*known[tensor.name]) if tensor.name in known else "no such input"
+            yield f"input {tensor.name} is {tensor.dtype} {list(tensor.shape)}, want {wanted}"
+    if [tensor.name for tensor in entry.outputs] != ["image"]:
+        yield f"outputs are {[tensor.name for tensor in entry.outputs]}, want image alone"
 
 
 def _interface_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
@@ -163,11 +160,11 @@ def _interface_failures(entry: ModelEntry, reference: Reference) -> Iterator[str
 
 def _output_failures(declared: TensorInfo, output: NDArray[Any], wanted: NDArray[Any]) -> Iterator[str]:
     if str(output.dtype) != declared.dtype or declared.dtype != "float32":
-        yield f"prediction is {output.dtype}, the manifest says {declared.dtype}, want float32"
+        yield f"{declared.name} is {output.dtype}, the manifest says {declared.dtype}, want float32"
     if output.shape != wanted.shape:
-        yield f"prediction has shape {list(output.shape)}, want {list(wanted.shape)}"
+        yield f"{declared.name} has shape {list(output.shape)}, want {list(wanted.shape)}"
     elif not np.isfinite(output).all():
-        yield f"prediction holds {int((~np.isfinite(output)).sum())} values that are not finite"
+        yield f"{declared.name} holds {int((~np.isfinite(output)).sum())} values that are not finite"
 
 
 def _evaluate(run: Interpreter, entry: ModelEntry, reference: Reference) -> NDArray[Any]:

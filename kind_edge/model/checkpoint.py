@@ -59,6 +59,18 @@ class Checkpoint:
         return tensors | {"pos_embed": table} if rounded else tensors
 
 
+def stored_dtype(source: Checkpoint) -> torch.dtype:
+    """In what a checkpoint made from another is stored: fp16 if that one was, else fp32."""
+    return torch.float16 if all(t.dtype == torch.float16 for t in source.tensors.values()) else torch.float32
+
+
+def as_stored(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
+    """With the values that it has after `save_checkpoint` with `stored_dtype(source)`."""
+    tensors = {name: tensor.to(stored_dtype(source)).float() for name, tensor in checkpoint.tensors.items()}
+    rounded = Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
+    return Checkpoint(checkpoint.spec, checkpoint.class_names, rounded.float_tensors(), checkpoint.provenance)
+
+
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in DiT(spec).state_dict().items()}

@@ -19,6 +19,7 @@ from studies import (
     claims,
     decomposition,
     exported,
+    healed,
     nesting,
     pictures,
     shipped,
@@ -41,6 +42,7 @@ cost           scripts/bench cost: predicted and measured time, size and memory
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
+heal           the cut to 20 % of the dense FLOPs, and what five minutes of healing give back
 decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
@@ -65,6 +67,7 @@ BLOCKS = (
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
+    Block("heal", "docs/healing.md", healed.text, seeds=1),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
 )  # fmt: skip
@@ -110,6 +113,8 @@ def measure(name: str, job: Job) -> list[Record]:
         return steps.run(job.subject, job.output, job.images)
     if name == "nesting":
         return nesting.run(job.subject, job.output, job.images)
+    if name == "heal":
+        return healed.run(job.subject, job.output, job.images)
     if name in METHODS:
         sizes = anysize.AnySize(*size)
         records = sizes.run(METHODS[name])

@@ -22,13 +22,14 @@ from kind_edge.deploy.manifest import Manifest, read_manifest
 from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.merge_check import check_merge
 from kind_edge.deploy.noise import gaussian_noise
+from kind_edge.deploy.parity import sqnr_db
 from kind_edge.deploy.plain import ModulationNetwork, ModulationTable, PlainDiT
 from kind_edge.deploy.quality import heldout_deviations
 from kind_edge.deploy.reference import load_heldout, make_reference
 from kind_edge.deploy.request import open_model
 from kind_edge.deploy.runtime import load_bundle, to_pixels
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.deploy.verify import load_reference, sqnr_db, verify_models
+from kind_edge.deploy.verify import REFERENCE_ARRAYS, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.calibration import calibrate_on_images, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, load_checkpoint, save_checkpoint
@@ -39,6 +40,7 @@ MakeCheckpoint = Callable[..., Checkpoint]
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 FEW: dict[str, Any] = {"step_counts": (1, 2, 4), "inside_guidance": 1.75}
 DEVICE, FP32, INT8 = "raspberry-pi-5", "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"
+SAMPLER = "onnx/sampler.onnx"
 FORMS = [("switch", ("shirt", "bag")), ("single", ("coat",)), ("union", ("shirt", "bag"))]
 
 
@@ -248,7 +250,8 @@ def test_a_bundle_says_that_guidance_is_inside(bundle: Path, distilled_folder: P
     assert set(manifest.raw["quality"]["bag"]) == {"images", "full", "difference", "share"}
     assert "guidance 1.75 inside the model" in (bundle / "README.md").read_text()
     report = pipeline.verify(bundle)
-    assert report.parity.keys() == {FP32, INT8}
+    assert report.parity.keys() == {FP32, INT8, SAMPLER}
+    assert manifest.models[SAMPLER].input_names() == ("noise", "class_index")
     assert {(p["class"], p["step_index"]) for p in report.files[0].points} == {
         (name, step) for name in ("shirt", "bag") for step in range(4)
     }
@@ -265,6 +268,7 @@ def test_a_bundle_says_that_guidance_is_inside(bundle: Path, distilled_folder: P
 def test_a_reference_without_a_class_is_no_proof(bundle: Path) -> None:
     """Without a null class the number of classes still counts."""
     reference = load_reference(bundle)
-    fewer = {name: array[reference["class_index"] == 0] for name, array in reference.items()}
+    own = reference["class_index"] == 0
+    fewer = {name: array[own] if name in REFERENCE_ARRAYS else array for name, array in reference.items()}
     with pytest.raises(InputError, match="want 2 classes at 4 timesteps"):
         verify_models(bundle, read_manifest(bundle), fewer)

@@ -17,9 +17,9 @@ import kind_edge.deploy.merge_check as merge_check
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy.merge import bake, class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
+from kind_edge.deploy.parity import sqnr_db
 from kind_edge.deploy.plain import ModulationNetwork, ModulationTable, PlainDiT
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.deploy.verify import sqnr_db
 from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.calibration import load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, load_checkpoint, save_checkpoint

@@ -28,13 +28,15 @@ from kind_edge.deploy.merge import truncate
 from kind_edge.deploy.noise import gaussian_noise
 from kind_edge.deploy.request import open_model
 from kind_edge.deploy.runtime import load_bundle, to_pixels
+from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError, InputError, NoPlanError, UsageError
 from kind_edge.model.sampling import guided, sample
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 DEVICE = "raspberry-pi-5"
 FP32, INT8 = "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"
-FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/reference.npz", FP32, INT8}
+SAMPLER = "onnx/sampler.onnx"
+FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/reference.npz", FP32, INT8, SAMPLER}
 
 
 def export_both(tiny_folder: Path, output: Path) -> None:
@@ -74,7 +76,8 @@ def test_a_bundle_holds_what_its_manifest_says(made: Path, bundle: Path, tiny_fo
     assert manifest.raw["plan"] == printed["plan"] == json.loads((bundle / "plan.json").read_text())
     assert printed["files"].keys() == FILES
     assert all(printed["files"][name] == (bundle / name).stat().st_size for name in FILES)
-    assert printed["parity"].keys() == {FP32, INT8}
+    assert printed["parity"].keys() == {FP32, INT8, SAMPLER}
+    assert printed["parity"][SAMPLER] >= 80
     assert printed["parity"][FP32] >= 100 > printed["parity"][INT8] >= 25
     assert printed["merge_parity"] >= 100
     assert set(printed["quality"]) == {"shirt", "bag", "null"}
@@ -84,6 +87,23 @@ def test_a_bundle_holds_what_its_manifest_says(made: Path, bundle: Path, tiny_fo
     assert not [name for name in FILES if str(Path.home()).encode() in (bundle / name).read_bytes()]
     readme = (bundle / "README.md").read_text()
     assert all(word in readme for word in ("shirt", "bag", "step_index", "class_index", manifest.default_model))
+
+
+@pytest.mark.slow
+def test_a_single_call_draws_the_loop_s_images(bundle: Path) -> None:
+    """Guided, through the manifest's own contract: the sampler in the graph and the loop outside it are one."""
+    loop, once = load_bundle(bundle, threads=1), load_bundle(bundle, model=SAMPLER, threads=1)
+    assert once.model.input_names() == ("noise", "class_index", "guidance")
+    assert f"`{SAMPLER}`" in (bundle / "README.md").read_text()
+    noise = np.random.default_rng(0).standard_normal((2, *loop.noise_shape), dtype=np.float32)
+    classes = np.array([0, 1])
+    wanted, got = loop.sample_float(noise, classes), once.sample_float(noise, classes)
+    assert np.abs(wanted - got).max() < 1e-5
+    wrong = load_reference(bundle)
+    wrong = {**wrong, "image": wrong["image"][::-1]}
+    failures = verify_models(bundle, read_manifest(bundle), wrong).failures
+    assert failures
+    assert all(f"{SAMPLER}: the image of" in failure for failure in failures)
 
 
 @pytest.mark.slow
@@ -117,7 +137,7 @@ def test_images_are_those_of_the_gated_model(bundle: Path, tiny_folder: Path) ->
 def test_verify_passes_for_folder_zip_and_checkpoint(bundle: Path, tiny_folder: Path, tmp_path: Path) -> None:
     report = pipeline.verify(bundle)
     assert report.passed
-    assert report.gates == {FP32: 100, INT8: 25}
+    assert report.gates == {FP32: 100, INT8: 25, SAMPLER: 80}
     assert len(report.files[0].points) == 3 * 4
     assert pipeline.verify(zip_bundle(bundle, tmp_path / "b.zip")).parity == report.parity
     anew = pipeline.verify(bundle, checkpoint=tiny_folder)
@@ -267,6 +287,7 @@ def test_single_has_no_class_input_and_two_of_them_are_larger_than_a_switch(
     assert pipeline.verify(single.path, checkpoint=tiny_folder).passed
     assert single.merge_db >= 100
     assert load_bundle(single.path).generate(n=2).shape == (2, 8, 8, 1)
+    assert manifest.models[SAMPLER].input_names() == ("noise",)
     assert (bundle / FP32).stat().st_size < 2 * single.files[FP32]
 
 
@@ -283,7 +304,7 @@ def test_a_wrong_merge_is_noticed_before_anything_is_written(
     def refuse(*_: object) -> float:
         raise GateError("merge: at full rank the merged model differs: 40.0 dB, want at least 100 dB")
 
-    monkeypatch.setattr(pipeline, "check_merge", refuse)
+    monkeypatch.setattr("kind_edge.deploy.cut.check_merge", refuse)
     with pytest.raises(GateError, match="merge"):
         pipeline.export(tiny_folder, profile=DEVICE, output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -15,17 +15,9 @@ import pytest
 from numpy.typing import NDArray
 
 from kind_edge.deploy.manifest import Manifest, ModelEntry, TensorInfo, read_manifest
+from kind_edge.deploy.parity import EXACT_DB, FileParity, VerifyReport, sqnr_db
 from kind_edge.deploy.session import open_session
-from kind_edge.deploy.verify import (
-    EXACT_DB,
-    REFERENCE_FILE,
-    FileParity,
-    VerifyReport,
-    load_reference,
-    sqnr_db,
-    verify_model,
-    verify_models,
-)
+from kind_edge.deploy.verify import REFERENCE_FILE, load_reference, verify_model, verify_models
 from kind_edge.errors import GateError, InputError
 
 FP32, INT8 = "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"

@@ -19,9 +19,9 @@ from onnx import TensorProto, numpy_helper
 
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy.merge import fold, truncate
+from kind_edge.deploy.parity import sqnr_db
 from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.deploy.verify import sqnr_db
 from kind_edge.errors import InputError, UsageError
 from kind_edge.exporters.onnx_graph import OPSET
 from kind_edge.exporters.onnx_int8 import _per_component, quantize_int8
