@@ -44,22 +44,25 @@ class OpenedModel:
     stored_calibration: Calibration | None
     heldout: Heldout | None
     stored_sensitivity: Sensitivity | None = None
+    on_measure: OnProgress | None = None
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
         return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
 
-    def sensitivity(self, on_progress: OnProgress | None = None) -> Sensitivity:
+    @functools.cached_property
+    def sensitivity(self) -> Sensitivity:
         """What is stored; else it is measured, which takes a minute of a small model, and kept for the next time."""
         if self.stored_sensitivity is not None:
             return self.stored_sensitivity
-        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=on_progress)
+        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=self.on_measure)
         keep_sensitivity(measured, self.checkpoint.path)
         return measured
 
 
-def open_model(model: str | Path) -> OpenedModel:
+def open_model(model: str | Path, on_measure: OnProgress | None = None) -> OpenedModel:
+    """`on_measure` is told (done, total) where the model's sensitivity has to be measured first."""
     folder = find_model(model)
     checkpoint = load_checkpoint(folder)
     if not checkpoint.spec.factored:
@@ -67,7 +70,8 @@ def open_model(model: str | Path) -> OpenedModel:
     path, heldout = folder / CALIBRATION, load_heldout(folder, checkpoint.spec)
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
     name, sha256 = folder.resolve().name, checkpoint_hash(folder)
-    return OpenedModel(name, sha256, checkpoint, stored, heldout, find_sensitivity(folder, sha256, checkpoint.spec))
+    table = find_sensitivity(folder, sha256, checkpoint.spec)
+    return OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
 
 
 class Choices(TypedDict, total=False):
