@@ -80,7 +80,7 @@ def export(
         "form": form, "precision": precision, "unit": unit,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
-    with _healing_kept(terminal, heal), terminal.stages() as begin:
+    with _healing_kept(terminal, heal), terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("starting")
         from kind_edge.budget.plan import read_plan
         from kind_edge.deploy import pipeline
@@ -88,7 +88,8 @@ def export(
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed, heal=heal,
-            on_stage=begin, on_healing=lambda now: begin.count(now.seconds, now.total_s, _healing_details(now)),
+            on_stage=begin, on_measure=on_measure,
+            on_healing=lambda now: begin.count(now.seconds, now.total_s, _healing_details(now)),
             **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
     if (warning := quality_view.warning(bundle.quality)) is not None:

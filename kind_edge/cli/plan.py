@@ -91,13 +91,14 @@ def plan(
         raise UsageError(
             "--rank and --num-classes belong to --arch; a checkpoint has its own, and limits set its ranks"
         )
-    with terminal.stages() as begin:
+    with terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("planning")
         from kind_edge.deploy import pipeline
 
         made = pipeline.plan(
             checkpoint or options.SHIPPED, profile=profile, classes=options.split_names(classes), form=form,
-            precision=precision, unit=unit, steps=steps, guidance=guidance, sampler=sampler, **limits,
+            precision=precision, unit=unit, steps=steps, guidance=guidance, sampler=sampler,
+            on_measure=on_measure, **limits,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     _show(terminal, made, paper, checkpoint, output, as_json)

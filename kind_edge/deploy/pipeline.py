@@ -22,6 +22,7 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_source, open_model
@@ -83,13 +84,20 @@ class Bundle:
         }
 
 
-def plan(model: str | Path = DEFAULT_MODEL, *, profile: str, **choices: Unpack[Choices]) -> Plan:
+def plan(
+    model: str | Path = DEFAULT_MODEL,
+    *,
+    profile: str,
+    on_measure: OnProgress | None = None,
+    **choices: Unpack[Choices],
+) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
-    opened = open_model(model)
+    opened = open_model(model, on_measure)
     request = make_request(opened.checkpoint, device, **choices)
     return make_plan(make_source(opened, request), request)
 
@@ -105,6 +113,7 @@ def export(
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
     on_healing: OnHealing | None = None,
+    on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Bundle:
     """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
@@ -120,7 +129,7 @@ def export(
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
-    opened = open_model(model)
+    opened = open_model(model, on_measure)
     request = None
     if plan is None:
         if profile is None:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TypedDict
 
 from kind_edge.budget.image_time import teacher_of
+from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.planner import candidate_forms
 from kind_edge.budget.problem import Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import spectra
 from kind_edge.deploy.merge import class_indices
+from kind_edge.deploy.probe import OnProgress, measure_sensitivity
 from kind_edge.deploy.reference import Heldout, load_heldout
 from kind_edge.deploy.sampler_table import sampler_table
+from kind_edge.deploy.sensitivity_file import find_sensitivity, keep_sensitivity
 from kind_edge.errors import UsageError, unknown
 from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
@@ -40,21 +43,35 @@ class OpenedModel:
     checkpoint: Checkpoint
     stored_calibration: Calibration | None
     heldout: Heldout | None
+    stored_sensitivity: Sensitivity | None = None
+    on_measure: OnProgress | None = None
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
         return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
 
+    @functools.cached_property
+    def sensitivity(self) -> Sensitivity:
+        """What is stored; else it is measured, which takes a minute of a small model, and kept for the next time."""
+        if self.stored_sensitivity is not None:
+            return self.stored_sensitivity
+        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=self.on_measure)
+        keep_sensitivity(measured, self.checkpoint.path)
+        return measured
 
-def open_model(model: str | Path) -> OpenedModel:
+
+def open_model(model: str | Path, on_measure: OnProgress | None = None) -> OpenedModel:
+    """`on_measure` is told (done, total) where the model's sensitivity has to be measured first."""
     folder = find_model(model)
     checkpoint = load_checkpoint(folder)
     if not checkpoint.spec.factored:
         raise UsageError(f"{folder}: a dense model has no learngene and no tailors to cut; give a KIND checkpoint")
     path, heldout = folder / CALIBRATION, load_heldout(folder, checkpoint.spec)
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
-    return OpenedModel(folder.resolve().name, checkpoint_hash(folder), checkpoint, stored, heldout)
+    name, sha256 = folder.resolve().name, checkpoint_hash(folder)
+    table = find_sensitivity(folder, sha256, checkpoint.spec)
+    return OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
 
 
 class Choices(TypedDict, total=False):
