@@ -88,7 +88,7 @@ def export(
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed, heal=heal,
-            on_stage=begin, on_healing=lambda now: begin.count(now.seconds, now.total_s, _healing_details(now)),
+            on_stage=begin, on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", _healing_details(now)),
             **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
     if (warning := quality_view.warning(bundle.quality)) is not None:
@@ -113,7 +113,7 @@ def _healing_kept(terminal: Terminal, heal: str | None) -> Iterator[None]:
 
 
 def _healing_details(now: HealingProgress) -> str:
-    return f"s, step {now.step}, loss {now.loss:.4f}"
+    return f"step {now.step}, loss {now.loss:.4f}"
 
 
 def _known_formats(text: str) -> list[str]:
