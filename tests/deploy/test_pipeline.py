@@ -283,7 +283,7 @@ def test_a_wrong_merge_is_noticed_before_anything_is_written(
     def refuse(*_: object) -> float:
         raise GateError("merge: at full rank the merged model differs: 40.0 dB, want at least 100 dB")
 
-    monkeypatch.setattr(pipeline, "check_merge", refuse)
+    monkeypatch.setattr("kind_edge.deploy.cut.check_merge", refuse)
     with pytest.raises(GateError, match="merge"):
         pipeline.export(tiny_folder, profile=DEVICE, output=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
