@@ -69,6 +69,7 @@ def test_it_is_verified_against_its_own_gated_checkpoint(
     stored = pipeline.verify(bundle / "b")
     anew = pipeline.verify(bundle / "b", checkpoint=distilled_folder)
     assert anew.passed
+    assert anew.reference.startswith("the healed gated model in the bundle, cut from ")
     assert anew.parity != stored.parity
     healed = load_checkpoint(bundle / "b/healed")
     assert healed.class_names == ("shirt", "bag")
