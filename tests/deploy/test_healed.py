@@ -42,6 +42,7 @@ def bundle(distilled_folder: Path, made_once: Callable[..., Path]) -> Path:
     return made_once("healed", write)
 
 
+@pytest.mark.slow
 def test_it_says_what_healing_brought_and_leaves_nothing_beside_it(bundle: Path) -> None:
     printed = json.loads((bundle / "export.json").read_text())
     assert printed["stages"][2:8] == ["merging", "exporting", "verifying", "healing", "exporting", "verifying"]
@@ -63,6 +64,7 @@ def test_it_says_what_healing_brought_and_leaves_nothing_beside_it(bundle: Path)
     assert sum(each["difference"] for each in quality) / sum(each["full"] for each in quality) == found["after"]
 
 
+@pytest.mark.slow
 def test_it_is_verified_against_its_own_gated_checkpoint(
     bundle: Path, distilled_folder: Path, tiny_folder: Path
 ) -> None:
