@@ -89,7 +89,7 @@ def export(
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed, heal=heal,
             on_stage=begin, on_measure=on_measure,
-            on_healing=lambda now: begin.count(now.seconds, now.total_s, _healing_details(now)),
+            on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", _healing_details(now)),
             **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
     if (warning := quality_view.warning(bundle.quality)) is not None:
@@ -114,7 +114,7 @@ def _healing_kept(terminal: Terminal, heal: str | None) -> Iterator[None]:
 
 
 def _healing_details(now: HealingProgress) -> str:
-    return f"s, step {now.step}, loss {now.loss:.4f}"
+    return f"step {now.step}, loss {now.loss:.4f}"
 
 
 def _known_formats(text: str) -> list[str]:

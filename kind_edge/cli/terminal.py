@@ -148,14 +148,14 @@ class Stages:
         else:
             self.terminal.note(f"{name} ...")
 
-    def count(self, done: float, total: float, details: str) -> None:
+    def count(self, done: float, total: float, unit: str, details: str) -> None:
         """Of the present stage: a bar in the spinner's place, or a line for every tenth in a log."""
         name = self._current[0] if self._current else ""
         if self._status is not None:
             if self._bar is None:
                 self._status.stop()  # a terminal shows one moving thing at a time
                 self._bar = self._stack.enter_context(self.terminal.progress_bar())
-                self._bar.add_task(name, total=round(total), details="")
+                self._bar.add_task(f"{name}, {unit}", total=round(total), details="")
             self._bar.update(self._bar.task_ids[0], completed=int(done), details=details)
         elif 10 * done // total > self._tenth:
             self._tenth = int(10 * done // total)

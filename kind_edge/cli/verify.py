@@ -43,8 +43,7 @@ def verify(
     if as_json:
         terminal.json(report.to_dict())
         return
-    against = f"the gated model of {checkpoint}" if checkpoint else "the stored outputs of the gated model"
-    terminal.out.print(tables.heading("Parity", f"worst over classes and timesteps, against {against}"))
+    terminal.out.print(tables.heading("Parity", f"worst over classes and timesteps, against {report.reference}"))
     rows = [
         (
             parity.file,

@@ -161,7 +161,7 @@ def _bundle_shape(manifest: Manifest, plan: Mapping[str, Any]) -> dict[str, Any]
 
 def _bundle_provenance(manifest: Manifest) -> dict[str, Any]:
     raw = manifest.raw
-    return {key: raw[key] for key in ("source", "licence", "tools", "verification", "quality") if key in raw}
+    return {key: raw[key] for key in ("source", "licence", "tools", "verification", "quality", "healing") if key in raw}
 
 
 def _inspect_checkpoint(folder: Path) -> Inspection:

@@ -46,9 +46,13 @@ class FileParity:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All artefacts of a bundle; `passed` only if every one kept its gate."""
+    """All artefacts of a bundle; `passed` only if every one kept its gate.
+
+    `reference`: where the gated outputs came from.
+    """
 
     files: tuple[FileParity, ...]
+    reference: str = "the stored outputs of the gated model"
 
     @property
     def passed(self) -> bool:

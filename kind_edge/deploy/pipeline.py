@@ -299,10 +299,16 @@ def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyRe
     """
     with open_bundle(bundle) as folder:
         manifest = verified_manifest(folder, str(bundle))
-        reference = load_reference(folder)
+        reference, told = load_reference(folder), VerifyReport.reference
         if checkpoint is not None:
-            reference = _fresh_reference(manifest.raw, folder, checkpoint)
-        return verify_models(folder, manifest, reference).require()
+            reference, told = _fresh_reference(manifest.raw, folder, checkpoint), f"the gated model of {checkpoint}"
+            if _is_healed(manifest.raw):
+                told = f"the healed gated model in the bundle, cut from {checkpoint}"
+        return dataclasses.replace(verify_models(folder, manifest, reference), reference=told).require()
+
+
+def _is_healed(raw: Mapping[str, Any]) -> bool:
+    return bool(raw.get("healing", {}).get("kept"))
 
 
 def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Path) -> Mapping[str, Any]:
@@ -310,7 +316,7 @@ def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Pat
     model = open_model(checkpoint)
     _check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
-    if raw.get("healing", {}).get("kept"):
+    if _is_healed(raw):
         truncated = load_checkpoint(folder / HEALED)
     else:
         truncated = truncate(model.checkpoint, stored, model.calibration)

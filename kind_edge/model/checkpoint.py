@@ -6,6 +6,7 @@ never saw, for measuring what truncation costs).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -65,10 +66,10 @@ def stored_dtype(source: Checkpoint) -> torch.dtype:
 
 
 def as_stored(checkpoint: Checkpoint, source: Checkpoint) -> Checkpoint:
-    """With the values that it has after `save_checkpoint` with `stored_dtype(source)`."""
-    tensors = {name: tensor.to(stored_dtype(source)).float() for name, tensor in checkpoint.tensors.items()}
-    rounded = Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
-    return Checkpoint(checkpoint.spec, checkpoint.class_names, rounded.float_tensors(), checkpoint.provenance)
+    """In float32, with the values that it has once it was stored with `stored_dtype(source)` and read again."""
+    tensors = {name: tensor.to(stored_dtype(source)) for name, tensor in checkpoint.tensors.items()}
+    rounded = dataclasses.replace(checkpoint, tensors=tensors)
+    return dataclasses.replace(rounded, tensors=rounded.float_tensors())
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:

@@ -99,12 +99,16 @@ class Healed:
 
 @dataclass
 class Pool:
-    """Images on their way: states and the d before [B, ch, H, W], the row of the sampler and the kept class [B]."""
+    """Images on their way: states and the d before [B, ch, H, W], the row of the sampler and the kept class [B].
+
+    `classes`: how many there are to begin anew as, however few the pool holds at a time.
+    """
 
     x: Tensor
     before: Tensor
     row: Tensor
     kept_index: Tensor
+    classes: int
     generator: torch.Generator
 
     @classmethod
@@ -112,7 +116,9 @@ class Pool:
         spec, generator = lesson.cut.spec, torch.Generator().manual_seed(seed)
         x = torch.randn(count, spec.channels, spec.image_size, spec.image_size, generator=generator)
         row = torch.zeros(count, dtype=torch.long)
-        return cls(x, torch.zeros_like(x), row, torch.arange(count) % len(lesson.kept), generator)
+        classes = len(lesson.kept)
+        kept_index = torch.randperm(max(count, classes), generator=generator)[:count] % classes
+        return cls(x, torch.zeros_like(x), row, kept_index, classes, generator)
 
     def advance(self, rows: Rows, prediction: Tensor, moving: Tensor | None = None) -> None:
         """One row on for all (or for those `moving` [B]); who has arrived begins anew, as another class."""
@@ -121,7 +127,7 @@ class Pool:
         x, row = a * self.x + b * d + c * self.before, self.row + 1
         arrived = row == len(rows.timestep)
         fresh = torch.randn(x.shape, generator=self.generator)
-        other = torch.randint(int(self.kept_index.max()) + 1, row.shape, generator=self.generator)
+        other = torch.randint(self.classes, row.shape, generator=self.generator)
         wide = arrived.view(-1, 1, 1, 1)
         x, d, row = torch.where(wide, fresh, x), torch.where(wide, 0.0, d), torch.where(arrived, 0, row)
         moving = torch.ones_like(arrived) if moving is None else moving

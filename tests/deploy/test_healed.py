@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import kind_edge.training.healing as healing
 from kind_edge.deploy import pipeline
+from kind_edge.deploy.cut import judged, make_cut
 from kind_edge.deploy.manifest import read_manifest
+from kind_edge.deploy.request import open_model
 from kind_edge.errors import GateError, InputError, UsageError
-from kind_edge.model.checkpoint import HELDOUT, load_checkpoint
-from kind_edge.training.healing import Healed, HealingProgress
+from kind_edge.model.checkpoint import load_checkpoint
+from kind_edge.training.healing import HealingProgress
 
 DEVICE = "raspberry-pi-5"
 ASKED: dict[str, Any] = {"profile": DEVICE, "classes": ["shirt", "bag"], "max_flops": "60%", "precision": "fp32"}
@@ -38,6 +42,7 @@ def bundle(distilled_folder: Path, made_once: Callable[..., Path]) -> Path:
     return made_once("healed", write)
 
 
+@pytest.mark.slow
 def test_it_says_what_healing_brought_and_leaves_nothing_beside_it(bundle: Path) -> None:
     printed = json.loads((bundle / "export.json").read_text())
     assert printed["stages"][2:8] == ["merging", "exporting", "verifying", "healing", "exporting", "verifying"]
@@ -59,12 +64,14 @@ def test_it_says_what_healing_brought_and_leaves_nothing_beside_it(bundle: Path)
     assert sum(each["difference"] for each in quality) / sum(each["full"] for each in quality) == found["after"]
 
 
+@pytest.mark.slow
 def test_it_is_verified_against_its_own_gated_checkpoint(
     bundle: Path, distilled_folder: Path, tiny_folder: Path
 ) -> None:
     stored = pipeline.verify(bundle / "b")
     anew = pipeline.verify(bundle / "b", checkpoint=distilled_folder)
     assert anew.passed
+    assert anew.reference.startswith("the healed gated model in the bundle, cut from ")
     assert anew.parity != stored.parity
     healed = load_checkpoint(bundle / "b/healed")
     assert healed.class_names == ("shirt", "bag")
@@ -73,40 +80,42 @@ def test_it_is_verified_against_its_own_gated_checkpoint(
         pipeline.verify(bundle / "b", checkpoint=tiny_folder)
 
 
-def made_worse(lesson: Any, seconds: float, state: Path, *_: Any) -> Healed:
-    tensors = {name: tensor * 1.5 if ".learngene.s" in name else tensor for name, tensor in lesson.cut.tensors.items()}
-    state.parent.mkdir()
-    state.write_bytes(b"")
-    return Healed(dataclasses.replace(lesson.cut, tensors=tensors), seconds, 7)
-
-
-@pytest.mark.slow
+@pytest.mark.parametrize(("factor", "told"), [(1.5, r"\(.* % -> .* %\)"), (math.nan, r"\(.* % -> no number\)")])
+@pytest.mark.parametrize("held_out", [True, False])
 def test_weights_that_are_no_better_are_not_taken(
-    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    factor: float, told: str, held_out: bool, distilled_folder: Path
 ) -> None:
-    """Also where nothing is held out, and the deviation decides."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    (folder / HELDOUT).unlink()
-    monkeypatch.setattr(healing, "heal", made_worse)
-    made = pipeline.export(folder, **ASKED, output=tmp_path / "b", heal="5m")
-    assert made.healing is not None
-    assert (made.healing.kept, made.healing.measure) == (False, "deviation")
-    assert made.healing.told().startswith("healing for 5 min made it no better (")
-    assert not (tmp_path / "b/healed").exists()
-    assert not (tmp_path / ".b.heal").exists()
-    assert "healed" not in (tmp_path / "b/README.md").read_text()
-    assert pipeline.verify(tmp_path / "b", checkpoint=folder).passed
+    """Also where no image is held out, and the deviation on walks decides."""
+    model = open_model(distilled_folder)
+    model = model if held_out else dataclasses.replace(model, heldout=None)
+    plan = pipeline.plan(distilled_folder, **ASKED)
+    cut = make_cut(model, plan)
+    tensors = {name: t * factor if ".learngene.s" in name else t for name, t in cut.truncated.tensors.items()}
+    worse = dataclasses.replace(cut.truncated, tensors=tensors)
+    deviations = {id(cut.truncated): 0.1}
+    found = judged(model, plan, cut, worse, 300.0, 7, lambda each: deviations.get(id(each), 0.1 * factor))
+    assert found.truncated is cut.truncated
+    assert not found.healed
+    assert found.quality == cut.quality
+    assert found.healing is not None
+    assert found.healing.measure == ("held-out deviation" if held_out else "deviation")
+    assert re.search(f"healing for 5 min made it no better {told}: the weights are as", found.healing.told())
+    json.dumps(found.healing.to_dict(), allow_nan=False)
 
 
 def test_a_stopped_export_keeps_what_was_learned_and_no_bundle(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def unwritten(*arguments: Any) -> SimpleNamespace:
+        return SimpleNamespace(cut=arguments[-1], model_bytes=0)
+
     def stop(now: HealingProgress) -> None:
         if now.step == 4:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(pipeline, "_make", unwritten)
     monkeypatch.setattr(healing, "SAVE_EVERY_S", 0.0)
-    monkeypatch.setattr(healing, "SAVING_SHARE", 1e9)
+    monkeypatch.setattr(healing, "SAVING_SHARE", math.inf)
     with pytest.raises(KeyboardInterrupt):
         pipeline.export(tiny_folder, **ASKED, output=tmp_path / "b", heal="1h", on_healing=stop)
     assert [path.name for path in tmp_path.iterdir()] == [".b.heal"]
@@ -119,6 +128,9 @@ def test_a_stopped_export_keeps_what_was_learned_and_no_bundle(
     with pytest.raises(GateError, match="enough"):
         pipeline.export(tiny_folder, **ASKED, output=tmp_path / "b", heal="1h", on_healing=see)
     assert steps == [4]  # three were saved
+    with pytest.raises(GateError, match="enough"):  # another cut begins anew
+        pipeline.export(tiny_folder, **{**ASKED, "max_flops": "70%"}, output=tmp_path / "b", heal="1h", on_healing=see)
+    assert steps == [4, 1]
 
 
 @pytest.mark.parametrize("text", ["5", "5x", "-5m", "40%", "0s"])

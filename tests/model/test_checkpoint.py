@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,11 @@ from kind_edge.model.checkpoint import (
     INDEX,
     WEIGHTS,
     Checkpoint,
+    as_stored,
     checkpoint_hash,
     load_checkpoint,
     save_checkpoint,
+    stored_dtype,
 )
 from kind_edge.model.shipped import find_model
 
@@ -230,3 +233,13 @@ def test_find_model_takes_folders_and_refuses_the_rest(saved: Path) -> None:
     assert find_model(saved) == saved
     with pytest.raises(InputError, match="no checkpoint folder and no shipped model"):
         find_model("fashion-minst")
+
+
+def test_a_checkpoint_as_stored_is_what_is_read_again(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    exact = make_checkpoint()
+    for dtype in (torch.float16, torch.float32):
+        source = dataclasses.replace(exact, tensors={name: t.to(dtype) for name, t in exact.tensors.items()})
+        stored = as_stored(exact, source)
+        save_checkpoint(tmp_path, stored, stored_dtype(source))
+        read = load_checkpoint(tmp_path).float_tensors()
+        assert all(torch.equal(tensor, read[name]) for name, tensor in stored.tensors.items())

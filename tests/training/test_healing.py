@@ -141,6 +141,15 @@ def test_a_pool_stands_at_all_rows(make_checkpoint: MakeCheckpoint) -> None:
     assert set(pool.kept_index.tolist()) == {0, 1}
 
 
+def test_every_class_has_its_turn_however_small_the_pool(make_checkpoint: MakeCheckpoint) -> None:
+    lesson = dataclasses.replace(lesson_of(make_checkpoint(), "single"), kept=tuple(range(4)) * 5)
+    pool, seen = Pool.of(lesson, 3, 0), set()
+    for _ in range(60 * STEPS):
+        seen |= set(pool.kept_index.tolist())
+        pool.advance(lesson.rows, torch.zeros_like(pool.x))
+    assert seen == set(range(20))
+
+
 def test_a_stopped_run_goes_on_and_ends_like_one_that_was_not(
     make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
