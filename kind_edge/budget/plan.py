@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kind_edge.budget.image_time import FACTORS
 from kind_edge.errors import InputError, nearest
-from kind_edge.model.spec import Form, ModelSpec, default_sampler
+from kind_edge.model.spec import Form, ModelSpec, branch_of, default_sampler
 
 SCHEMA_VERSION = 1
 
@@ -21,7 +21,10 @@ Storage = Literal["dense", "factored", "dropped"]
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """How one matrix is stored. *switch* has `learngene_rank` and `tailor_rank`; *single* and *union* have `rank`."""
+    """How one matrix is stored. *switch* has `learngene_rank` and `tailor_rank`; *single* and *union* have `rank`.
+
+    `precision`, fp32 or int8, is that of all its weights (learngene and tailors) in the plan's default file.
+    """
 
     storage: Storage
     precision: str
@@ -34,6 +37,11 @@ class MatrixPlan:
         """Rank of the part that every image sees."""
         return (self.learngene_rank if self.rank is None else self.rank) or 0
 
+    @property
+    def gone(self) -> bool:
+        """Whether no component of it is left."""
+        return self.storage == "dropped" and not self.shared_rank and not self.tailor_rank
+
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
@@ -42,8 +50,8 @@ class MatrixPlan:
 class Plan:
     """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
-    `precision` is what the app loads, `precisions` what is written. `limits` are what was asked for, in the solver's
-    units; `binding` those that kept the plan from being better.
+    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written. `limits` are what was
+    asked for, in the solver's units; `binding` those that kept the plan from being better.
     `dense` holds the same figures of the dense fp32 model of the same shape: what percentages refer to.
     `guidance` is what the sampling loop does; a distilled model has its own, `inside_guidance`, in its prediction.
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
@@ -86,6 +94,22 @@ class Plan:
     def null_branch(self) -> bool:
         """Whether the deployed model has a null class: not where one class is folded in, nor with guidance inside."""
         return self.form == "switch" and self.inside_guidance is None
+
+    @property
+    def dropped_branches(self) -> tuple[str, ...]:
+        """Branches of which no matrix is left ("blocks.3.attn"); their blocks go on without them."""
+        branches: dict[str, bool] = {}
+        for name, matrix in self.matrices.items():
+            branches[branch_of(name)] = branches.get(branch_of(name), True) and matrix.gone
+        return tuple(name for name, gone in branches.items() if gone)
+
+    def matrix_precisions(self, file_precision: str) -> dict[str, str]:
+        """Precision of every matrix in the file of that precision: the int8 file keeps what the plan wants in fp32.
+
+        A plan without any int8 matrix says nothing of its int8 file, in which every matrix is int8 then.
+        """
+        mixed = file_precision == self.precision == "int8"
+        return {name: matrix.precision if mixed else file_precision for name, matrix in self.matrices.items()}
 
     def to_dict(self) -> dict[str, Any]:
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
@@ -193,6 +217,14 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
     for name, matrix in plan.matrices.items():
         if any(getattr(matrix, key) is None for key in wanted):
             raise InputError(f"the plan's matrix {name} lacks {' or '.join(wanted)}; solve again")
+        if matrix.storage == "dropped" and matrix.shared_rank:
+            raise InputError(f"the plan's matrix {name} is dropped, but has rank {matrix.shared_rank}; solve again")
+        if matrix.gone and branch_of(name) not in plan.dropped_branches:
+            raise InputError(
+                f"the plan drops {name}, but not all of {branch_of(name)}: a branch is dropped whole or not at all; "
+                "solve again"
+            )
+    _check_precisions(plan)
     if not {plan.precision} <= set(plan.precisions) <= {"fp32", "int8"}:
         raise InputError(f"the plan's precisions {', '.join(plan.precisions)} cannot be written; solve again")
     if not 0 < plan.guidance < 100 or plan.evaluations_per_step not in (1, 2):
@@ -201,6 +233,16 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
         raise InputError(f"the plan's guidance is not that inside the model, {spec.inside_guidance}; solve again")
     if spec.distilled and (plan.steps not in spec.step_counts or plan.sampler != default_sampler(spec.objective)):
         raise InputError(f"the plan's {plan.steps} {plan.sampler} steps are not what the model is for; solve again")
+
+
+def _check_precisions(plan: Plan) -> None:
+    """Every matrix is fp32 or int8, and the plan's own label says whether any is int8."""
+    for name, matrix in plan.matrices.items():
+        if matrix.precision not in ("fp32", "int8"):
+            raise InputError(f"the plan's matrix {name} is {matrix.precision}, which cannot be written; solve again")
+    label = "int8" if any(matrix.precision == "int8" for matrix in plan.matrices.values()) else "fp32"
+    if plan.precision in ("fp32", "int8") and plan.precision != label:
+        raise InputError(f"the plan is called {plan.precision}, but its matrices make it {label}; solve again")
 
 
 def full_rank(plan: Plan, ranks: Mapping[str, tuple[int, int]]) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -102,15 +103,19 @@ def predict_here_ms(
     plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], rows: int
 ) -> dict[str, float]:
     """What the cost model says of this machine's CPU for every file: to be compared with what was measured."""
+    left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
     request = Request(load_profile(HOST), plan.classes, sampling)
-    return {
-        path: 1e3
-        * Deployment(spec, request, Candidate(plan.form, entry["precision"], "cpu")).evaluation_latency_s(
-            plan.matrices, sustained=False
-        )
-        for path, entry in entries.items()
-    }
+    predicted = {}
+    for path, entry in entries.items():
+        precisions = plan.matrix_precisions(entry["precision"])
+        matrices = {
+            shape.name: dataclasses.replace(plan.matrices[shape.name], precision=precisions[shape.name])
+            for shape in left.matrices()
+        }
+        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
+        predicted[path] = 1e3 * deployment.evaluation_latency_s(matrices, sustained=False)
+    return predicted
 
 
 def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> None:
