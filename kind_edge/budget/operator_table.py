@@ -10,7 +10,7 @@ import bisect
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 Key = tuple[str | int, ...]
@@ -20,6 +20,11 @@ _LEAST_US = 0.05
 """A difference of two measured times can come out at nothing, or below."""
 
 _STEEPEST = 2.0
+"""Of the slopes by which times go on beyond the table: attention grows with the square of tokens."""
+
+
+KINDS: Mapping[str, int] = {"product": 3, "tailor": 5, "attention": 3, "mlp": 3, "ends": 3}
+"""The parts of a table, and how many sizes a time of each stands for."""
 
 
 class Grid:
@@ -44,25 +49,33 @@ class Grid:
 
     def _at(self, *sizes: int) -> float:
         """Microseconds at any sizes."""
-        total, corners = 0.0, list(self._corners(sizes))
-        for key, weight in corners:
-            total += weight * self._logs[key]
+        ends = zip(sizes, self._axes, strict=True)
+        inside = tuple(float(min(max(size, axis[0]), axis[-1])) for size, axis in ends)
+        total = self._log_us(inside)
+        for index, (size, axis) in enumerate(zip(sizes, self._axes, strict=True)):
+            if size != inside[index] and len(axis) > 1:
+                low, high = (axis[0], axis[1]) if size < axis[0] else (axis[-2], axis[-1])
+                logs = [self._log_us((*inside[:index], float(end), *inside[index + 1 :])) for end in (low, high)]
+                slope = min(max((logs[1] - logs[0]) / math.log(high / low), 0.0), _STEEPEST)
+                total += slope * math.log(max(size, 1) / inside[index])
         return math.exp(total)
 
-    def _corners(self, sizes: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], float]]:
-        """The points around, with their weights; outside, weights below 0 and above 1 go on with the last slope."""
+    def _log_us(self, sizes: tuple[float, ...]) -> float:
+        """Within the axes: linear in every logarithm."""
         axes = []
         for axis, size in zip(self._axes, sizes, strict=True):
-            if len(axis) == 1:
-                axes.append([(axis[0], 1.0)])
-                continue
             at = min(max(bisect.bisect_right(axis, size), 1), len(axis) - 1)
+            if len(axis) == 1 or size == axis[at]:
+                axes.append([(axis[at], 1.0)])
+                continue
             low, high = axis[at - 1], axis[at]
-            share = math.log(max(size, 1) / low) / math.log(high / low)
+            share = math.log(size / low) / math.log(high / low)
             axes.append([(low, 1 - share), (high, share)])
-        for combination in itertools.product(*axes):
-            key, weights = zip(*combination, strict=True)
-            yield key, math.prod(weights)
+        total = 0.0
+        for corner in itertools.product(*axes):
+            key, weights = zip(*corner, strict=True)
+            total += math.prod(weights) * self._logs[key]
+        return total
 
 
 @dataclass(frozen=True)
@@ -79,10 +92,20 @@ class OperatorTable:
     attention: Times
     mlp: Times
     ends: Times
+    source: str = "measured"
+
+    def __len__(self) -> int:
+        return sum(len(getattr(self, kind)) for kind in KINDS)
+
+    @functools.cached_property
+    def precisions(self) -> frozenset[str]:
+        """Those that everything was measured in."""
+        kinds = (self.product, self.tailor, self.attention, self.mlp)
+        return frozenset.intersection(*(frozenset(str(key[0]) for key in times) for times in kinds))
 
     def has(self, precision: str) -> bool:
-        """Whether products of that precision were measured."""
-        return any(key[0] == precision for key in self.product)
+        """Whether everything was measured in that precision."""
+        return precision in self.precisions
 
     def product_us(self, precision: str, rows: int, inputs: int, outputs: int) -> float:
         """One product rows x inputs x outputs with a constant matrix, its quantization included."""
@@ -101,12 +124,13 @@ class OperatorTable:
         return self._grids("ends", None).at(batch, tokens, width)
 
     def _grids(self, kind: str, precision: str | None) -> Grid:
-        grids = self.__dict__.get("_cached")
-        if grids is None:  # a frozen value may still remember what follows from it
-            grids = {}
-            object.__setattr__(self, "_cached", grids)
-        if (kind, precision) not in grids:
+        if (kind, precision) not in self._made:
             times: Times = getattr(self, kind)
             own = times.items() if precision is None else ((k[1:], t) for k, t in times.items() if k[0] == precision)
-            grids[kind, precision] = Grid({tuple(int(size) for size in key): time for key, time in own})
-        return grids[kind, precision]  # type: ignore[no-any-return]
+            self._made[kind, precision] = Grid({tuple(int(size) for size in key): time for key, time in own})
+        return self._made[kind, precision]
+
+    @functools.cached_property
+    def _made(self) -> dict[tuple[str, str | None], Grid]:
+        """Grids, each made when it is first asked for."""
+        return {}

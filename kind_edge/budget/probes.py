@@ -43,7 +43,9 @@ _WIDTHS = {128: 4, 384: 6, 768: 12}
 _IMAGES = {49: (28, 1, 4, 1), 256: (32, 4, 2, 8)}
 """Tokens of the measured blocks: image size, channels, patch size, output channels."""
 
-_CHAIN_WEIGHTS, _MOST_PAIRS = 400_000, 8
+_CHAIN_WEIGHTS, _FEWEST_PAIRS, _MOST_PAIRS = 800_000, 2, 24
+"""Floats of a chain: more than the caches next to a core hold, as in a model, where a weight is used once a call."""
+
 _BLOCKS, _BLOCK_RANK = 4, 16
 """Blocks of a probe, and the rank of their matrices: low, so that most of the time is what the difference wants."""
 
@@ -74,6 +76,13 @@ def all_probes() -> list[Probe]:
         by_file.setdefault(probe.file, []).append(probe)
     groups = list(by_file.values())
     return [probe for index in np.random.default_rng(0).permutation(len(groups)) for probe in groups[index]]
+
+
+def roofline_probes() -> list[Probe]:
+    """What a roofline alone needs."""
+    rates = {_product_name(p, _rows(tokens), w, 4 * w) for p in ("fp32", "fp16", "int8") for tokens, w in _RATE_SHAPES}
+    kept = rates | {probe.name for probe in _roofline()}
+    return [probe for probe in all_probes() if probe.name in kept]
 
 
 def operator_table(latency_us: Latencies) -> OperatorTable:
@@ -178,8 +187,8 @@ def _block_points() -> Iterator[tuple[int, int, int]]:
 
 
 def _pairs(m: int, n: int) -> int:
-    """How often a pair is repeated in a chain: enough work to be far above the call and the clock's resolution."""
-    return max(1, min(_MOST_PAIRS, _CHAIN_WEIGHTS // (2 * m * n)))
+    """How often a pair is repeated in a chain."""
+    return max(_FEWEST_PAIRS, min(_MOST_PAIRS, _CHAIN_WEIGHTS // (2 * m * n)))
 
 
 def _factored_us(table: OperatorTable, precision: str, rows: int, m: int, n: int) -> float:
