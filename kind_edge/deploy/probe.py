@@ -26,8 +26,8 @@ from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.diffusion import TRAIN_STEPS, add_noise, draw_timesteps
 from kind_edge.model.dit import DiT, patchify, unpatchify
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
-from kind_edge.model.sampling import denoiser, make_scheduler, sample
-from kind_edge.model.spec import default_sampler, recommended
+from kind_edge.model.sampling import denoiser, sample
+from kind_edge.model.spec import recommended
 from kind_edge.model.truncation import SortedFactors, fold_matrix
 
 OnProgress = Callable[[int, int], None]
@@ -68,7 +68,7 @@ def measure_sensitivity(
     with torch.no_grad():
         probe = _Probe(model, own_inputs(checkpoint, model, images, seed))
         matrices: dict[str, MatrixInfluence] = {}
-        shapes = list(checkpoint.spec.matrices())
+        shapes, everyone = list(checkpoint.spec.matrices()), list(range(checkpoint.spec.num_classes))
         for done, shape in enumerate(shapes):
             folded = fold_matrix(
                 checkpoint, shape.name, list(range(checkpoint.spec.num_classes)), "switch", calibration
@@ -129,7 +129,7 @@ class _Probe:
         self.model, self.inputs = model, inputs
         self.gate = ClassGate.of(inputs.classes, model.spec.num_classes)
         self.condition = model.condition(inputs.timestep, inputs.classes, inputs.span)
-        x = patchify(model.patch_embed, model.pos_embed, inputs.x).contiguous()  # type: ignore[arg-type]
+        x = patchify(model.patch_embed, model.pos_embed, inputs.x).contiguous()
         self.before = []
         for block in model.blocks:
             self.before.append(x)
