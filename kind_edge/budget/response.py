@@ -34,7 +34,7 @@ class Response:
 
     def factor(self, loss_increase: float) -> float:
         """By how much the distance grows; 1 where nothing is lost, never falling."""
-        return 1.0 + self.scale * max(loss_increase, 0.0) ** self.power
+        return 1.0 + self.scale * math.pow(max(loss_increase, 0.0), self.power)
 
     def frechet(self, loss_increase: float, steps: int, guidance: float) -> float:
         """The predicted distance at a predicted relative increase of the loss.

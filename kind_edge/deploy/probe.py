@@ -15,12 +15,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kind_edge.budget.influence import Curve, MatrixInfluence, Sensitivity
+from kind_edge.budget.loss import branch_of
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.diffusion import TRAIN_STEPS, add_noise, draw_timesteps
@@ -39,18 +39,20 @@ TAILOR_SHARES = (0.75, 0.5, 0.25, 0.0)
 NULL_SHARE = 0.1
 """Of the inputs of a model with a null branch, as in its training."""
 
-IMAGES = 120
+CHUNK, CHUNKS = 40, 3
+"""Images that are evaluated together, as many as a core's cache holds; and how many times."""
+
 DRAWING_STEPS = 10
 """Sampler steps of the images that an ordinary model draws for itself."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch [B, ch, H, W] with its conditions, and the energy [1] that changes of the output are shares of."""
+    """A chunk [B, ch, H, W] with its conditions [B], classes by the gate; `target` None: no single image knows it."""
 
     x: Tensor
     timestep: Tensor
-    classes: Tensor
+    gate: ClassGate
     span: Tensor | None
     target: Tensor | None
 
@@ -59,99 +61,130 @@ def measure_sensitivity(
     checkpoint: Checkpoint,
     sha256: str,
     calibration: Calibration | None,
-    images: int = IMAGES,
     seed: int = 0,
+    chunks: int = CHUNKS,
     on_progress: OnProgress | None = None,
 ) -> Sensitivity:
     """The table of a checkpoint: every matrix cut at a few ranks and stored in int8, and every branch dropped."""
-    model = checkpoint.model()
+    spec, model = checkpoint.spec, checkpoint.model()
+    everyone, names = list(range(spec.num_classes)), [shape.name for shape in spec.matrices()]
     with torch.no_grad():
-        probe = _Probe(model, own_inputs(checkpoint, model, images, seed))
+        probe = _Probe(model, own_inputs(checkpoint, model, chunks, seed))
         matrices: dict[str, MatrixInfluence] = {}
-        shapes, everyone = list(checkpoint.spec.matrices()), list(range(checkpoint.spec.num_classes))
-        for done, shape in enumerate(shapes):
-            folded = fold_matrix(
-                checkpoint, shape.name, list(range(checkpoint.spec.num_classes)), "switch", calibration
-            )
-            matrices[shape.name] = _influence(probe, shape.name, folded.shared, folded.tailors)
+        for done, name in enumerate(names):
+            folded = fold_matrix(checkpoint, name, everyone, "switch", calibration)
+            matrices[name] = _influence(probe, name, folded.shared, folded.tailors)
             if on_progress:
-                on_progress(done + 1, len(shapes))
-        branches = {
-            f"blocks.{block}.{kind}": probe.without(block, kind)
-            for block in range(checkpoint.spec.depth)
-            for kind in ("attn", "mlp")
-        }
-    conditions: dict[str, Any] = {"images": len(probe.inputs.x), "seed": seed}
-    return Sensitivity(sha256, conditions, matrices, branches)
+                on_progress(done + 1, len(names))
+        branches = {branch: probe.without(branch) for branch in dict.fromkeys(branch_of(name) for name in names)}
+    images = sum(len(each.x) for each in probe.inputs)
+    return Sensitivity(sha256, {"images": images, "seed": seed}, matrices, branches)
 
 
-def own_inputs(checkpoint: Checkpoint, model: DiT, images: int, seed: int) -> Inputs:
+def own_inputs(checkpoint: Checkpoint, model: DiT, chunks: int, seed: int) -> tuple[Inputs, ...]:
     """What the model is measured on; classes in equal shares."""
     spec = checkpoint.spec
     generator = torch.Generator().manual_seed(seed)
-    classes = torch.arange(images) % spec.num_classes
-    noise = torch.randn(images, spec.channels, spec.image_size, spec.image_size, generator=generator)
-    if spec.distilled:
-        return _walked(model, noise, classes, generator)
-    advice = recommended(spec, checkpoint.provenance)
-    walk = denoiser(model, DRAWING_STEPS, advice.guidance)
-    drawn = sample(walk, noise, classes, spec.objective, DRAWING_STEPS).clamp(-1, 1)
-    timestep = draw_timesteps(spec.objective, images, generator)
+    groups = min(spec.num_classes, CHUNK)
+    found = []
+    for chunk in range(chunks):
+        classes = ((torch.arange(groups) + chunk * groups) % spec.num_classes).sort().values
+        labels = classes.repeat_interleave(CHUNK // groups)
+        noise = torch.randn(len(labels), spec.channels, spec.image_size, spec.image_size, generator=generator)
+        make = _walked if spec.distilled else _noised
+        found.append(make(checkpoint, model, noise, classes, labels, generator))
+    return tuple(found)
+
+
+def _noised(
+    checkpoint: Checkpoint, model: DiT, noise: Tensor, classes: Tensor, labels: Tensor, generator: torch.Generator
+) -> Inputs:
+    """Images that the model draws, noised as in training."""
+    spec = checkpoint.spec
+    walk = denoiser(model, DRAWING_STEPS, recommended(spec, checkpoint.provenance).guidance)
+    drawn = sample(walk, noise, labels, spec.objective, DRAWING_STEPS).clamp(-1, 1)
+    timestep = draw_timesteps(spec.objective, len(drawn), generator)
     noised, target = add_noise(spec.objective, drawn, torch.randn(drawn.shape, generator=generator), timestep)
-    null = torch.rand(images, generator=generator) < NULL_SHARE
-    return Inputs(noised, timestep, torch.where(null, spec.num_classes, classes), None, target)
+    closed = torch.rand(len(drawn), generator=generator) < NULL_SHARE
+    return Inputs(noised, timestep, ClassGate.grouped(classes, closed, spec.num_classes), None, target)
 
 
-def _walked(model: DiT, noise: Tensor, classes: Tensor, generator: torch.Generator) -> Inputs:
-    """One state of each image's walk: as many walks of every step count, any step of it."""
-    spec, parts = model.spec, []
-    for count, own in zip(spec.step_counts, torch.arange(len(noise)).tensor_split(len(spec.step_counts)), strict=True):
-        states: list[tuple[Tensor, Tensor]] = []
-        walk = denoiser(model, count, spec.inside_guidance or 1.0)
+def _walked(
+    checkpoint: Checkpoint, model: DiT, noise: Tensor, classes: Tensor, labels: Tensor, generator: torch.Generator
+) -> Inputs:
+    """One state of each image's walk, at any step of a walk of any step count."""
+    spec = checkpoint.spec
+    choice = torch.randint(len(spec.step_counts), (len(noise),), generator=generator)
+    x, timestep = noise.clone(), torch.full((len(noise),), float(TRAIN_STEPS))
+    for number, count in enumerate(spec.step_counts):
+        own = (choice == number).nonzero().flatten()
+        at = torch.randint(count, (len(own),), generator=generator)
+        x[own], timestep[own] = _states(model, count, noise[own], labels[own], at)
+    span = TRAIN_STEPS / torch.tensor(spec.step_counts)[choice].float()
+    return Inputs(x, timestep, ClassGate.grouped(classes, labels < 0, spec.num_classes), span, None)
 
-        def record(x: Tensor, timestep: Tensor, labels: Tensor, walk: Any = walk, states: Any = states) -> Tensor:
-            states.append((x, timestep))
-            predicted: Tensor = walk(x, timestep, labels)
-            return predicted
 
-        sample(record, noise[own], classes[own], spec.objective, count)
-        at, row = torch.randint(count, (len(own),), generator=generator), torch.arange(len(own))
-        x, timestep = (torch.stack([state[axis] for state in states])[at, row] for axis in (0, 1))
-        parts.append((x, timestep, torch.full_like(timestep, TRAIN_STEPS / count)))
-    x, timestep, span = (torch.cat([part[axis] for part in parts]) for axis in range(3))
-    return Inputs(x, timestep, classes, span, None)
+def _states(model: DiT, count: int, noise: Tensor, labels: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
+    """Where walks of `count` steps stand before step `at` [B], and the timesteps [B] of that."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    walk = denoiser(model, count, model.spec.inside_guidance or 1.0)
+
+    def record(x: Tensor, timestep: Tensor, classes: Tensor) -> Tensor:
+        seen.append((x, timestep))
+        return walk(x, timestep, classes)
+
+    if len(noise):
+        sample(record, noise, labels, model.spec.objective, count)
+    states = [torch.stack([each[axis] for each in seen])[at, torch.arange(len(at))] for axis in (0, 1) if seen]
+    return (states[0], states[1]) if states else (noise, at.float())
 
 
 class _Probe:
     """The whole model's outputs on its inputs, block by block, and what changes when one part of it is changed."""
 
-    def __init__(self, model: DiT, inputs: Inputs) -> None:
+    def __init__(self, model: DiT, inputs: tuple[Inputs, ...]) -> None:
         self.model, self.inputs = model, inputs
-        self.gate = ClassGate.of(inputs.classes, model.spec.num_classes)
-        self.condition = model.condition(inputs.timestep, inputs.classes, inputs.span)
-        x = patchify(model.patch_embed, model.pos_embed, inputs.x).contiguous()
-        self.before = []
-        for block in model.blocks:
-            self.before.append(x)
-            x = block(x, self.condition, self.gate)
-        self.output = self._final(x)
-        wanted = 0 if inputs.target is None else inputs.target
-        self.energy = float((self.output - wanted).double().square().mean())
+        self.conditions = [model.condition(each.timestep, each.gate.class_index, each.span) for each in inputs]
+        self.before: list[list[Tensor]] = []
+        self.outputs: list[Tensor] = []
+        for own, condition in zip(inputs, self.conditions, strict=True):
+            x = patchify(model.patch_embed, model.pos_embed, own.x).contiguous()
+            states = [x]
+            for block in model.blocks:
+                states.append(block(states[-1], condition, own.gate))
+            self.before.append(states[:-1])
+            self.outputs.append(self._final(states[-1], condition))
+        wanted = [0 if own.target is None else own.target for own in inputs]
+        self.energy = _squares(out - target for out, target in zip(self.outputs, wanted, strict=True))
 
-    def _final(self, x: Tensor) -> Tensor:
+    def _final(self, x: Tensor, condition: Tensor) -> Tensor:
         model, channels = self.model, self.model.spec.channels
-        return unpatchify(x, model.final.adaln(self.condition), model.final.linear, model.spec)[:, :channels]
+        return unpatchify(x, model.final.adaln(condition), model.final.linear, model.spec)[:, :channels]
 
     def change(self, block: int) -> float:
-        """Of the output, with the model as it is now changed from `block` on, as a share of the loss."""
-        x = self.before[block]
-        for each in self.model.blocks[block:]:
-            x = each(x, self.condition, self.gate)
-        return float((self._final(x) - self.output).double().square().mean()) / self.energy
+        """Of the output, with the model as it is now changed in `block`, as a share of the loss."""
 
-    def without(self, block: int, kind: str) -> float:
-        with _replaced(self.model.blocks[block], kind, _Nothing()):
-            return self.change(block)
+        def changes() -> Iterator[Tensor]:
+            for own, condition, before, whole in zip(
+                self.inputs, self.conditions, self.before, self.outputs, strict=True
+            ):
+                x = before[block]
+                for each in self.model.blocks[block:]:
+                    x = each(x, condition, own.gate)
+                yield self._final(x, condition) - whole
+
+        return _squares(changes()) / self.energy
+
+    def without(self, branch: str) -> float:
+        _, block, kind = branch.split(".")
+        with _replaced(self.model.blocks[int(block)], kind, _Nothing()):
+            return self.change(int(block))
+
+
+def _squares(parts: Iterator[Tensor]) -> float:
+    """Mean over parts of equal size."""
+    means = [float(part.double().square().mean()) for part in parts]
+    return sum(means) / len(means)
 
 
 class _Nothing(nn.Module):
