@@ -10,6 +10,8 @@ Symbols: N tokens, D width, L blocks, H hidden width, K kept classes, n x m a ma
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +19,7 @@ from typing import Literal
 from kind_edge.budget.formulas import Storage, matrix_macs, matrix_weights, tailor_macs
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
 from kind_edge.budget.whole_model import CostBreakdown, model_cost
-from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec
+from kind_edge.model.spec import FREQUENCY_WIDTH, Branch, MatrixShape, ModelSpec
 
 Role = Literal["matmul", "float"]
 """`matmul`: a product with a constant matrix, which int8 quantizes; `float`: all that stays in floating point."""
@@ -138,12 +140,12 @@ class FixedCost:
 
 
 def baked_table_values(spec: ModelSpec, evaluations: int, labels: int = 1) -> int:
-    """Values of a baked modulation table: one row of 6 L D + 2 D for each sampler evaluation.
+    """Values of a baked modulation table: one row of 6 L D + 2 D (less 3 D per dropped branch) per sampler evaluation.
 
     With a label embedding modulation depends on the label too: `labels` is then the number of kept classes, null
     included.
     """
-    return evaluations * labels * (6 * spec.depth + 2) * spec.width
+    return evaluations * labels * (3 * len(spec.branches()) + 2) * spec.width
 
 
 def deployed_fixed_cost(
@@ -157,6 +159,38 @@ def deployed_fixed_cost(
     """
     groups = tuple(_groups(spec, num_classes_kept, evaluations, baked, precision))
     return FixedCost(groups, peak_activation_bytes(spec, precision), precision)
+
+
+def branch_fixed_cost(
+    spec: ModelSpec, kind: Branch, precision: Precision, num_classes_kept: int = 1, evaluations: int = 1
+) -> FixedCost:
+    """What of one block's branch vanishes, beside its matrices, from `deployed_fixed_cost` when it is dropped.
+
+    Normalisation, modulation with its part of the baked table (of the adaLN network where modulation depends on the
+    label), attention products, softmax or GELU, biases, gate and residual; by the same groups. `num_classes_kept` and
+    `evaluations` size the table, as there. Its FLOPs, parameters and bytes add up over any branches. Operators and
+    traffic are at least their sum: a block that loses both branches also loses the split of its modulation (and the
+    adaLN product) that either one alone still needs. The peak of activations is 0: other blocks keep it.
+    """
+    whole = dataclasses.replace(spec, dropped_branches=())  # a branch is like that of any other block
+    with_it, without = (
+        deployed_fixed_cost(each, num_classes_kept, evaluations, not spec.label_embedding, precision).groups
+        for each in (whole, whole.without_branches([f"blocks.0.{kind}"]))
+    )
+    pairs = zip(with_it, without, strict=True)
+    groups = tuple(difference for a, b in pairs if (difference := _difference(a, b)).operators or difference.params)
+    return FixedCost(groups, 0, precision)
+
+
+def _difference(whole: OperatorGroup, rest: OperatorGroup) -> OperatorGroup:
+    """What a group has more than another of the same name."""
+    counts = [a - b for a, b in zip(dataclasses.astuple(whole)[2:], dataclasses.astuple(rest)[2:], strict=True)]
+    return OperatorGroup(whole.name, whole.role, *counts)
+
+
+def _modulation_widths(spec: ModelSpec) -> list[int]:
+    """Modulation values of every block that is modulated at all."""
+    return [width for block in range(spec.depth) if (width := spec.modulation_width(block))]
 
 
 def peak_activation_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
@@ -179,7 +213,8 @@ def _groups(
         table = baked_table_values(spec, evaluations, labels)
         values = _VALUE_BYTES[precision]
         # A gather, and a split of the row per block and for the final layer.
-        yield OperatorGroup("table", "float", table, 0, table * values, row * values, row * values, spec.depth + 2)
+        operators = len(_modulation_widths(spec)) + 2
+        yield OperatorGroup("table", "float", table, 0, table * values, row * values, row * values, operators)
     else:
         yield from _conditioning(spec, whole, labels if spec.label_embedding else 0, precision)
     yield from _token_groups(spec, whole, precision)
@@ -187,11 +222,12 @@ def _groups(
 
 def _conditioning(spec: ModelSpec, whole: CostBreakdown, labels: int, precision: Precision) -> Iterator[OperatorGroup]:
     """Timestep, label and adaLN networks: they run on one row, so reading their weights is what takes the time."""
-    width, depth, values = spec.width, spec.depth, _VALUE_BYTES[precision]
+    width, values = spec.width, _VALUE_BYTES[precision]
+    blocks = Counter(_modulation_widths(spec))
     products = _PRODUCT_OPERATORS[precision]
     layers = {
         "timestep": (((width, FREQUENCY_WIDTH, 1), (width, width, 1)), 8),  # features: 5 operators; SiLU: 2, then 1 sum
-        "adaln": (((6 * width, width, depth),), depth),  # a split per block
+        "adaln": (tuple((size, width, count) for size, count in blocks.items()), blocks.total()),  # a split per block
         "final_adaln": (((2 * width, width, 1),), 1),
     }
     for name, (shapes, extra) in layers.items():
@@ -210,7 +246,9 @@ def _conditioning(spec: ModelSpec, whole: CostBreakdown, labels: int, precision:
 
 def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -> Iterator[OperatorGroup]:
     """What runs on every token besides the block matrices."""
-    depth, tokens = spec.depth, spec.tokens
+    tokens = spec.tokens
+    attentions, mlps = len(spec.branches("attn")), len(spec.branches("mlp"))
+    branches = attentions + mlps
     elements, hidden = tokens * spec.width, tokens * spec.hidden_width
     scores = spec.heads * tokens**2
     outputs = sum(matrix.outputs for matrix in spec.matrices())
@@ -220,13 +258,13 @@ def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -
     floats = {
         "patch": (image + 3 * elements, 3),  # convolution, transpose, reshape
         "position": (2 * elements, 1),
-        "norms": ((2 * depth + 1) * 2 * elements, 2 * depth + 1),
-        "modulation": ((2 * depth + 1) * 4 * elements, 2 * (2 * depth + 1)),
-        "products": (depth * (12 * elements + 2 * scores), 10 * depth),  # two products, four transposes and reshapes
-        "softmax": (depth * 4 * scores, 2 * depth),  # scale, softmax
-        "activation": (depth * 2 * hidden, depth),
-        "biases": (2 * tokens * outputs, 6 * depth),
-        "residuals": (depth * 2 * 5 * elements, 4 * depth),  # gate, add
+        "norms": ((branches + 1) * 2 * elements, branches + 1),
+        "modulation": ((branches + 1) * 4 * elements, 2 * (branches + 1)),
+        "products": (attentions * (12 * elements + 2 * scores), 10 * attentions),  # two, four transposes and reshapes
+        "softmax": (attentions * 4 * scores, 2 * attentions),  # scale, softmax
+        "activation": (mlps * 2 * hidden, mlps),
+        "biases": (2 * tokens * outputs, 4 * attentions + 2 * mlps),
+        "residuals": (branches * 5 * elements, 2 * branches),  # gate, add
     }
     values = _VALUE_BYTES[precision]
     for name, (moved, operators) in floats.items():

@@ -5,6 +5,7 @@ convolution, 4 per LayerNorm element, 1 per GELU, SiLU and convolution-bias elem
 position table is not a parameter; factored matrices have no bias.
 `exact`: what really runs, for decisions: also attention products, softmax, every bias, modulation, gated residuals, the
 position table. Elementwise work is counted like the authors count it: 1 FLOP per element and arithmetic step.
+Branches that a spec has dropped cost nothing in either.
 
 Symbols: N tokens, D width, L blocks, H hidden width of the MLP, C classes, R active rank.
 """
@@ -104,26 +105,28 @@ def _weights(spec: ModelSpec, rank: int | None, group: str) -> int:
 def _parts(spec: ModelSpec, exact: bool, rank: int | None) -> Iterator[PartCost]:
     factored = spec.factored or rank is not None
     attention, mlp = _weights(spec, rank, "attn"), _weights(spec, rank, "mlp")
-    tokens, width, depth = spec.tokens, spec.width, spec.depth
+    tokens, width = spec.tokens, spec.width
+    attentions, mlps = len(spec.branches("attn")), len(spec.branches("mlp"))
+    branches = attentions + mlps
     elements = tokens * width
     yield from embedding_parts(spec, exact)
-    yield PartCost("norms", 0, LAYER_NORM_FLOPS * (2 * depth + 1) * elements)
-    yield PartCost("modulation", 0, exact * MODULATE_FLOPS * (2 * depth + 1) * elements)
+    yield PartCost("norms", 0, LAYER_NORM_FLOPS * (branches + 1) * elements)
+    yield PartCost("modulation", 0, exact * MODULATE_FLOPS * (branches + 1) * elements)
     yield PartCost("projections", attention, 2 * tokens * attention)
-    yield PartCost("products", 0, exact * 2 * depth * attention_macs(tokens, width))
-    yield PartCost("softmax", 0, exact * SOFTMAX_FLOPS * depth * spec.heads * tokens**2)
+    yield PartCost("products", 0, exact * 2 * attentions * attention_macs(tokens, width))
+    yield PartCost("softmax", 0, exact * SOFTMAX_FLOPS * attentions * spec.heads * tokens**2)
     yield PartCost("mlp", mlp, 2 * tokens * mlp)
-    yield PartCost("activation", 0, depth * tokens * spec.hidden_width)
+    yield PartCost("activation", 0, mlps * tokens * spec.hidden_width)
     biases = sum(matrix.outputs for matrix in spec.matrices())
     yield PartCost("biases", biases if exact or not factored else 0, exact * tokens * biases)
-    yield PartCost("residuals", 0, exact * RESIDUAL_FLOPS * 2 * depth * elements)
+    yield PartCost("residuals", 0, exact * RESIDUAL_FLOPS * branches * elements)
     values = spec.patch_values
     yield PartCost("final", (width + 1) * values, 2 * linear_macs(tokens, values, width) + exact * tokens * values)
 
 
 def embedding_parts(spec: ModelSpec, exact: bool) -> Iterator[PartCost]:
     """Everything that depends on sample, timestep, span and label alone: patches, position, embedders, adaLN."""
-    width, depth = spec.width, spec.depth
+    width = spec.width
     elements = spec.tokens * width
     patch_inputs = spec.channels * spec.patch_size**2
     yield PartCost("patch", (patch_inputs + 1) * width, 2 * elements * patch_inputs + elements)
@@ -136,10 +139,12 @@ def embedding_parts(spec: ModelSpec, exact: bool) -> Iterator[PartCost]:
         yield PartCost("span", timestep_macs + 2 * width, 2 * timestep_macs + width + timestep_extra)
     label = (spec.num_classes + 1) * width if spec.label_embedding else 0
     yield PartCost("label", label, width if exact and label else 0)
-    for name, count, outputs in (("adaln", depth, 6 * width), ("final_adaln", 1, 2 * width)):
+    blocks = [size for block in range(spec.depth) if (size := spec.modulation_width(block))]
+    for name, sizes in (("adaln", blocks), ("final_adaln", [2 * width])):
+        outputs = sum(sizes)
         # The authors count one SiLU in front of every adaLN layer; the model computes it once.
-        extra = outputs if exact else width
-        yield PartCost(name, count * (width + 1) * outputs, count * (2 * linear_macs(1, outputs, width) + extra))
+        extra = outputs if exact else width * len(sizes)
+        yield PartCost(name, (width + 1) * outputs, 2 * linear_macs(1, outputs, width) + extra)
 
 
 @dataclass(frozen=True)

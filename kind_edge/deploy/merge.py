@@ -137,5 +137,4 @@ def bake(model: DiT, timesteps: Tensor, span: Tensor | None = None) -> Modulatio
     if model.spec.label_embedding:
         raise InputError("modulation depends on the label here; a table per step alone cannot hold it")
     c = model.condition(timesteps.float(), torch.zeros(len(timesteps), dtype=torch.long), span)
-    layers = [*(block.adaln for block in model.blocks), model.final.adaln]
-    return ModulationTable(torch.cat([layer(c) for layer in layers], -1))
+    return ModulationTable(torch.cat([layer(c) for layer in model.modulators()], -1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kind_edge.model.dit import Block, DiT, assemble, patchify, unpatchify
+from kind_edge.model.dit import Block, DiT, Nothing, assemble, patchify, unpatchify
 from kind_edge.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ class PlainLinear(nn.Module):
 
 
 class ModulationTable(nn.Module):
-    """adaLN and timestep networks, evaluated once at the sampler's steps: table [S, L*6D + 2D]."""
+    """adaLN and timestep networks, evaluated once at the sampler's steps: table [S, L*6D + 2D].
+
+    A dropped branch has no columns in it.
+    """
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
@@ -104,7 +107,7 @@ class ModulationNetwork(nn.Module):
         """`span` [1] is what a distilled model takes."""
         super().__init__()
         self.t_embed, self.y_embed = source.t_embed, source.y_embed
-        self.adaln = nn.ModuleList([*(block.adaln for block in source.blocks), source.final.adaln])
+        self.adaln = nn.ModuleList(source.modulators())
         if source.span_embed is not None and span is not None:
             self.t_embed = copy.deepcopy(source.t_embed)
             with torch.no_grad():
@@ -144,8 +147,13 @@ class PlainDiT(nn.Module):
         self.patch_embed, self.final = source.patch_embed, source.final.linear
         self.pos_embed = nn.Parameter(source.pos_embed.clone())
         self.blocks = nn.ModuleList(
-            Block(*assemble(linears, i, spec.heads), spec.mlp_norm_eps) for i in range(spec.depth)
+            Block(*assemble(linears, i, spec), spec.mlp_norm_eps) if width else Nothing()
+            for i, width in enumerate(self._widths())
         )
+
+    def _widths(self) -> list[int]:
+        """Modulation values of every block."""
+        return [self.spec.modulation_width(block) for block in range(self.spec.depth)]
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -160,9 +168,10 @@ class PlainDiT(nn.Module):
         pick = None
         if class_index is not None:
             pick = Pick(class_index) if self.spec.distilled else Pick.of(class_index, self.spec.num_classes)
-        width = 6 * self.spec.width
         modulation = self.modulation(step, class_index)  # [B, L*6D + 2D]
         x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
-        for i, block in enumerate(self.blocks):
-            x = block(x, modulation[:, i * width : (i + 1) * width], pick)
-        return unpatchify(x, modulation[:, len(self.blocks) * width :], self.final, self.spec)
+        start = 0
+        for block, width in zip(self.blocks, self._widths(), strict=True):
+            x = block(x, modulation[:, start : start + width], pick)
+            start += width
+        return unpatchify(x, modulation[:, start:], self.final, self.spec)

@@ -83,26 +83,34 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block. `modulation` [B, 6D]: shift, scale, gate of attention, then of the MLP."""
+    """One transformer block. `modulation` [B, 6D]: shift, scale, gate of attention, then of the MLP.
 
-    def __init__(self, attn: Attention, mlp: Mlp, mlp_norm_eps: float = 1e-6) -> None:
+    A block may lack either branch (None), and then has no modulation for it.
+    """
+
+    def __init__(self, attn: Attention | None, mlp: Mlp | None, mlp_norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.attn, self.mlp, self.mlp_norm_eps = attn, mlp, mlp_norm_eps
 
     def forward(self, x: Tensor, modulation: Tensor, gate: object) -> Tensor:
         """x [B, N, D] -> [B, N, D]."""
         width = x.shape[-1:]
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(1).chunk(6, -1)  # [B, 1, D] each
-        x = x + gate1 * self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate)
-        return x + gate2 * self.mlp(modulate(F.layer_norm(x, width, eps=self.mlp_norm_eps), shift2, scale2), gate)
+        parts = modulation.unsqueeze(1).chunk(3 * ((self.attn is not None) + (self.mlp is not None)), -1)
+        if self.attn is not None:
+            shift1, scale1, gate1 = parts[:3]  # [B, 1, D] each
+            x = x + gate1 * self.attn(modulate(F.layer_norm(x, width, eps=1e-6), shift1, scale1), gate)
+        if self.mlp is not None:
+            shift2, scale2, gate2 = parts[-3:]
+            x = x + gate2 * self.mlp(modulate(F.layer_norm(x, width, eps=self.mlp_norm_eps), shift2, scale2), gate)
+        return x
 
 
 class ModulatedBlock(Block):
-    """A block with its own adaLN network, as it is learned."""
+    """A block with its own adaLN network, as it is learned. At least one branch is left of it."""
 
-    def __init__(self, attn: Attention, mlp: Mlp, spec: ModelSpec) -> None:
+    def __init__(self, attn: Attention | None, mlp: Mlp | None, spec: ModelSpec, modulation_width: int) -> None:
         super().__init__(attn, mlp, spec.mlp_norm_eps)
-        self.adaln = nn.Linear(spec.width, 6 * spec.width)
+        self.adaln = nn.Linear(spec.width, modulation_width)
 
     def forward(self, x: Tensor, condition: Tensor, gate: object) -> Tensor:
         """x [B, N, D], condition [B, D] -> [B, N, D]. All of a block's weights are used in here, so that it can be
@@ -136,11 +144,22 @@ def make_linear(spec: ModelSpec, shape: MatrixShape) -> nn.Module:
     return DenseLinear(shape.inputs, shape.outputs)
 
 
-def assemble(linears: dict[str, nn.Module], block: int, heads: int) -> tuple[Attention, Mlp]:
-    """Attention and MLP of one block from linear layers by full name ("blocks.0.attn.q")."""
-    part = f"blocks.{block}."
-    attention = Attention(heads, *(linears[f"{part}attn.{name}"] for name in "qkvo"))
-    return attention, Mlp(linears[f"{part}mlp.fc1"], linears[f"{part}mlp.fc2"])
+def assemble(linears: dict[str, nn.Module], block: int, spec: ModelSpec) -> tuple[Attention | None, Mlp | None]:
+    """Attention and MLP of one block, as far as they are left, from linear layers by full name ("blocks.0.attn.q")."""
+    part, left = f"blocks.{block}.", spec.block_branches(block)
+    attention = mlp = None
+    if "attn" in left:
+        attention = Attention(spec.heads, *(linears[f"{part}attn.{name}"] for name in "qkvo"))
+    if "mlp" in left:
+        mlp = Mlp(linears[f"{part}mlp.fc1"], linears[f"{part}mlp.fc2"])
+    return attention, mlp
+
+
+class Nothing(nn.Module):
+    """A block that lost both branches: it passes on what comes in."""
+
+    def forward(self, x: Tensor, condition: Tensor, gate: object) -> Tensor:
+        return x
 
 
 class DiT(nn.Module):
@@ -156,8 +175,10 @@ class DiT(nn.Module):
         self.t_embed = TimestepEmbedder(width, spec.timestep_frequency_shift)
         self.span_embed = TimestepEmbedder(width, spec.timestep_frequency_shift) if spec.distilled else None
         self.y_embed = nn.Embedding(spec.num_classes + 1, width) if spec.label_embedding else None
+        widths = [spec.modulation_width(block) for block in range(spec.depth)]
         self.blocks = nn.ModuleList(
-            ModulatedBlock(*assemble(linears, block, spec.heads), spec) for block in range(spec.depth)
+            ModulatedBlock(*assemble(linears, block, spec), spec, width) if width else Nothing()
+            for block, width in enumerate(widths)
         )
         self.final = FinalLayer(spec)
 
@@ -171,6 +192,10 @@ class DiT(nn.Module):
             assert span is not None, "a distilled model predicts for a span"
             c = c + self.span_embed(span)
         return F.silu(c if self.y_embed is None else c + self.y_embed(class_index))
+
+    def modulators(self) -> list[nn.Linear]:
+        """The adaLN layers: of every block that has one, then of the final layer."""
+        return [*(block.adaln for block in self.blocks if isinstance(block, ModulatedBlock)), self.final.adaln]
 
     def forward(
         self, sample: Tensor, timestep: Tensor, classes: Tensor | ClassGate, span: Tensor | None = None
@@ -206,8 +231,7 @@ def initialise(model: DiT, seed: int) -> DiT:
                 nn.init.normal_(embedder.fc2.weight, std=0.02, generator=generator)
         if model.y_embed is not None:
             nn.init.normal_(model.y_embed.weight, std=0.02, generator=generator)
-        zeroed = [block.adaln for block in model.blocks] + [model.final.adaln, model.final.linear]
-        for layer in zeroed:
+        for layer in [*model.modulators(), model.final.linear]:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
     return model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +28,10 @@ DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 1.5
 
 FREQUENCY_WIDTH = 256
 """Width of the sinusoidal timestep features (DiT, `TimestepEmbedder`)."""
+
+Branch = Literal["attn", "mlp"]
+BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
+"""The two residual branches of a block, in the order of the forward pass; "blocks.3.attn" is one by name."""
 
 _DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
@@ -57,7 +61,8 @@ class ModelSpec:
 
     `image_size` and `channels` are those of the network's own input: pixels, or latents of an autoencoder, each of
     which stands for `pixels_per_latent` pixels along a side (1: pixels).
-    `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them.
+    `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them; `dropped_branches` are those it
+    took out whole ("blocks.3.attn"): their blocks pass on what comes in, and the model holds no tensor of theirs.
     `nested`: the components of every learngene lie in the order of their importance, and a cut keeps the leading ones.
     `step_counts` is empty for an ordinary model. A distilled one predicts, for each of these numbers of Euler steps,
     the mean velocity over a step (whose span is an input of the network), with guidance of strength
@@ -88,6 +93,7 @@ class ModelSpec:
     step_counts: tuple[int, ...] = ()
     inside_guidance: float | None = None
     matrix_ranks: Mapping[str, Ranks] = field(default_factory=dict)
+    dropped_branches: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in (
@@ -132,6 +138,7 @@ class ModelSpec:
         if self.learned_sigma and self.objective != "epsilon":
             raise InputError("ModelSpec.learned_sigma: only the epsilon objective learns a variance")
         self._check_distilled()
+        self._check_dropped()
         known = {matrix.name for matrix in self.matrices()}
         for name in self.matrix_ranks:
             if name not in known:
@@ -149,6 +156,19 @@ class ModelSpec:
             raise InputError("ModelSpec: step_counts and inside_guidance belong together; give both or neither")
         if counts and self.objective != "flow":
             raise InputError("ModelSpec.step_counts: only models of the flow objective take steps of a given span")
+
+    def _check_dropped(self) -> None:
+        dropped: Any = self.dropped_branches
+        known = self._branch_names()
+        if not isinstance(dropped, tuple) or not all(isinstance(name, str) for name in dropped):
+            raise InputError(f"ModelSpec.dropped_branches: got {dropped!r:.60}, want names such as {known[0]!r}")
+        for name in dropped:
+            if name not in known:
+                raise InputError(
+                    f"ModelSpec.dropped_branches: unknown branch {name!r}; nearest: {nearest(name, known)}"
+                )
+        if list(dropped) != [name for name in known if name in dropped]:
+            raise InputError("ModelSpec.dropped_branches: want each branch once, in the order of the forward pass")
 
     @property
     def distilled(self) -> bool:
@@ -179,24 +199,55 @@ class ModelSpec:
     def ranks(self, matrix: str) -> Ranks:
         return self.matrix_ranks.get(matrix, Ranks(self.learngene_rank, self.tailor_rank))
 
+    def branches(self, kind: Branch | None = None) -> tuple[str, ...]:
+        """Names of the branches that are left, of one kind or of both, in the order of the forward pass."""
+        kinds = BRANCHES if kind is None else (kind,)
+        return tuple(name for name in self._branch_names(kinds) if name not in self.dropped_branches)
+
+    def _branch_names(self, kinds: tuple[Branch, ...] = BRANCHES) -> list[str]:
+        return [f"blocks.{block}.{kind}" for block in range(self.depth) for kind in kinds]
+
+    def block_branches(self, block: int) -> tuple[Branch, ...]:
+        """The branches that are left of one block."""
+        return tuple(kind for kind in BRANCHES if f"blocks.{block}.{kind}" not in self.dropped_branches)
+
+    def modulation_width(self, block: int) -> int:
+        """Values that modulate one block: shift, scale and gate of every branch, D each."""
+        return 3 * self.width * len(self.block_branches(block))
+
+    def without_branches(self, names: Collection[str]) -> ModelSpec:
+        """The same model without these branches, and without ranks of their matrices."""
+        dropped = {*self.dropped_branches, *names}
+        ranks = {name: ranks for name, ranks in self.matrix_ranks.items() if branch_of(name) not in dropped}
+        known = self._branch_names()
+        order = [name for name in known if name in dropped] + sorted(dropped - set(known))  # refused below
+        return dataclasses.replace(self, matrix_ranks=ranks, dropped_branches=tuple(order))
+
     def matrices(self) -> Iterator[MatrixShape]:
-        """The factored matrices, in the order of the forward pass."""
+        """The factored matrices of the branches that are left, in the order of the forward pass."""
         width, hidden = self.width, self.hidden_width
         for block in range(self.depth):
-            for part in ("q", "k", "v", "o"):
-                yield MatrixShape(f"blocks.{block}.attn.{part}", width, width)
-            yield MatrixShape(f"blocks.{block}.mlp.fc1", hidden, width)
-            yield MatrixShape(f"blocks.{block}.mlp.fc2", width, hidden)
+            left = self.block_branches(block)
+            if "attn" in left:
+                for part in ("q", "k", "v", "o"):
+                    yield MatrixShape(f"blocks.{block}.attn.{part}", width, width)
+            if "mlp" in left:
+                yield MatrixShape(f"blocks.{block}.mlp.fc1", hidden, width)
+                yield MatrixShape(f"blocks.{block}.mlp.fc2", width, hidden)
 
     def dense(self) -> ModelSpec:
         """The ordinary DiT of the same shape: what percentages of a budget refer to."""
-        ordinary: dict[str, Any] = {"nested": False, "step_counts": (), "inside_guidance": None, "matrix_ranks": {}}
+        ordinary: dict[str, Any] = {"nested": False, "step_counts": (), "inside_guidance": None}
+        ordinary |= {"matrix_ranks": {}, "dropped_branches": ()}
         return dataclasses.replace(self, factored=False, learngene_rank=0, tailor_rank=0, **ordinary)
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["matrix_ranks"] = {name: list(ranks) for name, ranks in self.matrix_ranks.items()}
         values["step_counts"] = list(self.step_counts)
+        values["dropped_branches"] = list(self.dropped_branches)
+        if not self.dropped_branches:  # as in files of before there were any
+            del values["dropped_branches"]
         return values
 
     @classmethod
@@ -212,12 +263,18 @@ class ModelSpec:
             raise InputError(f"{where}: missing {', '.join(missing)}")
         parsed = dict(values)
         parsed["matrix_ranks"] = _parse_ranks(values.get("matrix_ranks", {}), where)
-        if isinstance(counts := values.get("step_counts"), list):
-            parsed["step_counts"] = tuple(counts)
+        for name in ("step_counts", "dropped_branches"):
+            if isinstance(given := values.get(name), list):
+                parsed[name] = tuple(given)
         try:
             return cls(**parsed)
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
+
+
+def branch_of(matrix: str) -> str:
+    """The branch that a matrix belongs to: "blocks.3.attn" of "blocks.3.attn.q"."""
+    return matrix.rpartition(".")[0]
 
 
 def _parse_ranks(values: Any, where: str) -> dict[str, Ranks]:

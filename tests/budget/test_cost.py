@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kind_edge.budget.cost import (
     attention_macs,
     baked_table_values,
+    branch_fixed_cost,
     break_even_rank,
     deployed_fixed_cost,
     linear_macs,
@@ -28,7 +29,9 @@ from kind_edge.budget.cost import (
     tailor_macs,
 )
 from kind_edge.budget.profile import PRECISIONS, Precision, load_profile
-from kind_edge.model.spec import MatrixShape, ModelSpec, Ranks, named_spec
+from kind_edge.model.dit import DiT
+from kind_edge.model.gated_linear import ClassGate
+from kind_edge.model.spec import BRANCHES, MatrixShape, ModelSpec, Ranks, named_spec
 
 SMALL = ModelSpec(
     image_size=28,
@@ -159,6 +162,63 @@ def test_baked_modulation() -> None:
     # With a label embedding every kept class and the null class needs its own rows.
     one, two = (deployed_fixed_cost(spec, k, 20, baked=True, precision="fp32").params for k in (1, 2))
     assert two - one == baked_table_values(spec, 20)
+
+
+specs = st.sampled_from([
+    SMALL, dataclasses.replace(SMALL, label_embedding=True, depth=3), named_spec("DiT-S/8", 5),
+    dataclasses.replace(SMALL, step_counts=(1, 4), inside_guidance=1.5, depth=4, mlp_ratio=2.5),
+])  # fmt: skip
+SUMS = ("params", "flops", "weight_bytes")
+
+
+@given(specs, st.sampled_from(PRECISIONS), st.integers(1, 20), st.integers(1, 10), st.data())
+def test_dropped_branches_take_their_cost_with_them(
+    spec: ModelSpec, precision: Precision, evaluations: int, kept: int, data: st.DataObject
+) -> None:
+    dropped = data.draw(st.sets(st.sampled_from(spec.branches())), "dropped")
+    baked = not spec.label_embedding
+    whole, rest = (
+        deployed_fixed_cost(each, kept, evaluations, baked, precision)
+        for each in (spec, spec.without_branches(dropped))
+    )
+    of_kind = {kind: branch_fixed_cost(spec, kind, precision, kept, evaluations) for kind in BRANCHES}
+    gone = [of_kind[kind] for kind in BRANCHES for name in dropped if name.endswith(kind)]
+    for figure in SUMS:
+        assert getattr(whole, figure) - getattr(rest, figure) == sum(getattr(each, figure) for each in gone), figure
+    # A block that loses both branches loses one split more, and one product where the adaLN network is kept.
+    blocks = sum({f"blocks.{i}.{kind}" for kind in BRANCHES} <= dropped for i in range(spec.depth))
+    shared = 1 if baked else {"fp32": 2, "fp16": 2, "int8": 3}[precision]
+    assert whole.operators - rest.operators == sum(each.operators for each in gone) + blocks * shared
+    traffic, traffic_rest, *of_gone = (
+        sum(group.activation_bytes for group in each.groups) for each in (whole, rest, *gone)
+    )
+    read = 0 if baked else spec.width * (2 if precision == "fp16" else 4)
+    assert traffic - traffic_rest == sum(of_gone) + blocks * read
+
+
+@given(specs)
+def test_without_any_branch_embedding_and_final_layer_are_left(spec: ModelSpec) -> None:
+    bare, whole = (model_cost(each, "exact") for each in (spec.without_branches(spec.branches()), spec))
+    elements = spec.tokens * spec.width
+    for part in bare.parts:
+        left = {"norms": 4 * elements, "modulation": 2 * elements}
+        gone = ("adaln", "projections", "products", "softmax", "mlp", "activation", "biases", "residuals")
+        wanted = left.get(part.name, 0 if part.name in gone else whole.part(part.name).flops)
+        assert (part.flops, part.params) == (wanted, 0 if part.name in gone else whole.part(part.name).params)
+
+
+@pytest.mark.parametrize("dropped", [["blocks.0.attn"], ["blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]])
+def test_a_dense_model_without_branches_holds_and_does_what_is_counted(dropped: list[str]) -> None:
+    cut = SMALL.dense().without_branches(dropped)
+    cost = model_cost(cut, "exact")
+    with torch.device("meta"):
+        model, x = DiT(cut), torch.zeros(1, cut.channels, cut.image_size, cut.image_size)
+        inputs = (x, torch.zeros(1), ClassGate(torch.zeros(1, dtype=torch.long), None, None, None))
+        flops = counted_flops(model, *inputs)
+    assert sum(p.numel() for p in model.parameters()) + cut.tokens * cut.width == cost.params
+    elementwise = cut.tokens * (cut.width + cut.patch_values) + sum(layer.out_features for layer in model.modulators())
+    timestep = 256 + 128 + 4 * cut.width
+    assert sum(cost.part(name).flops for name in PRODUCT_PARTS) - elementwise - timestep == flops
 
 
 def test_bytes_of_a_matrix_by_hand() -> None:

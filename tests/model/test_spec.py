@@ -23,6 +23,23 @@ def test_round_trip_through_json() -> None:
     assert spec.ranks("blocks.0.mlp.fc2") == (4, 2)
 
 
+def test_dropped_branches_leave_the_rest_in_its_place() -> None:
+    whole = ModelSpec(**VALID, matrix_ranks={"blocks.1.mlp.fc2": Ranks(3, 1), "blocks.0.attn.o": Ranks(1, 1)})
+    spec = whole.without_branches(["blocks.1.mlp", "blocks.0.attn"])
+    assert "dropped_branches" not in whole.to_dict()
+    assert ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert spec.dropped_branches == ("blocks.0.attn", "blocks.1.mlp")
+    assert spec.branches() == ("blocks.0.mlp", "blocks.1.attn")
+    assert spec.branches("attn") == ("blocks.1.attn",)
+    names = [shape.name for shape in spec.matrices()]
+    assert names == [
+        *(f"blocks.0.mlp.{part}" for part in ("fc1", "fc2")),
+        *(f"blocks.1.attn.{part}" for part in "qkvo"),
+    ]
+    assert spec.matrix_ranks == {}
+    assert spec.dense().branches() == whole.branches()
+
+
 def test_matrices_are_the_six_of_every_block() -> None:
     shapes = list(ModelSpec(**VALID).matrices())
     names = [
@@ -52,6 +69,10 @@ def test_matrices_are_the_six_of_every_block() -> None:
         ({"factored": "yes"}, ("factored", "yes")),
         ({"timestep_frequency_shift": 2}, ("timestep_frequency_shift", "2", "diffusers")),
         ({"mlp_norm_eps": 0}, ("mlp_norm_eps", "0")),
+        ({"dropped_branches": "blocks.0.attn"}, ("dropped_branches", "blocks.0.attn")),
+        ({"dropped_branches": ["blocks.2.attn"]}, ("dropped_branches", "blocks.2.attn", "blocks.1.attn")),
+        ({"dropped_branches": ["blocks.1.attn", "blocks.0.mlp"]}, ("dropped_branches", "order")),
+        ({"dropped_branches": ["blocks.0.mlp"], "matrix_ranks": {"blocks.0.mlp.fc1": [1, 1]}}, ("blocks.0.mlp.fc1",)),
     ],
 )
 def test_nonsense_is_refused_by_name(changes: dict[str, Any], words: tuple[str, ...]) -> None:
