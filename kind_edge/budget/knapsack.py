@@ -130,14 +130,15 @@ def search(table: Table, limits: Mapping[str, int], gap: float, deadline: float,
             value = total(table.tree, picks, table.goal)
             if value < reached:
                 best, reached = picks, value
-        if reached - bound <= gap * max(reached, NEGLIGIBLE):
+        if best is not None and reached - bound <= gap * max(reached, NEGLIGIBLE):
             return Found(best, bound, True)
         # Whoever takes a column loses at least what that forces, above the bound.
-        closed = core.tree.closure(relaxed.bound + least + relaxed.forced <= reached + relaxed.tolerance)
-        if closed is None:
-            return Found(best, reached, True)
-        shrunk = closed.mean() < _WORTHWHILE
-        columns, core = columns[closed], core.only(closed)
+        useful = relaxed.bound + least + relaxed.forced <= reached + relaxed.tolerance
+        kept = _narrow(core, limits, useful)
+        if kept is None:
+            return Found(best, reached, True) if best is not None else _NOTHING
+        shrunk = kept.mean() < _WORTHWHILE
+        columns, core = columns[kept], core.only(kept)
         if not shrunk:
             break
     found = _branch(core, limits, gap, deadline, reached, bound, None if ties is None else ties[columns])
@@ -148,6 +149,17 @@ def search(table: Table, limits: Mapping[str, int], gap: float, deadline: float,
     if total(table.tree, picks, table.goal) > reached:
         return Found(best, bound, found.finished)
     return Found(picks, bound, found.finished)
+
+
+def relaxed_bound(table: Table, limits: Mapping[str, int]) -> float:
+    """No choice within the limits has a smaller goal; infinite where that is proof that there is none."""
+    kept = _narrow(table, limits)
+    if kept is None:
+        return np.inf
+    core = table.only(kept)
+    program, least = _program(core, core.goal, limits, np.inf)
+    relaxed = program.relax()
+    return np.inf if relaxed is None else relaxed.bound + least - relaxed.tolerance
 
 
 def smallest_total(table: Table, name: str, limits: Mapping[str, int], deadline: float) -> int | None:
@@ -184,8 +196,8 @@ def _branch(
     goal = rest.goal if ties is None else rest.goal + tilt * ties[columns]
     program, least = _program(rest, goal, limits, reached)
     relative = gap
-    if math.isfinite(reached):  # of what lies above the least, which is all that HiGHS sees
-        relative = min(1.0, gap * max(reached, NEGLIGIBLE) / max(reached - least, NEGLIGIBLE * gap))
+    if math.isfinite(reached) and reached > least:  # of what lies above the least, which is all that HiGHS sees
+        relative = min(1.0, gap * max(reached, NEGLIGIBLE) / (reached - least))
     lowest = -np.inf
     for attempt in range(_LAST_ATTEMPT):
         exact = attempt < _EXACT_ATTEMPTS  # after many cuts the limits shrink by a hair, which proves nothing any more
@@ -238,9 +250,9 @@ def _roundings(table: Table, limits: Mapping[str, int], relaxed: Relaxed) -> lis
     return [rounded for _, _, rounded in sorted(fitting, key=lambda each: each[:2])[:_MOST_IMPROVED]]
 
 
-def _narrow(table: Table, limits: Mapping[str, int]) -> Mask | None:
-    """Drop, until nothing changes, columns that no choice can afford; None if nothing is left to choose."""
-    kept = table.tree.closure(np.ones(len(table.goal), dtype=bool))
+def _narrow(table: Table, limits: Mapping[str, int], useful: Mask | None = None) -> Mask | None:
+    """Drop, until nothing changes, columns that no choice of the `useful` ones can afford; None if there is none."""
+    kept = table.tree.closure(np.ones(len(table.goal), dtype=bool) if useful is None else useful)
     while kept is not None:
         rest = table.only(kept)
         affordable = np.ones(len(rest.goal), dtype=bool)

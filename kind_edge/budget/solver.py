@@ -18,7 +18,7 @@ import numpy as np
 
 from kind_edge.budget.exchange import Exchanges, total
 from kind_edge.budget.infeasible import Infeasible, no_plan_error
-from kind_edge.budget.knapsack import LARGEST_COST, NEGLIGIBLE, Found, Table, search, smallest_total, undominated
+from kind_edge.budget.knapsack import LARGEST_COST, NEGLIGIBLE, Found, Table, relaxed_bound, search, smallest_total, undominated
 from kind_edge.budget.tree import Floats, Integers, Tree
 from kind_edge.errors import KindEdgeError, NoPlanError
 from kind_edge.units import format_seconds
@@ -178,8 +178,7 @@ def solve(problem: Problem, time_limit_s: float = 10.0, gap: float = GAP) -> Sol
 
 def lower_bound(problem: Problem) -> float:
     """No choice within the limits has a smaller objective; infinite where there is none. No search: found at once."""
-    table, _ = problem.columns
-    return search(table, problem.free(), gap=np.inf, deadline=time.monotonic()).bound
+    return max(relaxed_bound(problem.columns[0], problem.free()), 0.0)
 
 
 def recheck(problem: Problem, choice: Mapping[str, Option]) -> dict[str, int]:
