@@ -38,7 +38,7 @@ _WORTHWHILE = 0.8  # a relaxation of so many of the columns teaches little new
 
 @dataclass(frozen=True)
 class Table:
-    """The columns of a tree: `goal` [n] is to be minimised, `costs` name -> [n] are what limits bind; all at least 0."""
+    """The columns of a tree: `goal` [n] is to be minimised, limits bind `costs`, name -> [n]; all at least 0."""
 
     tree: Tree
     goal: Floats

@@ -18,7 +18,16 @@ import numpy as np
 
 from kind_edge.budget.exchange import Exchanges, total
 from kind_edge.budget.infeasible import Infeasible, no_plan_error
-from kind_edge.budget.knapsack import LARGEST_COST, NEGLIGIBLE, Found, Table, relaxed_bound, search, smallest_total, undominated
+from kind_edge.budget.knapsack import (
+    LARGEST_COST,
+    NEGLIGIBLE,
+    Found,
+    Table,
+    relaxed_bound,
+    search,
+    smallest_total,
+    undominated,
+)
 from kind_edge.budget.tree import Floats, Integers, Tree
 from kind_edge.errors import KindEdgeError, NoPlanError
 from kind_edge.units import format_seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kind_edge._version import __version__
-from kind_edge.budget.plan import Plan
+from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
@@ -107,10 +108,18 @@ def predict_here_ms(
     return {
         path: 1e3
         * Deployment(spec, request, Candidate(plan.form, entry["precision"], "cpu")).evaluation_latency_s(
-            plan.matrices, sustained=False
+            _stored_as(plan, entry["precision"]), sustained=False
         )
         for path, entry in entries.items()
     }
+
+
+def _stored_as(plan: Plan, precision: str) -> dict[str, MatrixPlan]:
+    """The plan's matrices as a file of some precision holds them: all in fp32, or those in int8 that are to be, or all
+    where the plan names none."""
+    if precision == plan.precision == "int8":
+        return dict(plan.matrices)
+    return {name: dataclasses.replace(matrix, precision=precision) for name, matrix in plan.matrices.items()}
 
 
 def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> None:
