@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
 from kind_edge.budget.exchange import Exchanges, total
-from kind_edge.budget.highs import Program, Relaxed
+from kind_edge.budget.highs import Relaxed
+from kind_edge.budget.table import Table, cover_cut, narrow, program
 from kind_edge.budget.tree import Floats, Integers, Mask, Tree
 
 LARGEST_COST = 2**53
@@ -34,29 +35,8 @@ _HAIR = 1e-5  # of a limit's slack: ten times what HiGHS forgives
 _TILT = 0.01  # of the gap: what the tie-breakers may weigh in the objective
 _MOST_RELAXATIONS = 3
 _WORTHWHILE = 0.8  # a relaxation of so many of the columns teaches little new
-
-
-@dataclass(frozen=True)
-class Table:
-    """The columns of a tree: `goal` [n] is to be minimised, limits bind `costs`, name -> [n]; all at least 0."""
-
-    tree: Tree
-    goal: Floats
-    costs: Mapping[str, Integers]
-
-    def only(self, kept: Mask) -> Table:
-        """The table of the kept columns, which must be a closure."""
-        costs = {name: cost[kept] for name, cost in self.costs.items()}
-        return Table(self.tree.only(kept), self.goal[kept], costs)
-
-    @cached_property
-    def regrets(self) -> Mapping[str, tuple[Integers, int]]:
-        """What every column adds to the least cost of all, [n], and that least."""
-        return {name: self.tree.regrets(cost) for name, cost in self.costs.items()}  # type: ignore[misc]
-
-    def slack(self, name: str, limit: int) -> int:
-        """What the cheapest choice leaves of a limit; negative: the limit cannot be met."""
-        return limit - self.regrets[name][1]
+_KERNELS = ((400, 0.5), (900, 1.0))
+"""Of a large problem, so many columns are searched alone first, for so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -81,84 +61,120 @@ class Found:
 _NOTHING = Found(None, np.inf, True)
 
 
-def undominated(table: Table) -> Mask:
-    """The columns that no other of their group beats or equals in goal and all costs (of twins the first stays).
-
-    Columns that open groups are all kept: what they cost is not known yet.
-    """
-    tree = table.tree
-    kept = np.ones(len(tree.group), dtype=bool)
-    for columns in np.split(np.arange(len(tree.group)), tree.starts[1:]):
-        columns = columns[tree.leaves[columns]]
-        goal = table.goal[columns]
-        beaten = goal[None, :] <= goal[:, None]  # [column, rival]
-        equal = goal[None, :] == goal[:, None]
-        for cost in table.costs.values():
-            own = cost[columns]
-            beaten &= own[None, :] <= own[:, None]
-            equal &= own[None, :] == own[:, None]
-        earlier = np.tri(len(columns), k=-1, dtype=bool)
-        kept[columns] = ~(beaten & (~equal | earlier)).any(axis=1)
-    return kept
-
-
 def search(table: Table, limits: Mapping[str, int], gap: float, deadline: float, ties: Floats | None = None) -> Found:
     """Minimise the sum of the goal over a choice, to a relative `gap`, until `deadline` (`time.monotonic` seconds).
 
     The linear relaxation comes first: it bounds the goal, its rounding is often good enough already, and its reduced
-    costs tell which columns can be part of nothing better; the integer program decides among the rest. Among choices
-    whose goals differ by far less than the gap, the integer program prefers the smallest sum of `ties` [n], which is
-    between 0 and 1 for every choice. Raises `KindEdgeError` when HiGHS itself fails.
+    costs tell which columns can be part of nothing better. The integer program decides among the rest; where that is
+    much, first among the columns that the relaxation likes best, whose optimum is nearly always that of all.
+    Among choices whose goals differ by far less than the gap, the integer program prefers the smallest sum of `ties`
+    [n], which is between 0 and 1 for every choice. Raises `KindEdgeError` when HiGHS itself fails.
     """
-    best: Integers | None = None
-    reached, bound = np.inf, -np.inf
-    kept = _narrow(table, limits)
-    if kept is None:
-        return _NOTHING
-    columns, core = np.flatnonzero(kept), table.only(kept)
-    exchanges = Exchanges(table.tree, table.goal, table.costs, limits)
-    for _ in range(_MOST_RELAXATIONS):
-        program, least = _program(core, core.goal, limits, reached)
-        relaxed = program.relax()
-        if relaxed is None:
-            if best is None:
-                return _NOTHING
-            return Found(best, reached, True)  # nothing better is left
-        bound = max(bound, min(relaxed.bound + least, reached))
-        for rounded in _roundings(core, limits, relaxed):
-            picks = exchanges.improve(_widened(table.tree, columns[core.tree.chosen(rounded)], exchanges.richest))
-            value = total(table.tree, picks, table.goal)
-            if value < reached:
-                best, reached = picks, value
-        if best is not None and reached - bound <= gap * max(reached, NEGLIGIBLE):
-            return Found(best, bound, True)
-        # Whoever takes a column loses at least what that forces, above the bound.
-        useful = relaxed.bound + least + relaxed.forced <= reached + relaxed.tolerance
-        kept = _narrow(core, limits, useful)
+    return _Search(table, limits, gap, deadline, ties).run()
+
+
+class _Search:
+    """`best` and `reached`: the best choice so far and its goal; `bound`: none is below that.
+
+    `core`: the columns that a better choice can be made of, and which of the table's they are; `forced`: what taking
+    one costs at least above `base`, by the last relaxation.
+    """
+
+    def __init__(
+        self, table: Table, limits: Mapping[str, int], gap: float, deadline: float, ties: Floats | None
+    ) -> None:
+        self.table, self.limits, self.gap, self.deadline, self.ties = table, limits, gap, deadline, ties
+        self.exchanges = Exchanges(table.tree, table.goal, table.costs, limits)
+        self.best: Integers | None = None
+        self.reached, self.bound, self.base = np.inf, -np.inf, -np.inf
+        self.columns, self.core = np.arange(len(table.goal)), table
+        self.forced = np.zeros(len(table.goal))
+
+    def run(self) -> Found:
+        if not self._keep(None):
+            return _NOTHING
+        for _ in range(_MOST_RELAXATIONS):
+            before = len(self.columns)
+            if not self._relax() or self._closed() or not self._keep(self._useful()):
+                return self._found(True)
+            if len(self.columns) > _WORTHWHILE * before:
+                break
+        for most, seconds in _KERNELS:
+            if len(self.columns) > 2 * most:
+                self._kernel(most, min(self.deadline, time.monotonic() + seconds))
+                if self._closed() or not self._keep(self._useful()):
+                    return self._found(True)
+        last = self._branch(np.ones(len(self.columns), dtype=bool), self.deadline)
+        self.bound = max(self.bound, min(last.bound, self.reached))
+        return self._found(last.finished)
+
+    def _found(self, finished: bool) -> Found:
+        """`finished` without a choice: there is none. With one, nothing is left that could be better than the bound."""
+        if self.best is None:
+            return _NOTHING if finished else Found(None, self.bound, False)
+        bound = self.bound if self._closed() or len(self.columns) else self.reached
+        return Found(self.best, bound, finished)
+
+    def _closed(self) -> bool:
+        return self.best is not None and self.reached - self.bound <= self.gap * max(self.reached, NEGLIGIBLE)
+
+    def _useful(self) -> Mask:
+        """Columns of which a choice better than the best can be made: whoever takes one loses at least what it
+        forces."""
+        return self.base + self.forced <= self.reached
+
+    def _keep(self, useful: Mask | None) -> bool:
+        """Leave only the useful columns of the core, and of these what is affordable; False if no choice is left."""
+        kept = narrow(self.core, self.limits, useful)
         if kept is None:
-            return Found(best, reached, True) if best is not None else _NOTHING
-        shrunk = kept.mean() < _WORTHWHILE
-        columns, core = columns[kept], core.only(kept)
-        if not shrunk:
-            break
-    found = _branch(core, limits, gap, deadline, reached, bound, None if ties is None else ties[columns])
-    bound = max(bound, min(found.bound, reached))
-    if found.picks is None:
-        return Found(best, bound if best is not None else found.bound, found.finished)
-    picks = _widened(table.tree, columns[core.tree.chosen(found.picks)], exchanges.richest)
-    if total(table.tree, picks, table.goal) > reached:
-        return Found(best, bound, found.finished)
-    return Found(picks, bound, found.finished)
+            self.columns = self.columns[:0]
+            return False
+        self.columns, self.core, self.forced = self.columns[kept], self.core.only(kept), self.forced[kept]
+        return True
+
+    def _relax(self) -> bool:
+        """Relax the core; False if it has no choice within the limits."""
+        made, least = program(self.core, self.core.goal, self.limits, self.reached)
+        relaxed = made.relax()
+        if relaxed is None:
+            self.columns = self.columns[:0]
+            return False
+        self.base, self.forced = relaxed.bound + least - relaxed.tolerance, relaxed.forced
+        self.bound = max(self.bound, min(relaxed.bound + least, self.reached))
+        for rounded in _roundings(self.core, self.limits, relaxed):
+            self._take(self.columns[self.core.tree.chosen(rounded)])
+        return True
+
+    def _take(self, chosen: Integers) -> None:
+        """Improve a choice of the table's columns by exchanges, and keep it if it is the best."""
+        picks = self.exchanges.improve(_widened(self.table.tree, chosen, self.exchanges.richest))
+        value = total(self.table.tree, picks, self.table.goal)
+        if value < self.reached:
+            self.best, self.reached = picks, value
+
+    def _kernel(self, most: int, deadline: float) -> None:
+        kernel = self.core.tree.closure(self.forced <= np.partition(self.forced, most)[most])
+        if kernel is not None:
+            self._branch(kernel, deadline)
+
+    def _branch(self, among: Mask, deadline: float) -> Found:
+        """Search some columns of the core with the integer program, and take what it finds."""
+        columns, core = self.columns[among], self.core.only(among)
+        ties = None if self.ties is None else self.ties[columns]
+        found = _branch(core, self.limits, self.gap, deadline, self.reached, self.bound, ties)
+        if found.picks is not None:
+            self._take(columns[core.tree.chosen(found.picks)])
+        return found
 
 
 def relaxed_bound(table: Table, limits: Mapping[str, int]) -> float:
     """No choice within the limits has a smaller goal; infinite where that is proof that there is none."""
-    kept = _narrow(table, limits)
+    kept = narrow(table, limits)
     if kept is None:
         return np.inf
     core = table.only(kept)
-    program, least = _program(core, core.goal, limits, np.inf)
-    relaxed = program.relax()
+    made, least = program(core, core.goal, limits, np.inf)
+    relaxed = made.relax()
     return np.inf if relaxed is None else relaxed.bound + least - relaxed.tolerance
 
 
@@ -188,46 +204,30 @@ def _branch(
     ties: Floats | None,
 ) -> Found:
     """The integer program, solved again with one more cut for every answer that breaks a limit in integers."""
-    kept = _narrow(table, limits)
+    kept = narrow(table, limits)
     if kept is None:
         return _NOTHING
     columns, rest = np.flatnonzero(kept), table.only(kept)
     tilt = 0.0 if ties is None else _TILT * gap * max(bound, NEGLIGIBLE)
     goal = rest.goal if ties is None else rest.goal + tilt * ties[columns]
-    program, least = _program(rest, goal, limits, reached)
+    made, least = program(rest, goal, limits, reached)
     relative = gap
     if math.isfinite(reached) and reached > least:  # of what lies above the least, which is all that HiGHS sees
         relative = min(1.0, gap * max(reached, NEGLIGIBLE) / (reached - least))
     lowest = -np.inf
     for attempt in range(_LAST_ATTEMPT):
         exact = attempt < _EXACT_ATTEMPTS  # after many cuts the limits shrink by a hair, which proves nothing any more
-        answer = program.run((1 - _TILT) * relative, deadline, hair=0.0 if exact else _HAIR)
+        answer = made.run((1 - _TILT) * relative, deadline, hair=0.0 if exact else _HAIR)
         if exact:
             lowest = max(lowest, answer.bound + least - tilt)
         if answer.picks is None:
             return Found(None, lowest, answer.finished and exact)
-        cut = _cover_cut(rest, rest.tree.chosen(answer.picks), limits)
+        cut = cover_cut(rest, rest.tree.chosen(answer.picks), limits)
         if cut is None:
             chosen = columns[rest.tree.chosen(answer.picks)]
             return Found(_widened(table.tree, chosen, table.tree.starts), lowest, answer.finished)
-        program = program.with_cut(*cut)
+        made = made.with_cut(*cut)
     return Found(None, lowest, False)
-
-
-def _program(table: Table, goal: Floats, limits: Mapping[str, int], reached: float) -> tuple[Program, float]:
-    """The program of a narrowed table, in what columns add to the least, and the least goal.
-
-    Limits are shares of their slack; a row that every choice keeps is left out. Where the slack is 0, narrowing left
-    only columns at the minimum, and the row is one of those.
-    """
-    rows = []
-    for name, limit in limits.items():
-        regret, slack = table.regrets[name][0], table.slack(name, limit)
-        if -table.tree.regrets(-regret)[1] > slack:
-            rows.append(regret / slack)
-    regret, least = table.tree.regrets(goal)
-    size = reached - least if math.isfinite(reached) else float(-table.tree.regrets(-regret)[1])
-    return Program(table.tree, regret, np.array(rows).reshape(len(rows), len(goal)), size), least
 
 
 def _roundings(table: Table, limits: Mapping[str, int], relaxed: Relaxed) -> list[Integers]:
@@ -248,46 +248,6 @@ def _roundings(table: Table, limits: Mapping[str, int], relaxed: Relaxed) -> lis
         if all(sum(table.costs[name][chosen].tolist()) <= limit for name, limit in limits.items()):
             fitting.append((math.fsum(table.goal[chosen].tolist()), number, rounded))
     return [rounded for _, _, rounded in sorted(fitting, key=lambda each: each[:2])[:_MOST_IMPROVED]]
-
-
-def _narrow(table: Table, limits: Mapping[str, int], useful: Mask | None = None) -> Mask | None:
-    """Drop, until nothing changes, columns that no choice of the `useful` ones can afford; None if there is none."""
-    kept = table.tree.closure(np.ones(len(table.goal), dtype=bool) if useful is None else useful)
-    while kept is not None:
-        rest = table.only(kept)
-        affordable = np.ones(len(rest.goal), dtype=bool)
-        for name, limit in limits.items():
-            slack = rest.slack(name, limit)
-            if slack < 0:
-                return None
-            affordable &= rest.tree.forced(rest.regrets[name][0]) <= slack
-        if affordable.all():
-            return kept
-        narrowed = kept.copy()
-        narrowed[np.flatnonzero(kept)] = affordable
-        kept = table.tree.closure(narrowed)  # None: what one limit leaves of a group, another excludes
-    return None
-
-
-def _cover_cut(table: Table, chosen: Integers, limits: Mapping[str, int]) -> tuple[Mask, int] | None:
-    """For a choice that breaks a limit in integers: columns of which at most `count` can be chosen together.
-
-    What the chosen columns of a few groups add to the least already breaks the limit; so does any choice that takes
-    columns that add at least as much in all of those groups.
-    """
-    group = table.tree.group
-    for name, limit in limits.items():
-        regret, slack = table.regrets[name][0], table.slack(name, limit)
-        spent = regret[chosen]
-        order = np.argsort(-spent, kind="stable")
-        over = np.cumsum(spent[order]) > slack
-        if not over[-1]:
-            continue
-        cover = chosen[order[: int(np.argmax(over)) + 1]]
-        least = np.full(len(table.tree.parent), np.iinfo(np.int64).max)
-        least[group[cover]] = regret[cover]
-        return regret >= least[group], len(cover) - 1
-    return None
 
 
 def _widened(tree: Tree, chosen: Integers, others: Integers) -> Integers:

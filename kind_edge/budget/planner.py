@@ -181,12 +181,10 @@ def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], req
     answers: list[Answer] = []
     failures: list[NoPlanError] = []
     at_best = math.inf
-    for way in sorted(pool, key=lambda way: _score(problems.source, way, request, 0.0)):
-        if _score(problems.source, way, request, 0.0) > _tied(at_best):
-            continue
+    for hope, way in _by_hope(problems, pool, more, request):
+        if hope > _tied(at_best):
+            break
         problem = problems.of(way, more)
-        if answers and _score(problems.source, way, request, lower_bound(problem), problem) > _tied(at_best):
-            continue
         try:
             solution = solve(problem)
         except NoPlanError as error:
@@ -200,14 +198,26 @@ def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], req
     return min(tied, key=lambda answer: (answer.solution.totals["latency_ns"], answer.score))
 
 
+def _by_hope(
+    problems: Problems, pool: list[Way], more: Mapping[str, float], request: Request
+) -> list[tuple[float, Way]]:
+    """Every way with the best score that it can have, by that."""
+    hopes = []
+    for way in pool:
+        problem = problems.of(way, more)
+        least = lower_bound(problem) if len(pool) > 1 else 0.0
+        hopes.append((_score(problems.source, way, request, least, problem), way))
+    return sorted(hopes, key=lambda each: each[0])
+
+
 def _tied(score: float) -> float:
     return score + max(_TIED * score, _TIED_LOSS)
 
 
-def _score(source: Source, way: Way, request: Request, objective: float, problem: Problem | None = None) -> float:
+def _score(source: Source, way: Way, request: Request, objective: float, problem: Problem) -> float:
     """What ways are compared by, at an objective of the solver: Fréchet distance, loss increase, or a whole cost."""
     if request.minimise != LOSS:
-        return objective + (problem.fixed.get(request.minimise, 0) if problem else 0)
+        return objective + problem.fixed.get(request.minimise, 0)
     distance = source.frechet(objective, way.request.sampling)
     if distance is None:
         return objective

@@ -18,16 +18,8 @@ import numpy as np
 
 from kind_edge.budget.exchange import Exchanges, total
 from kind_edge.budget.infeasible import Infeasible, no_plan_error
-from kind_edge.budget.knapsack import (
-    LARGEST_COST,
-    NEGLIGIBLE,
-    Found,
-    Table,
-    relaxed_bound,
-    search,
-    smallest_total,
-    undominated,
-)
+from kind_edge.budget.knapsack import LARGEST_COST, NEGLIGIBLE, Found, relaxed_bound, search, smallest_total
+from kind_edge.budget.table import Table, undominated
 from kind_edge.budget.tree import Floats, Integers, Tree
 from kind_edge.errors import KindEdgeError, NoPlanError
 from kind_edge.units import format_seconds
@@ -39,7 +31,7 @@ LOSS = "loss"
 LOSS_UNIT = 1e-9
 """The loss as a limited cost is counted in whole billionths, rounded up."""
 
-GAP = 5e-4
+GAP = 9e-4
 """Relative to the smallest objective: how far from the best an answer may be."""
 
 
