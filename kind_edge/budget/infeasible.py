@@ -48,6 +48,17 @@ _WORDS: Mapping[str, _Words] = {
 }
 
 
+def limit_flag(cost: str) -> str:
+    """ "--max-size" of "weight_bytes"."""
+    return _flag(cost)
+
+
+def raised_limit(cost: str, amount: int) -> tuple[str, Quantity]:
+    """A limit that is enough for an amount in the solver's units: as it is written, and as it is asked for."""
+    text = _enough(cost, amount)
+    return text, parse_quantity(text, _WORDS[cost].kind)
+
+
 def no_plan_error(diagnosis: tuple[Infeasible, ...]) -> NoPlanError:
     """The refusal in the user's words: what cannot be met, by how much, and the ways out."""
     raises = [f"{_flag(entry.limit)} to at least {_enough(entry.limit, entry.smallest)}" for entry in diagnosis]
@@ -77,6 +88,8 @@ def _below(entry: Infeasible) -> str:
 
 
 def _flag(name: str) -> str:
+    if name == "loss":
+        return "--max-quality-loss"
     return _WORDS[name].flag if name in _WORDS else name
 
 

@@ -1,18 +1,22 @@
-"""What a request costs on a device, and the knapsack that follows from it.
+"""What a request costs on a device, and the choices that follow from it.
 
-Value: the share of the model's (whitened) output energy, over all matrices, that is retained. Costs: exact FLOPs of one
-evaluation, bytes of the model files, peak memory, and the sustained latency of one whole image, decoder included.
+Costs: exact FLOPs of one evaluation, bytes of the model files, peak memory, and the sustained latency of one whole
+image, decoder included. A branch is kept or dropped whole; a matrix of a kept branch has one precision; its shared part
+and its tailors each have a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from kind_edge.budget.cost import (
     FixedCost,
     MatrixCost,
+    branch_fixed_cost,
     deployed_fixed_cost,
     fixed_latency_s,
     matrix_cost,
@@ -21,12 +25,13 @@ from kind_edge.budget.cost import (
 )
 from kind_edge.budget.decoder import decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
-from kind_edge.budget.plan import MatrixPlan, Storage
+from kind_edge.budget.loss import LossModel, MatrixLoss
+from kind_edge.budget.plan import MatrixPlan, Storage, dropped_branches
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
-from kind_edge.budget.solver import Option, Problem
-from kind_edge.budget.spectrum import Spectrum
+from kind_edge.budget.response import Response
+from kind_edge.budget.solver import LOSS, Option, Problem
 from kind_edge.errors import UsageError
-from kind_edge.model.spec import Form, MatrixShape, ModelSpec
+from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec, branch_of
 from kind_edge.units import Quantity
 
 GRAPH_BYTES_PER_OPERATOR = 180
@@ -37,6 +42,8 @@ RUNTIME_MEMORY_BYTES = 16 * 2**20
 
 WEIGHT_COPIES = 2
 """While a session is made, the file's weights and the prepacked ones are both in memory."""
+
+Objective = Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"]
 
 LIMIT_NAMES = {
     "max_flops": "flops",
@@ -63,7 +70,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction."""
+    """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction.
+
+    `sampling` is what the user or the checkpoint says; `others` may be taken instead, where the user left it open;
+    `fewer` have fewer steps, most first: ways out where nothing fits.
+    `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
+    `max_loss`.
+    """
 
     profile: DeviceProfile
     classes: tuple[str, ...]
@@ -73,24 +86,43 @@ class Request:
     unit: Unit | Literal["auto"] = "auto"
     limits: Mapping[str, Quantity] = field(default_factory=dict)
     spare_bytes: int = 0
+    others: tuple[Sampling, ...] = ()
+    fewer: tuple[Sampling, ...] = ()
+    minimise: Objective = LOSS
+    max_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is planned for: the model, its identity, how its spectra were made, and whom it learned from."""
+    """What is planned for: the model, its identity, what cutting it costs, and whom it learned from.
+
+    `losses` gives the predicted losses for a form and classes; `response` what they mean for pictures, where that has
+    been measured.
+    """
 
     name: str
     checkpoint_sha256: str
     spec: ModelSpec
-    spectra: Mapping[Form, Mapping[str, Spectrum]]
+    losses: Callable[[Form, tuple[str, ...]], LossModel]
     truncation: Literal["whitened", "plain"]
     calibration: str
     teacher: Teacher | None = None
+    response: Response | None = None
+
+    def frechet(self, loss_increase: float, sampling: Sampling) -> float | None:
+        """The predicted Fréchet distance; None where nothing was measured."""
+        guidance = sampling.guidance if sampling.inside_guidance is None else sampling.inside_guidance
+        if self.response is None or not self.response.measured(sampling.steps, guidance):
+            return None
+        return self.response.frechet(loss_increase, sampling.steps, guidance)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run the model: what the solver is asked about."""
+    """One way to run the model: what the solver is asked about.
+
+    `precision` is that of the file: in an int8 file matrices may be int8 or, where the request leaves it open, fp32.
+    """
 
     form: Form
     precision: Precision
@@ -120,25 +152,58 @@ class Deployment:
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
         return deployed_fixed_cost(self.spec, kept, rows, not self.spec.label_embedding, self.candidate.precision)
 
-    def shared(self, matrix: MatrixShape, storage: Storage, rank: int) -> MatrixCost:
-        """The part of a matrix that every image sees."""
-        return matrix_cost(self.spec, matrix, storage, rank, 0, 0, self.candidate.precision)
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What a single matrix may be stored in."""
+        mixed = self.candidate.precision == "int8" and self.request.precision == "auto"
+        return ("fp32", "int8") if mixed else (self.candidate.precision,)
 
-    def tailors(self, matrix: MatrixShape, rank: int) -> MatrixCost:
+    def shared(self, matrix: MatrixShape, storage: Storage, rank: int, precision: Precision) -> MatrixCost:
+        """The part of a matrix that every image sees."""
+        return matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+
+    def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""
         kept = len(self.request.classes)
-        return matrix_cost(self.spec, matrix, "dropped", 0, rank, kept, self.candidate.precision)
+        return matrix_cost(self.spec, matrix, "dropped", 0, rank, kept, precision)
 
-    def matrix_costs(self, cost: MatrixCost) -> dict[str, int]:
+    def matrix_costs(self, cost: MatrixCost, precision: Precision) -> dict[str, int]:
         """One part of a matrix in the solver's units."""
-        profile, unit, precision = self.request.profile, self.candidate.unit, self.candidate.precision
-        file_bytes = cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR
+        seconds = matrix_latency_s(cost, self.request.profile, self.candidate.unit, precision)
+        return self._costs(cost.flops, cost.weight_bytes, cost.operators, seconds)
+
+    def branch_costs(self, kind: Branch) -> dict[str, int]:
+        """What a kept branch of one block costs beside its matrices, in the solver's units."""
+        rows, kept = self.request.sampling.evaluations, len(self.request.classes)
+        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows)
+        seconds = fixed_latency_s(fixed, self.request.profile, self.candidate.unit)
+        return self._costs(fixed.flops, fixed.weight_bytes, fixed.operators, seconds)
+
+    def _costs(self, flops: int, weight_bytes: int, operators: int, seconds: float) -> dict[str, int]:
+        file_bytes = weight_bytes + operators * GRAPH_BYTES_PER_OPERATOR
         return {
-            "flops": cost.flops,
+            "flops": flops,
             "weight_bytes": file_bytes,
             "peak_memory_bytes": WEIGHT_COPIES * file_bytes,
-            "latency_ns": _ns(matrix_latency_s(cost, profile, unit, precision) * self.evaluations),
+            "latency_ns": _ns(seconds * self.evaluations),
         }
+
+    def totals(self, matrices: Mapping[str, MatrixPlan]) -> dict[str, int]:
+        """What the whole costs with these matrices, in the solver's units: counted from the plan, not by the solver."""
+        totals = self.fixed_costs()
+        for branch in dropped_branches(matrices):
+            for name, amount in self.branch_costs(_kind(branch)).items():
+                totals[name] -= amount
+        for shape in self.spec.matrices():
+            plan = matrices[shape.name]
+            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            for part in (
+                self.shared(shape, plan.storage, plan.shared_rank, precision),
+                self.tailors(shape, plan.tailor_rank or 0, precision),
+            ):
+                for name, amount in self.matrix_costs(part, precision).items():
+                    totals[name] += amount
+        return totals
 
     def fixed_costs(self) -> dict[str, int]:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
@@ -160,15 +225,26 @@ class Deployment:
 
     def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool) -> float:
         """Seconds of one evaluation at batch 1 with these matrices."""
-        profile, unit, precision = self.request.profile, self.candidate.unit, self.candidate.precision
-        parts = [
-            part
-            for shape in self.spec.matrices()
-            for plan in [matrices[shape.name]]
-            for part in (self.shared(shape, plan.storage, plan.shared_rank), self.tailors(shape, plan.tailor_rank or 0))
-        ]
-        seconds = sum(matrix_latency_s(part, profile, unit, precision, sustained) for part in parts)
-        return fixed_latency_s(self.fixed, profile, unit, sustained) + seconds
+        profile, unit = self.request.profile, self.candidate.unit
+        left = dataclasses.replace(self, spec=self.spec.without_branches(dropped_branches(matrices)))
+        seconds = fixed_latency_s(left.fixed, profile, unit, sustained)
+        for shape in left.spec.matrices():
+            plan = matrices[shape.name]
+            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            shared = self.shared(shape, plan.storage, plan.shared_rank, precision)
+            tailors = self.tailors(shape, plan.tailor_rank or 0, precision)
+            seconds += sum(matrix_latency_s(part, profile, unit, precision, sustained) for part in (shared, tailors))
+        return seconds
+
+    def params(self, matrices: Mapping[str, MatrixPlan]) -> int:
+        """Stored parameters with these matrices."""
+        left = dataclasses.replace(self, spec=self.spec.without_branches(dropped_branches(matrices)))
+        stored = left.fixed.params
+        for shape in left.spec.matrices():
+            plan = matrices[shape.name]
+            stored += self.shared(shape, plan.storage, plan.shared_rank, "fp32").params
+            stored += self.tailors(shape, plan.tailor_rank or 0, "fp32").params
+        return stored
 
     def time(self, evaluation_s: float, teacher: Teacher | None = None) -> dict[str, float]:
         """Where an image's sustained time goes; with `teacher`, at the teacher's steps and guidance."""
@@ -215,19 +291,87 @@ class Deployment:
 
 def limit_name(cost: str) -> str:
     """The limit's name in a request ("max_size") from the solver's ("weight_bytes")."""
+    if cost == LOSS:
+        return "max_quality_loss"
     return next(name for name, bound in LIMIT_NAMES.items() if bound == cost)
 
 
 def build_problem(source: Source, request: Request, candidate: Candidate) -> Problem:
-    """The knapsack of one candidate: for every matrix its shared part and (in *switch*) its tailors choose a rank."""
+    """The choices of one candidate. Groups: a branch, its matrices' precisions, and below each of these the ranks.
+
+    A kept branch costs what it has beside its matrices; one that is dropped costs nothing and opens nothing. The branch
+    that would be missed most is always kept: classes enter through branches, and without any there is none.
+    """
     deployment = Deployment(source.spec, request, candidate)
+    losses = source.losses(candidate.form, request.classes)
+    fixed = deployment.fixed_costs()
     options: dict[str, tuple[Option, ...]] = {}
+    branches: dict[str, list[MatrixShape]] = {}
     for matrix in source.spec.matrices():
-        spectrum = source.spectra[candidate.form][matrix.name]
-        options[f"{matrix.name}/shared"] = tuple(_shared_options(deployment, matrix, spectrum))
-        if len(spectrum.tailor) > 1:
-            options[f"{matrix.name}/tailors"] = tuple(_tailor_options(deployment, matrix, spectrum))
-    return Problem(options, deployment.fixed_costs(), deployment.limits())
+        branches.setdefault(branch_of(matrix.name), []).append(matrix)
+    menu = _Menu(deployment)
+    dearest = max(losses.branches, key=lambda branch: losses.branches[branch], default="")
+    for branch, matrices in branches.items():
+        beside = menu.branch(_kind(branch))
+        fixed = {name: amount - beside[name] for name, amount in fixed.items()}
+        options[branch] = (Option("kept", 0, 0.0, beside, tuple(matrix.name for matrix in matrices)),)
+        if branch in losses.branches and branch != dearest:
+            options[branch] += (Option("dropped", 0, _loss(losses.branches[branch]), dict.fromkeys(beside, 0)),)
+        for matrix in matrices:
+            options |= menu.matrix(matrix, losses.matrices[matrix.name])
+    return Problem(options, fixed, deployment.limits(), request.minimise, request.max_loss)
+
+
+class _Menu:
+    """The options of matrices; what equal shapes cost is computed once."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._tailored = deployment.candidate.form == "switch"
+        self._free = dict.fromkeys(deployment.fixed_costs(), 0)
+        self.branch = functools.cache(deployment.branch_costs)
+        self._cost = functools.cache(self._cost_of)
+
+    def matrix(self, matrix: MatrixShape, loss: MatrixLoss) -> dict[str, tuple[Option, ...]]:
+        """The group of a matrix, whose options are precisions, and the groups that these open."""
+        groups: dict[str, tuple[Option, ...]] = {}
+        precisions = []
+        tailors = self._tailored and len(loss.tailor) > 1
+        for precision in self._deployment.precisions:
+            shared = f"{matrix.name}/{precision}/shared"
+            groups[shared] = tuple(self._shared(matrix, loss, precision, tailors))
+            opens = [shared]
+            if tailors:
+                opens.append(f"{matrix.name}/{precision}/tailors")
+                groups[opens[-1]] = tuple(self._tailors(matrix, loss, precision))
+            cost = _loss(loss.int8) if precision == "int8" else 0.0
+            precisions.append(Option(precision, 0, cost, self._free, tuple(opens)))
+        return {matrix.name: tuple(precisions), **groups}
+
+    def _shared(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision, tailors: bool) -> Iterator[Option]:
+        """Every factored level, and at full rank also dense: below it, dense costs the same and keeps less.
+
+        Nothing at all only where tailors remain: a matrix alone is not dropped.
+        """
+        full = len(loss.shared) - 1
+        levels: list[tuple[Storage, int]] = [("factored", rank) for rank in rank_levels(full)]
+        if tailors or not full:
+            levels.insert(0, ("dropped", 0))
+        for storage, rank in [*levels, ("dense", full)] if full else levels:
+            yield Option(storage, rank, _loss(loss.shared[rank]), self._cost(matrix[1:], storage, rank, precision))
+
+    def _tailors(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision) -> Iterator[Option]:
+        """Never rank 0: a class without tailors is none, however little that costs the loss."""
+        for rank in rank_levels(len(loss.tailor) - 1):
+            yield Option("tailors", rank, _loss(loss.tailor[rank]), self._cost(matrix[1:], None, rank, precision))
+
+    def _cost_of(
+        self, shape: tuple[int, int], storage: Storage | None, rank: int, precision: Precision
+    ) -> dict[str, int]:
+        matrix = MatrixShape("", *shape)
+        if storage is None:
+            return self._deployment.matrix_costs(self._deployment.tailors(matrix, rank, precision), precision)
+        return self._deployment.matrix_costs(self._deployment.shared(matrix, storage, rank, precision), precision)
 
 
 def rank_levels(full: int) -> list[int]:
@@ -236,20 +380,13 @@ def rank_levels(full: int) -> list[int]:
     return [*range(step, full, step), full] if full else []
 
 
-def _shared_options(deployment: Deployment, matrix: MatrixShape, spectrum: Spectrum) -> Iterator[Option]:
-    """Dropped, every factored level, and at full rank also dense: below it, dense costs the same and keeps less."""
-    full = len(spectrum.shared) - 1
-    levels: list[tuple[Storage, int]] = [("dropped", 0), *(("factored", rank) for rank in rank_levels(full))]
-    for storage, rank in [*levels, ("dense", full)] if full else levels:
-        costs = deployment.matrix_costs(deployment.shared(matrix, storage, rank))
-        yield Option(storage, rank, 0, float(spectrum.shared[rank]), costs)
+def _loss(value: float) -> float:
+    """Without the digits in which sums over classes in another order differ."""
+    return float(f"{max(value, 0.0):.10g}")
 
 
-def _tailor_options(deployment: Deployment, matrix: MatrixShape, spectrum: Spectrum) -> Iterator[Option]:
-    """Never rank 0: tailors carry little energy, so a tight budget would drop them first, and the classes with them."""
-    for rank in rank_levels(len(spectrum.tailor) - 1):
-        costs = deployment.matrix_costs(deployment.tailors(matrix, rank))
-        yield Option("factored", 0, rank, float(spectrum.tailor[rank]), costs)
+def _kind(branch: str) -> Branch:
+    return "attn" if branch.endswith(".attn") else "mlp"
 
 
 def _ns(seconds: float) -> int:

@@ -21,7 +21,7 @@ from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
 from kind_edge.deploy.quality import Quality, heldout_quality
 from kind_edge.deploy.reference import make_reference
-from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_source, open_model
+from kind_edge.deploy.request import Choices, OpenedModel, as_replayed, make_request, make_source, open_model
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
@@ -75,7 +75,7 @@ def plan(model: str | Path = DEFAULT_MODEL, *, profile: str, **choices: Unpack[C
     device = load_profile(profile)
     opened = open_model(model)
     request = make_request(opened.checkpoint, device, **choices)
-    return make_plan(make_source(opened, request), request)
+    return make_plan(make_source(opened), request)
 
 
 def export(
@@ -107,13 +107,14 @@ def export(
         stage("planning")
         device = load_profile(profile)
         request = make_request(opened.checkpoint, device, **choices)
-        source = make_source(opened, request)
+        source = make_source(opened)
         plan = make_plan(source, request)
     else:
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         _check_replay(plan, opened, device.name, choices)
+        plan = as_replayed(plan, make_source(opened), device)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         for attempt in range(_SIZE_ATTEMPTS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from kind_edge.budget.deployed import deployed_fixed_cost
+from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import candidate_forms, candidates, make_plan
 from kind_edge.budget.problem import (
@@ -24,13 +26,14 @@ from kind_edge.budget.problem import (
     rank_levels,
 )
 from kind_edge.budget.profile import HOST, DeviceProfile, Precision, load_profile, profile_names
-from kind_edge.budget.sensitivity import spectra
+from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.whole_model import model_cost
 from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.probe import measure_sensitivity
 from kind_edge.errors import NoPlanError, UsageError
 from kind_edge.model.calibration import Calibration, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, load_checkpoint
-from kind_edge.model.spec import ModelSpec
+from kind_edge.model.spec import Form, ModelSpec
 from kind_edge.units import Quantity, parse_quantity
 
 PHONE = load_profile("snapdragon8g3")
@@ -38,6 +41,7 @@ DEVICES = [name for name in profile_names() if name != HOST]  # the host is meas
 GUIDED, UNGUIDED = Sampling("euler", 4, 1.5, 4), Sampling("euler", 4, 1.0, 4)
 TWO, ONE = ("sneaker", "bag"), ("coat",)
 MakePlan = Callable[..., Plan]
+MakeSource = Callable[..., Source]
 ROUNDING = 1 + 1e-5
 """The solver counts whole nanoseconds, matrix by matrix."""
 
@@ -49,17 +53,30 @@ def opened(tiny_folder: Path) -> tuple[Checkpoint, Calibration]:
 
 
 @pytest.fixture(scope="module")
-def plan(opened: tuple[Checkpoint, Calibration]) -> MakePlan:
-    """`plan(max_size="40%", classes=..., form=...)` of the tiny model on a phone."""
+def source(opened: tuple[Checkpoint, Calibration]) -> MakeSource:
+    """What is planned for: the tiny model, with its losses as they are measured, and a response where one is given."""
     checkpoint, calibration = opened
+    sensitivity = measure_sensitivity(checkpoint, "ab" * 32, calibration, chunks=1)
+
+    @functools.cache
+    def losses(form: Form, classes: tuple[str, ...]) -> LossModel:
+        return loss_model(checkpoint, class_indices(checkpoint, classes), form, calibration, sensitivity)
+
+    return lambda response=None: Source(
+        "tiny", "ab" * 32, checkpoint.spec, losses, "whitened", calibration.source, response=response
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(source: MakeSource) -> MakePlan:
+    """`plan(max_size="40%", classes=..., form=...)` of the tiny model on a phone."""
 
     def make(**asked: Any) -> Plan:
         kinds = {"max_flops": "flops", "max_size": "bytes", "max_memory": "bytes", "max_latency": "seconds"}
         limits = {name: parse_quantity(asked.pop(name), kind) for name, kind in kinds.items() if name in asked}
+        response = asked.pop("response", None)
         request = Request(**{"profile": PHONE, "classes": TWO, "sampling": GUIDED, "limits": limits, **asked})
-        kept = class_indices(checkpoint, request.classes)
-        forms = {form: spectra(checkpoint, kept, form, calibration) for form in candidate_forms(request)}
-        return make_plan(Source("tiny", "ab" * 32, checkpoint.spec, forms, "whitened", calibration.source), request)
+        return make_plan(source(response), request)
 
     return make
 
@@ -84,7 +101,7 @@ def test_every_device_gets_a_plan_or_a_reason(name: str, precision: str, plan: M
         assert made.unit in device.units_for(made.precision)
         assert unit in ("auto", made.unit)
         assert made.unit == "cpu" or made.precision != "int8"
-        assert made.retained_energy == pytest.approx(1)
+        assert made.predicted_loss_increase == 0 or precision == "int8"
         assert set(made.binding) <= {"max_memory"}
         assert 0 < made.image_latency_s <= made.sustained_image_latency_s * ROUNDING
         assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
@@ -140,19 +157,24 @@ def test_a_tighter_limit_never_keeps_more(limit: str, plan: MakePlan) -> None:
     whole = getattr(free, cost[limit]) if limit in cost else free.sustained_image_latency_s
     unit = {"max_flops": "FLOPs", "max_latency": "s"}.get(limit, "B")
     with pytest.raises(NoPlanError) as refused:
-        plan(precision="fp32", unit="cpu", **{limit: f"{whole / 10:.9f}{unit}"})
+        plan(precision="fp32", unit="cpu", **{limit: f"{whole / 1000:.12f}{unit}"})
     smallest = refused.value.diagnosis[0].smallest / (1e9 if limit == "max_latency" else 1)  # type: ignore[attr-defined]
-    kept, losing = free.retained_energy, 0
+    lost, losing = free.predicted_loss_increase, 0
+    assert lost == 0
     for share in (0.8, 0.5, 0.25, 0.01):
         amount = smallest + share * (whole - smallest)
         made = plan(precision="fp32", unit="cpu", **{limit: f"{amount:.9f}{unit}"})
         spent = getattr(made, cost[limit]) if limit in cost else made.sustained_image_latency_s
         assert spent <= amount
-        assert made.retained_energy <= kept * (1 + 1e-4)
-        assert limit in made.binding or made.retained_energy == pytest.approx(1)
-        losing += made.retained_energy < 0.999
-        assert all(matrix.tailor_rank for matrix in made.matrices.values())  # a class without tailors is none
-        kept = made.retained_energy
+        assert made.predicted_loss_increase >= lost * (1 - 1e-3)
+        assert limit in made.binding or made.predicted_loss_increase == 0
+        assert set(made.prices) == set(made.binding)
+        for price in made.prices.values():
+            assert price["predicted_loss_increase"] <= made.predicted_loss_increase * (1 + 1e-3)
+        losing += made.predicted_loss_increase > 0
+        # A class without tailors is none: they are dropped with their branch alone.
+        assert all(matrix.tailor_rank or matrix.storage == "dropped" for matrix in made.matrices.values())
+        lost = made.predicted_loss_increase
     assert losing > 0
 
 
