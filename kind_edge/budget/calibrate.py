@@ -87,7 +87,9 @@ def measure_with(command: str, probes: Sequence[Probe] | None = None, timeout_s:
         except OSError as error:
             raise UsageError(f"--runner {words[0]}: cannot be started ({error.strerror}); check its path") from error
         except subprocess.TimeoutExpired as error:
-            raise GateError(f"--runner {words[0]}: no answer within {timeout_s:g} s; is the device reachable?") from error
+            raise GateError(
+                f"--runner {words[0]}: no answer within {timeout_s:g} s; is the device reachable?"
+            ) from error
     if done.returncode:
         told = done.stderr.strip()[-500:] or "it says nothing on stderr"
         raise GateError(f"--runner {words[0]}: exit code {done.returncode}: {told}")

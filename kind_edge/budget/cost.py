@@ -25,7 +25,7 @@ from kind_edge.budget.formulas import (
     tailor_macs,
 )
 from kind_edge.budget.latency import fixed_latency_s, matrix_latency_s, operator_latency_s
-from kind_edge.budget.memory import fixed_memory_bytes, matrix_memory_bytes
+from kind_edge.budget.memory import branch_memory_bytes, fixed_memory_bytes, matrix_memory_bytes
 from kind_edge.budget.whole_model import (
     CONVENTIONS,
     Convention,
@@ -51,6 +51,7 @@ __all__ = [
     "attention_macs",
     "baked_table_values",
     "branch_fixed_cost",
+    "branch_memory_bytes",
     "break_even_rank",
     "deployed_fixed_cost",
     "fixed_latency_s",

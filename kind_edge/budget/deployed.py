@@ -221,38 +221,6 @@ def _modulation_widths(spec: ModelSpec) -> list[int]:
     return [width for block in range(spec.depth) if (width := spec.modulation_width(block))]
 
 
-def branch_fixed_cost(
-    spec: ModelSpec, kind: Branch, precision: Precision, num_classes_kept: int = 1, evaluations: int = 1
-) -> FixedCost:
-    """What of one block's branch vanishes, beside its matrices, from `deployed_fixed_cost` when it is dropped.
-
-    Normalisation, modulation with its part of the baked table (of the adaLN network where modulation depends on the
-    label), attention products, softmax or GELU, biases, gate and residual; by the same groups. `num_classes_kept` and
-    `evaluations` size the table, as there. Its FLOPs, parameters and bytes add up over any branches. Operators and
-    traffic are at least their sum: a block that loses both branches also loses the split of its modulation (and the
-    adaLN product) that either one alone still needs. The peak of activations is 0: other blocks keep it.
-    """
-    whole = dataclasses.replace(spec, dropped_branches=())  # a branch is like that of any other block
-    with_it, without = (
-        deployed_fixed_cost(each, num_classes_kept, evaluations, not spec.label_embedding, precision).groups
-        for each in (whole, whole.without_branches([f"blocks.0.{kind}"]))
-    )
-    pairs = zip(with_it, without, strict=True)
-    groups = tuple(difference for a, b in pairs if (difference := _difference(a, b)).operators or difference.params)
-    return FixedCost(groups, 0, precision)
-
-
-def _difference(whole: OperatorGroup, rest: OperatorGroup) -> OperatorGroup:
-    """What a group has more than another of the same name."""
-    counts = [a - b for a, b in zip(dataclasses.astuple(whole)[2:], dataclasses.astuple(rest)[2:], strict=True)]
-    return OperatorGroup(whole.name, whole.role, *counts)
-
-
-def _modulation_widths(spec: ModelSpec) -> list[int]:
-    """Modulation values of every block that is modulated at all."""
-    return [width for block in range(spec.depth) if (width := spec.modulation_width(block))]
-
-
 def peak_activation_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
     """The most activations alive at once: in the attention (q, k, v, residual, scores before and after softmax), or in
     the MLP (residual and the hidden layer before and after GELU), plus the modulation row."""

@@ -10,6 +10,7 @@ Measured in fresh processes on Linux (glibc, CPU provider, one file without exte
 
 from __future__ import annotations
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.deployed import FixedCost, MatrixCost
 from kind_edge.budget.profile import Precision
 
@@ -31,13 +32,16 @@ def matrix_memory_bytes(cost: MatrixCost, precision: Precision) -> int:
     return round(copies * cost.weight_bytes) + cost.operators * OPERATOR_BYTES
 
 
-def fixed_memory_bytes(
-    cost: FixedCost, batch: int = 1, decoder_weight_bytes: int = 0, decoder_activation_bytes: int = 0
-) -> int:
+def branch_memory_bytes(cost: FixedCost) -> int:
+    """What a branch of a block adds beside its matrices; other branches need no less room for activations."""
+    return cost.weight_bytes + cost.operators * OPERATOR_BYTES
+
+
+def fixed_memory_bytes(cost: FixedCost, batch: int, decoder: DecoderCost) -> int:
     """The runtime, everything but the matrices, and the activations of `batch` rows; the decoder runs after the loop.
 
-    Modulation tables, biases and positions are kept as they are; a decoder's convolutions are packed like fp32 matrices.
+    Modulation tables, biases and positions are kept as they are; the decoder's convolutions are packed, in one copy.
     """
-    weights = cost.weight_bytes + decoder_weight_bytes + cost.operators * OPERATOR_BYTES
-    activations = max(batch * cost.activation_bytes_peak, decoder_activation_bytes)
+    weights = branch_memory_bytes(cost) + 4 * decoder.params
+    activations = max(batch * cost.activation_bytes_peak, decoder.activation_bytes_peak)
     return RUNTIME_BYTES + weights + ACTIVATION_COPIES * activations

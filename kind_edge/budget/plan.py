@@ -58,6 +58,8 @@ class Plan:
     from it; None where that was never measured. `minimised` is the loss, or one of the costs at a limited loss.
     `optimality_gap` is how far from the best the plan may be, relative to what was minimised; None for a plan that was
     changed by hand.
+    Latencies come from the profile's measured table or from the roofline (`latency_source`); where a limit on latency
+    was asked for, it holds for the sustained one, with `burst` for that at first.
     `dense` holds the same figures of the dense fp32 model of the same shape: what percentages refer to.
     `guidance` is what the sampling loop does; a distilled model has its own, `inside_guidance`, in its prediction.
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
@@ -98,6 +100,8 @@ class Plan:
     time: Mapping[str, float] = field(default_factory=dict)
     teacher_time: Mapping[str, float] = field(default_factory=dict)
     minimised: Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"] = "loss"
+    latency_source: Literal["measured table", "roofline estimate"] = "roofline estimate"
+    burst: bool = False
 
     @property
     def null_branch(self) -> bool:
@@ -157,7 +161,7 @@ class Plan:
 
 
 _LISTS = ("classes", "precisions", "binding")
-_LATER = ("inside_guidance", "time", "teacher_time", "minimised")
+_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst")
 """Fields that plans of kind-edge 0.1.0 do not have."""
 
 
@@ -198,6 +202,8 @@ def _check_types(values: Mapping[str, Any], cls: type, where: str) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if kind is bool:
+        return isinstance(value, bool)
     if kind in (int, str, type(None)):
         return isinstance(value, kind) and not isinstance(value, bool)
     if kind is float:

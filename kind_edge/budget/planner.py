@@ -246,7 +246,7 @@ def price_figures(source: Source, answer: Answer) -> dict[str, float | None]:
         "flops": float(totals["flops"]),
         "weight_bytes": float(totals["weight_bytes"] - answer.way.request.spare_bytes),
         "peak_memory_bytes": float(totals["peak_memory_bytes"]),
-        "sustained_image_latency_s": totals["latency_ns"] / 1e9,
+        "image_latency_s" if answer.way.request.burst else "sustained_image_latency_s": totals["latency_ns"] / 1e9,
         "steps": float(answer.way.request.sampling.steps),
     }
 
@@ -275,8 +275,6 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     deployment, sampling = Deployment(spec, request, candidate), request.sampling
     totals = deployment.totals(matrices)
     increase = source.losses(candidate.form, request.classes).increase(matrices)
-    burst_s = deployment.evaluations * deployment.evaluation_latency_s(matrices, sustained=False)
-    evaluation_s = deployment.evaluation_latency_s(matrices, sustained=True)
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
     whole_int8 = candidate.precision == "int8" and (request.precision == "int8" or spec.label_embedding)
     return Plan(
@@ -299,9 +297,9 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         flops=totals["flops"],
         weight_bytes=totals["weight_bytes"] - request.spare_bytes,
         peak_memory_bytes=totals["peak_memory_bytes"],
-        evaluation_latency_s=evaluation_s,
-        image_latency_s=burst_s + deployment.decoder_latency_s(sustained=False),
-        sustained_image_latency_s=totals["latency_ns"] / 1e9,
+        evaluation_latency_s=deployment.evaluation_latency_s(matrices, sustained=True),
+        image_latency_s=deployment.image_latency_s(matrices, sustained=False),
+        sustained_image_latency_s=deployment.image_latency_s(matrices, sustained=True),
         predicted_loss_increase=increase,
         predicted_frechet=source.frechet(increase, sampling),
         limits=limits if request.max_loss is None else {**limits, "max_quality_loss": request.max_loss},
@@ -311,9 +309,11 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         dense=deployment.dense(),
         matrices=matrices,
         inside_guidance=sampling.inside_guidance,
-        time=deployment.time(evaluation_s),
-        teacher_time=deployment.time(evaluation_s, source.teacher) if source.teacher else {},
+        time=deployment.time(matrices),
+        teacher_time=deployment.time(matrices, source.teacher) if source.teacher else {},
         minimised=request.minimise,
+        latency_source=deployment.latency_source,
+        burst=request.burst,
     )
 
 

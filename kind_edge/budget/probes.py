@@ -269,7 +269,9 @@ def _roofline() -> Iterator[Probe]:
 def _stream() -> bytes:
     """A product whose weight does not fit a cache. The weight is made inside: a file of 128 MB would be no probe."""
     graph, outputs = Graph(), _STREAMED_BYTES // 4 // _STREAM_WIDTH
-    return graph.model([("x", 1, [1, _STREAM_WIDTH])], graph.node("MatMul", ["x", graph.filled(_STREAM_WIDTH, outputs)]))
+    return graph.model(
+        [("x", 1, [1, _STREAM_WIDTH])], graph.node("MatMul", ["x", graph.filled(_STREAM_WIDTH, outputs)])
+    )
 
 
 def _elementwise(width: int) -> bytes:

@@ -17,14 +17,18 @@ from kind_edge.budget.cost import (
     FixedCost,
     MatrixCost,
     branch_fixed_cost,
+    branch_memory_bytes,
     deployed_fixed_cost,
     fixed_latency_s,
+    fixed_memory_bytes,
     matrix_cost,
     matrix_latency_s,
+    matrix_memory_bytes,
     model_cost,
 )
 from kind_edge.budget.decoder import decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
+from kind_edge.budget.latency import LatencySource, latency_source
 from kind_edge.budget.loss import LossModel, MatrixLoss
 from kind_edge.budget.plan import MatrixPlan, Storage, dropped_branches
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
@@ -36,12 +40,6 @@ from kind_edge.units import Quantity
 
 GRAPH_BYTES_PER_OPERATOR = 180
 """Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
-
-RUNTIME_MEMORY_BYTES = 16 * 2**20
-"""What ONNX Runtime holds for a session besides weights and activations; scripts/bench cost compares."""
-
-WEIGHT_COPIES = 2
-"""While a session is made, the file's weights and the prepacked ones are both in memory."""
 
 Objective = Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"]
 
@@ -76,6 +74,7 @@ class Request:
     `fewer` have fewer steps, most first: ways out where nothing fits.
     `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
     `max_loss`.
+    `burst`: latency is limited as it is at first, not as it is after minutes of load.
     """
 
     profile: DeviceProfile
@@ -90,6 +89,7 @@ class Request:
     fewer: tuple[Sampling, ...] = ()
     minimise: Objective = LOSS
     max_loss: float | None = None
+    burst: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class Deployment:
         return 2 if self.candidate.form == "switch" and self.request.sampling.guidance != 1.0 else 1
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations of one image, guidance included."""
-        return self.request.sampling.evaluations * self.evaluations_per_step
+    def calls(self) -> int:
+        """Calls of the network for one image; guided ones have both branches in one batch."""
+        return self.request.sampling.evaluations
 
     @property
     def fixed(self) -> FixedCost:
@@ -169,24 +169,26 @@ class Deployment:
 
     def matrix_costs(self, cost: MatrixCost, precision: Precision) -> dict[str, int]:
         """One part of a matrix in the solver's units."""
-        seconds = matrix_latency_s(cost, self.request.profile, self.candidate.unit, precision)
-        return self._costs(cost.flops, cost.weight_bytes, cost.operators, seconds)
+        profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
+        seconds = matrix_latency_s(cost, profile, unit, precision, sustained, self.evaluations_per_step)
+        return self._costs(cost, seconds, matrix_memory_bytes(cost, precision))
 
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
         fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows)
-        seconds = fixed_latency_s(fixed, self.request.profile, self.candidate.unit)
-        return self._costs(fixed.flops, fixed.weight_bytes, fixed.operators, seconds)
+        return self._costs(fixed, self._fixed_latency_s(fixed, not self.request.burst), branch_memory_bytes(fixed))
 
-    def _costs(self, flops: int, weight_bytes: int, operators: int, seconds: float) -> dict[str, int]:
-        file_bytes = weight_bytes + operators * GRAPH_BYTES_PER_OPERATOR
+    def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
-            "flops": flops,
-            "weight_bytes": file_bytes,
-            "peak_memory_bytes": WEIGHT_COPIES * file_bytes,
-            "latency_ns": _ns(seconds * self.evaluations),
+            "flops": cost.flops,
+            "weight_bytes": cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR,
+            "peak_memory_bytes": memory_bytes,
+            "latency_ns": _ns(seconds * self.calls),
         }
+
+    def _fixed_latency_s(self, fixed: FixedCost, sustained: bool) -> float:
+        return fixed_latency_s(fixed, self.request.profile, self.candidate.unit, sustained, self.evaluations_per_step)
 
     def totals(self, matrices: Mapping[str, MatrixPlan]) -> dict[str, int]:
         """What the whole costs with these matrices, in the solver's units: counted from the plan, not by the solver."""
@@ -209,13 +211,13 @@ class Deployment:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, decoder_cost(self.spec)
         file_bytes = fixed.weight_bytes + fixed.operators * GRAPH_BYTES_PER_OPERATOR + 4 * decoder.params
-        activations = max(self.evaluations_per_step * fixed.activation_bytes_peak, decoder.activation_bytes_peak)
-        seconds = fixed_latency_s(fixed, self.request.profile, self.candidate.unit) * self.evaluations
+        sustained, batch = not self.request.burst, self.evaluations_per_step
+        seconds = self._fixed_latency_s(fixed, sustained) * self.calls + self.decoder_latency_s(sustained)
         return {
             "flops": fixed.flops,
             "weight_bytes": file_bytes + self.request.spare_bytes,
-            "peak_memory_bytes": RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * file_bytes + activations,
-            "latency_ns": _ns(seconds + self.decoder_latency_s()),
+            "peak_memory_bytes": fixed_memory_bytes(fixed, batch, decoder),
+            "latency_ns": _ns(seconds),
         }
 
     def decoder_latency_s(self, sustained: bool = True) -> float:
@@ -223,18 +225,28 @@ class Deployment:
         flops = decoder_cost(self.spec).flops
         return flops / self.request.profile.throughput(self.candidate.unit, "fp32", sustained) if flops else 0.0
 
-    def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool) -> float:
-        """Seconds of one evaluation at batch 1 with these matrices."""
+    def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool, batch: int = 1) -> float:
+        """Seconds of one call with these matrices and `batch` rows: one evaluation, or two of a guided step."""
         profile, unit = self.request.profile, self.candidate.unit
         left = dataclasses.replace(self, spec=self.spec.without_branches(dropped_branches(matrices)))
-        seconds = fixed_latency_s(left.fixed, profile, unit, sustained)
+        seconds = fixed_latency_s(left.fixed, profile, unit, sustained, batch)
         for shape in left.spec.matrices():
             plan = matrices[shape.name]
             precision: Precision = "int8" if plan.precision == "int8" else "fp32"
             shared = self.shared(shape, plan.storage, plan.shared_rank, precision)
             tailors = self.tailors(shape, plan.tailor_rank or 0, precision)
-            seconds += sum(matrix_latency_s(part, profile, unit, precision, sustained) for part in (shared, tailors))
+            seconds += sum(matrix_latency_s(p, profile, unit, precision, sustained, batch) for p in (shared, tailors))
         return seconds
+
+    def image_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool) -> float:
+        """Seconds of one image, decoder included."""
+        call_s = self.evaluation_latency_s(matrices, sustained, self.evaluations_per_step)
+        return self.calls * call_s + self.decoder_latency_s(sustained)
+
+    @property
+    def latency_source(self) -> LatencySource:
+        """What latencies are made from."""
+        return latency_source(self.request.profile, self.candidate.unit, self.candidate.precision)
 
     def params(self, matrices: Mapping[str, MatrixPlan]) -> int:
         """Stored parameters with these matrices."""
@@ -246,12 +258,17 @@ class Deployment:
             stored += self.tailors(shape, plan.tailor_rank or 0, "fp32").params
         return stored
 
-    def time(self, evaluation_s: float, teacher: Teacher | None = None) -> dict[str, float]:
-        """Where an image's sustained time goes; with `teacher`, at the teacher's steps and guidance."""
+    def time(self, matrices: Mapping[str, MatrixPlan], teacher: Teacher | None = None) -> dict[str, float]:
+        """Where an image's sustained time goes; with `teacher`, at the teacher's steps and guidance.
+
+        An evaluation is its share of a call: the two of a guided step are one batch.
+        """
         sampling, decoder_s = self.request.sampling, self.decoder_latency_s()
+        per_step = self.evaluations_per_step if teacher is None else teacher.evaluations_per_step
+        evaluation_s = self.evaluation_latency_s(matrices, sustained=True, batch=per_step) / per_step
         if teacher is not None:
-            return image_time(teacher.steps, teacher.steps, teacher.evaluations_per_step, evaluation_s, decoder_s)
-        return image_time(sampling.steps, sampling.evaluations, self.evaluations_per_step, evaluation_s, decoder_s)
+            return image_time(teacher.steps, teacher.steps, per_step, evaluation_s, decoder_s)
+        return image_time(sampling.steps, sampling.evaluations, per_step, evaluation_s, decoder_s)
 
     def dense(self) -> dict[str, float]:
         """The dense fp32 model of the same shape, nothing baked, on the same unit: what percentages refer to."""
@@ -261,17 +278,17 @@ class Deployment:
         params = model_cost(spec, "exact").params
         fixed = deployed_fixed_cost(spec, spec.num_classes, 1, False, "fp32")
         matrices = [matrix_cost(spec, matrix, "dense", 0, 0, 0, "fp32") for matrix in spec.matrices()]
-        seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32") for matrix in matrices)
-        seconds += fixed_latency_s(fixed, profile, unit)
+        sustained, batch = not self.request.burst, self.evaluations_per_step
+        seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32", sustained, batch) for matrix in matrices)
+        seconds += fixed_latency_s(fixed, profile, unit, sustained, batch)
         decoder = decoder_cost(self.spec)
-        weight_bytes = 4 * (params + decoder.params)
-        activations = max(2 * fixed.activation_bytes_peak, decoder.activation_bytes_peak)
+        memory = sum(matrix_memory_bytes(matrix, "fp32") for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
-            "weight_bytes": weight_bytes,
-            "peak_memory_bytes": RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * weight_bytes + activations,
-            "latency_ns": _ns(seconds * self.evaluations + self.decoder_latency_s()),
+            "weight_bytes": 4 * (params + decoder.params),
+            "peak_memory_bytes": memory + fixed_memory_bytes(fixed, batch, decoder),
+            "latency_ns": _ns(seconds * self.calls + self.decoder_latency_s(sustained)),
         }
 
     def limits(self) -> dict[str, int]:

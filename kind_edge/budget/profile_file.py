@@ -6,7 +6,8 @@
                         sustained_share, overhead_us = FIGURE
     [cpu.cores]         mark, source, clusters = [{ count, name, ghz, fp32_lanes, little = false }]
     [cpu.operators]     source, and measured microseconds, as `profiles calibrate` writes them:
-                        product, tailor, attention, mlp = [[precision, size, ..., us], ...], ends = [[size, ..., us], ...]
+                        product, tailor, attention, mlp = [[precision, size, ..., us], ...]
+                        ends = [[size, ..., us], ...]
 
 with FIGURE = { value = 76.8, mark = "3P", source = "where it comes from" }. Only title, os, execution_providers,
 memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer operations.

@@ -48,6 +48,7 @@ def export(
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
     max_size: options.MaxSize = None,
+    burst: options.Burst = False,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
     ] = False,
@@ -65,7 +66,7 @@ def export(
     choices = {
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
-        "form": form, "precision": precision, "unit": unit,
+        "form": form, "precision": precision, "unit": unit, "burst": burst,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
     with terminal.stages() as begin:

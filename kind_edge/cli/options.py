@@ -102,6 +102,10 @@ MaxLatency = Annotated[
         rich_help_panel=LIMITS,
     ),
 ]
+Burst = Annotated[
+    bool,
+    typer.Option("--burst", help="Limit latency as it is at first, not after minutes of load.", rich_help_panel=LIMITS),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(

@@ -47,6 +47,7 @@ def plan(
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
     max_size: options.MaxSize = None,
+    burst: options.Burst = False,
     arch: Annotated[
         str | None,
         typer.Option("--arch", metavar="DiT-B/2", help="The architecture.", rich_help_panel=ARCHITECTURE),
@@ -83,7 +84,7 @@ def plan(
     }  # fmt: skip
     if arch is not None:
         fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        _refuse_with_arch(fixed | {"form": None if form == "auto" else form})
+        _refuse_with_arch(fixed | {"form": None if form == "auto" else form, "burst": burst or None})
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
         _show_architecture(terminal, costs, title, output, as_json)
         return
@@ -97,7 +98,8 @@ def plan(
 
         made = pipeline.plan(
             checkpoint or options.SHIPPED, profile=profile, classes=options.split_names(classes), form=form,
-            precision=precision, unit=unit, steps=steps, guidance=guidance, sampler=sampler, **limits,
+            precision=precision, unit=unit, steps=steps, guidance=guidance, sampler=sampler, burst=burst,
+            **limits,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     _show(terminal, made, paper, checkpoint, output, as_json)

@@ -44,6 +44,8 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield "matrices", matrices_summary(plan.matrices)
     baked = plan.modulation == "baked"
     yield "modulation", "baked into a table" if baked else "kept as a network: it depends on the label"
+    limited = "at first" if plan.burst else "sustained"
+    yield "latency", f"{plan.latency_source}; a limit holds for the time {limited}"
     yield "truncation", f"{plan.truncation}; calibration {plan.calibration}"
     yield "kept", f"{format_share(plan.retained_energy)} of the layers' output energy"
     yield "limits", _limits(plan) or "none: the most faithful plan, then the fastest"

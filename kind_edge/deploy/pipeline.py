@@ -142,7 +142,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
     """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
-    if asked := [name for name, value in choices.items() if value not in (None, "auto")]:
+    if asked := [name for name, value in choices.items() if value not in (None, "auto", False)]:
         flags = ", ".join("--" + name.replace("_", "-") for name in asked)
         raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
     if profile != plan.profile:

@@ -89,6 +89,7 @@ class Choices(TypedDict, total=False):
     max_size: str | None
     max_quality_loss: str | None
     minimize: str | None
+    burst: bool
 
 
 def make_request(
@@ -104,6 +105,7 @@ def make_request(
     sampler: str | None = None,
     max_quality_loss: str | None = None,
     minimize: str | None = None,
+    burst: bool = False,
     **limits: str | None,
 ) -> Request:
     """Check every choice; what is left open comes from the checkpoint's own recommendation."""
@@ -133,6 +135,7 @@ def make_request(
         fewer=_fewer(checkpoint, sampling),
         minimise=minimised,  # type: ignore[arg-type]
         max_loss=None if max_quality_loss is None else _share(max_quality_loss),
+        burst=burst,
     )  # fmt: skip
 
 
