@@ -29,14 +29,20 @@ class OnnxExporter:
         from kind_edge.exporters.onnx_int8 import quantize_int8
 
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
-        graph = to_onnx(model)
+        graph, plan = to_onnx(model), model.origin.plan
+        left = {shape.name for shape in model.spec.matrices()}
         written = []
         for precision in precisions:
-            proto = graph if precision == "fp32" else quantize_int8(graph)
+            wide = [
+                name for name, stored in plan.matrix_precisions(precision).items() if stored == "fp32" and name in left
+            ]
+            proto = graph if precision == "fp32" else quantize_int8(graph, wide)
             path = "onnx/denoiser.onnx" if precision == "fp32" else f"onnx/denoiser.{precision}.onnx"
             onnx.checker.check_model(proto, full_check=True)
             onnx.save_model(proto, folder / path)
             entry = {"role": "denoiser", "precision": precision, **inputs_and_outputs(proto)}
+            if wide and precision != "fp32":
+                entry["fp32_matrices"] = wide
             written.append(ExportedFile(path, precision, entry))
         return tuple(written)
 

@@ -3,6 +3,8 @@
 ONNX Runtime quantizes products with constant weights only. Tailors are gathered by class at run time, so they are
 stored as int8 with one scale per class and component, and widened after the gather: what belongs to one class is
 quantized by itself, and changing one tailor changes no other class by a bit.
+
+A plan may keep some block matrices in fp32: their products and their tailors are left as they are.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,14 @@ from onnx import helper, numpy_helper
 LARGEST = 127
 
 
-def quantize_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A new model with int8 weights; `model` is not changed.
+def quantize_int8(model: onnx.ModelProto, fp32_matrices: Collection[str] = ()) -> onnx.ModelProto:
+    """A new model with int8 weights, but for those of `fp32_matrices` ("blocks.0.attn.q"); `model` is not changed.
 
     Requires: no value_info left (the quantizer would find its shapes contradicted). Ensures: same inputs and outputs.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    kept = tuple(f"{name}." for name in fp32_matrices)
     with tempfile.TemporaryDirectory(prefix="kind-edge-") as folder:
         source, target = Path(folder, "fp32.onnx"), Path(folder, "int8.onnx")
         onnx.save_model(model, source)
@@ -38,13 +41,19 @@ def quantize_int8(model: onnx.ModelProto) -> onnx.ModelProto:
                 per_channel=True,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["MatMul", "Gemm"],
-                nodes_to_exclude=[_last_product(model)],
+                nodes_to_exclude=[_last_product(model), *_products_of(model, kept)],
                 extra_options={"MatMulConstBOnly": True},
             )
         quantized = onnx.load_model(target)
     del quantized.graph.value_info[:], quantized.metadata_props[:]
     quantized.producer_name, quantized.producer_version = model.producer_name, ""
-    return _quantize_gathered(quantized)
+    return _quantize_gathered(quantized, kept)
+
+
+def _products_of(model: onnx.ModelProto, prefixes: tuple[str, ...]) -> list[str]:
+    """Names of the products whose constant weight's name starts like one of these."""
+    products = [node for node in model.graph.node if node.op_type in ("MatMul", "Gemm")]
+    return [str(node.name) for node in products if prefixes and node.input[1].startswith(prefixes)]
 
 
 @contextlib.contextmanager
@@ -65,9 +74,13 @@ def _last_product(model: onnx.ModelProto) -> str:
     return str(products[-1].name)
 
 
-def _quantize_gathered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Store every 3-D table that is gathered along its classes (K x m x r or K x r x n) as int8."""
-    tables = {t.name: t for t in model.graph.initializer if len(t.dims) == 3 and t.data_type == onnx.TensorProto.FLOAT}
+def _quantize_gathered(model: onnx.ModelProto, kept: tuple[str, ...]) -> onnx.ModelProto:
+    """Store every 3-D table that is gathered along its classes (K x m x r or K x r x n) as int8.
+
+    Tables whose names start like one of `kept` stay as they are.
+    """
+    floats = [t for t in model.graph.initializer if len(t.dims) == 3 and t.data_type == onnx.TensorProto.FLOAT]
+    tables = {t.name: t for t in floats if not (kept and t.name.startswith(kept))}
     nodes, done = [], set()
     for node in model.graph.node:
         if node.op_type != "Gather" or node.input[0] not in tables:

@@ -22,7 +22,10 @@ Storage = Literal["dense", "factored", "dropped"]
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """How one matrix is stored. *switch* has `learngene_rank` and `tailor_rank`; *single* and *union* have `rank`."""
+    """How one matrix is stored. *switch* has `learngene_rank` and `tailor_rank`; *single* and *union* have `rank`.
+
+    `precision`, fp32 or int8, is that of all its weights (learngene and tailors) in the plan's default file.
+    """
 
     storage: Storage
     precision: str
@@ -35,6 +38,11 @@ class MatrixPlan:
         """Rank of the part that every image sees."""
         return (self.learngene_rank if self.rank is None else self.rank) or 0
 
+    @property
+    def gone(self) -> bool:
+        """Whether no component of it is left."""
+        return self.storage == "dropped" and not self.shared_rank and not self.tailor_rank
+
     def to_dict(self) -> dict[str, Any]:
         return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
@@ -43,7 +51,7 @@ class MatrixPlan:
 class Plan:
     """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
-    `precision` is what the app loads, `precisions` what is written. `limits` are what was asked for, in the solver's
+    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written. `limits` are what was asked for, in the solver's
     units; `binding` those that kept the plan from being better; `prices` what a tenth more of each of these would buy:
     the limit raised, and the figures of the plan within it.
     `predicted_loss_increase` is relative to the loss of the uncut model, `predicted_frechet` the distance that follows
@@ -95,6 +103,19 @@ class Plan:
     def null_branch(self) -> bool:
         """Whether the deployed model has a null class: not where one class is folded in, nor with guidance inside."""
         return self.form == "switch" and self.inside_guidance is None
+
+    @property
+    def dropped_branches(self) -> tuple[str, ...]:
+        """Branches of which no matrix is left ("blocks.3.attn"); their blocks go on without them."""
+        return dropped_branches(self.matrices)
+
+    def matrix_precisions(self, file_precision: str) -> dict[str, str]:
+        """Precision of every matrix in the file of that precision: the int8 file keeps what the plan wants in fp32.
+
+        A plan without any int8 matrix says nothing of its int8 file, in which every matrix is int8 then.
+        """
+        mixed = file_precision == self.precision == "int8"
+        return {name: matrix.precision if mixed else file_precision for name, matrix in self.matrices.items()}
 
     def to_dict(self) -> dict[str, Any]:
         values = {each.name: getattr(self, each.name) for each in dataclasses.fields(self)}
@@ -205,6 +226,14 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
     for name, matrix in plan.matrices.items():
         if any(getattr(matrix, key) is None for key in wanted):
             raise InputError(f"the plan's matrix {name} lacks {' or '.join(wanted)}; solve again")
+        if matrix.storage == "dropped" and matrix.shared_rank:
+            raise InputError(f"the plan's matrix {name} is dropped, but has rank {matrix.shared_rank}; solve again")
+        if matrix.gone and branch_of(name) not in plan.dropped_branches:
+            raise InputError(
+                f"the plan drops {name}, but not all of {branch_of(name)}: a branch is dropped whole or not at all; "
+                "solve again"
+            )
+    _check_precisions(plan)
     if not {plan.precision} <= set(plan.precisions) <= {"fp32", "int8"}:
         raise InputError(f"the plan's precisions {', '.join(plan.precisions)} cannot be written; solve again")
     if not 0 < plan.guidance < 100 or plan.evaluations_per_step not in (1, 2):
@@ -215,9 +244,19 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
         raise InputError(f"the plan's {plan.steps} {plan.sampler} steps are not what the model is for; solve again")
 
 
+def _check_precisions(plan: Plan) -> None:
+    """Every matrix is fp32 or int8, and the plan's own label says whether any is int8."""
+    for name, matrix in plan.matrices.items():
+        if matrix.precision not in ("fp32", "int8"):
+            raise InputError(f"the plan's matrix {name} is {matrix.precision}, which cannot be written; solve again")
+    label = "int8" if any(matrix.precision == "int8" for matrix in plan.matrices.values()) else "fp32"
+    if plan.precision in ("fp32", "int8") and plan.precision != label:
+        raise InputError(f"the plan is called {plan.precision}, but its matrices make it {label}; solve again")
+
+
 def dropped_branches(matrices: Mapping[str, MatrixPlan]) -> tuple[str, ...]:
-    """Names of the branches ("blocks.3.attn") that are dropped whole, in the order of the matrices."""
-    kept = {branch_of(name) for name, matrix in matrices.items() if matrix.storage != "dropped"}
+    """Names of the branches ("blocks.3.attn") of which no matrix is left, in the order of the matrices."""
+    kept = {branch_of(name) for name, matrix in matrices.items() if not matrix.gone}
     return tuple(branch for branch in dict.fromkeys(map(branch_of, matrices)) if branch not in kept)
 
 

@@ -45,7 +45,6 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     baked = plan.modulation == "baked"
     yield "modulation", "baked into a table" if baked else "kept as a network: it depends on the label"
     yield "truncation", f"{plan.truncation}; calibration {plan.calibration}"
-    yield "kept", f"{format_share(plan.retained_energy)} of the layers' output energy"
     yield "limits", _limits(plan) or "none: the most faithful plan, then the fastest"
     if plan.time:
         yield "time", time_words(plan.time)

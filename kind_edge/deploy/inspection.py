@@ -212,7 +212,7 @@ def _part(tensor: str) -> str:
 
 
 def _ranks(spec: ModelSpec) -> dict[str, tuple[int, int]]:
-    if not spec.factored:
+    if not spec.factored or not spec.branches():
         return {}
     ranks = [spec.ranks(matrix.name) for matrix in spec.matrices()]
     learngenes, tailors = [r.learngene for r in ranks], [r.tailor for r in ranks]

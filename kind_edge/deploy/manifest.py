@@ -29,13 +29,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """One model file of the bundle; `path` is relative to the bundle, with forward slashes."""
+    """One model file of the bundle; `path` is relative to the bundle, with forward slashes.
+
+    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8.
+    """
 
     path: str
     role: str
     precision: str
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
+    fp32_matrices: tuple[str, ...] = ()
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -220,6 +224,7 @@ def _model(section: _Section, path: str) -> ModelEntry:
         precision=section.take("precision", str),
         inputs=section.sections("inputs", _tensor),
         outputs=section.sections("outputs", _tensor),
+        fp32_matrices=section.items("fp32_matrices", str) if "fp32_matrices" in section.values else (),
     )
 
 

@@ -27,7 +27,7 @@ from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.dit import DiT
 from kind_edge.model.sampling import step_span
-from kind_edge.model.spec import Ranks
+from kind_edge.model.spec import ModelSpec, Ranks, branch_of
 from kind_edge.model.truncation import SortedFactors, fold_matrix
 
 
@@ -45,11 +45,13 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
     Ensures: an ordinary checkpoint of K classes in the plan's order. In *single* and *union* the folded product is its
     learngene and its tailors are empty; with a label embedding its null label is that of the class (in *union* the mean
     of the classes' labels). A matrix that keeps its full rank keeps its factors, bit for bit.
+    A branch that the plan drops is gone from the spec, with all its tensors and its rows of the block's adaLN layer.
     """
     kept = class_indices(checkpoint, plan.classes)
+    left = checkpoint.spec.without_branches(plan.dropped_branches)
     tensors = {
         name: t
-        for name, t in checkpoint.float_tensors().items()
+        for name, t in _without_branches(checkpoint, left).items()
         if ".learngene." not in name and ".tailors." not in name
     }
     if checkpoint.spec.label_embedding:
@@ -61,13 +63,30 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
         if shape.name not in plan.matrices:
             raise InputError(f"the plan has no matrix {shape.name}; it was made for another model: solve again")
         chosen = plan.matrices[shape.name]
+        if branch_of(shape.name) in left.dropped_branches:
+            continue
         factors = _factors(checkpoint, shape.name, kept, plan, chosen, calibration)
         tensors |= {f"{shape.name}.{key}": value.float() for key, value in factors.items()}
         ranks[shape.name] = Ranks(factors["learngene.s"].shape[-1], factors["tailors.s"].shape[-1])
     nested = checkpoint.spec.nested and plan.form == "switch"
-    spec = dataclasses.replace(checkpoint.spec, num_classes=len(kept), nested=nested, matrix_ranks=ranks)
+    spec = dataclasses.replace(left, num_classes=len(kept), nested=nested, matrix_ranks=ranks)
     float_tensors = {name: t.float() for name, t in tensors.items()}
     return Checkpoint(spec, plan.classes, float_tensors, {"truncated_from": plan.checkpoint_sha256})
+
+
+def _without_branches(checkpoint: Checkpoint, left: ModelSpec) -> dict[str, Tensor]:
+    """All tensors but those of branches that are not in `left`."""
+    whole, tensors = checkpoint.spec, checkpoint.float_tensors()
+    gone = tuple(f"{name}." for name in left.dropped_branches)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(gone)}
+    for block in range(whole.depth):
+        had, has = whole.block_branches(block), left.block_branches(block)
+        for name in (f"blocks.{block}.adaln.weight", f"blocks.{block}.adaln.bias"):
+            if had and had != has:
+                rows = zip(had, tensors.pop(name).chunk(len(had)), strict=True)
+                if own := [part for kind, part in rows if kind in has]:
+                    tensors[name] = torch.cat(own)
+    return tensors
 
 
 def _factors(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint, save_checkpoint
 from kind_edge.model.dit_layouts import DenseDiT
 from kind_edge.model.foreign_files import read_foreign
-from kind_edge.model.spec import ModelSpec
+from kind_edge.model.spec import BRANCHES, ModelSpec, branch_of
 
 OnMatrix = Callable[[int, int], None]
 """Told (done, total) matrices."""
@@ -128,7 +128,10 @@ def _per_class(own: dict[str, Tensor], rank: int, classes: int, generator: torch
 
 
 def densify(checkpoint: Checkpoint) -> DenseDiT:
-    """The ordinary dense model of a checkpoint whose matrices have a learngene alone, folded in float64."""
+    """The ordinary dense model of a checkpoint whose matrices have a learngene alone, folded in float64.
+
+    An ordinary model has every branch: those that were dropped get weights and gates of zero.
+    """
     tensors = {name: t.float() for name, t in checkpoint.tensors.items() if ".learngene." not in name}
     for shape in checkpoint.spec.matrices():
         u, s, v = (checkpoint.tensors[f"{shape.name}.learngene.{part}"].double() for part in "UsV")
@@ -136,4 +139,20 @@ def densify(checkpoint: Checkpoint) -> DenseDiT:
             raise InputError(f"{shape.name} has tailors, which one dense matrix cannot hold for several classes")
         del tensors[f"{shape.name}.tailors.U"], tensors[f"{shape.name}.tailors.V"]
         tensors[f"{shape.name}.weight"] = (u * s @ v.T).float()
-    return DenseDiT(checkpoint.spec.dense(), tensors)
+    return DenseDiT(checkpoint.spec.dense(), tensors | _empty_branches(checkpoint.spec, tensors))
+
+
+def _empty_branches(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros for all that dropped branches have left out, adaLN rows among them."""
+    empty: dict[str, Tensor] = {}
+    for shape in spec.dense().matrices():
+        if branch_of(shape.name) in spec.dropped_branches:
+            empty[f"{shape.name}.weight"] = torch.zeros(shape.outputs, shape.inputs)
+            empty[f"{shape.name}.bias"] = torch.zeros(shape.outputs)
+    for block in range(spec.depth):
+        left = spec.block_branches(block)
+        for name, size in ((f"blocks.{block}.adaln.weight", (spec.width,)), (f"blocks.{block}.adaln.bias", ())):
+            if len(left) < len(BRANCHES):
+                none = torch.zeros(3 * spec.width, *size)
+                empty[name] = torch.cat([tensors[name] if kind in left else none for kind in BRANCHES])
+    return empty

@@ -26,6 +26,7 @@ from kind_edge.exporters.diffusers_parts import passthrough_autoencoder
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint
 from kind_edge.model.convert import import_model
 from kind_edge.model.sampling import sample
+from kind_edge.model.spec import branch_of
 from kind_edge.registry import exporter
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -34,9 +35,14 @@ WEIGHTS = "diffusers/transformer/diffusion_pytorch_model.safetensors"
 
 
 def plain_model(
-    checkpoint: Checkpoint, form: str, classes: tuple[str, ...], steps: int = 6, sampler: str | None = None
+    checkpoint: Checkpoint,
+    form: str,
+    classes: tuple[str, ...],
+    steps: int = 6,
+    sampler: str | None = None,
+    dropped: tuple[str, ...] = (),
 ) -> PlainDiT:
-    """The model at the checkpoint's full ranks, and at the steps of a sampler."""
+    """The model at the checkpoint's full ranks, but without these branches, and at the steps of a sampler."""
     spec = checkpoint.spec
     sampler = sampler or {"flow": "euler", "epsilon": "dpmsolver++"}[spec.objective]
     matrices = {}
@@ -46,6 +52,8 @@ def plain_model(
         if form != "switch":
             ranks = {"rank": learngene + tailor * len(classes)}
         matrices[matrix.name] = MatrixPlan("factored", "fp32", **ranks)
+        if branch_of(matrix.name) in dropped:
+            matrices[matrix.name] = MatrixPlan("dropped", "fp32", **dict.fromkeys(ranks, 0))
     unknown = {field.name: None for field in dataclasses.fields(Plan)}
     plan = Plan(**{
         **unknown, "checkpoint_sha256": "", "form": form, "classes": classes, "matrices": matrices, "sampler": sampler,
@@ -92,6 +100,15 @@ def test_the_folder_keeps_the_gate(
     readme = (tmp_path / "diffusers/README.md").read_text()
     assert ("guidance_scale=2.0" in readme) == (form == "switch")
     assert ("vae=" in readme) == ("channels" in overrides and model.spec.pixels_per_latent != 1)
+
+
+@pytest.mark.parametrize("overrides", [{}, LABELLED])
+def test_dropped_branches_are_zeros_there(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    dropped = ("blocks.0.mlp", "blocks.1.attn", "blocks.2.attn", "blocks.2.mlp")
+    model = plain_model(make_checkpoint(depth=3, **overrides), "single", ("coat",), dropped=dropped)
+    assert parity(model, tmp_path, export(model, tmp_path)).failures == ()
 
 
 def test_a_damaged_folder_is_not_taken_for_a_model(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
