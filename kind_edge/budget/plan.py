@@ -111,10 +111,7 @@ class Plan:
     @property
     def dropped_branches(self) -> tuple[str, ...]:
         """Branches of which no matrix is left ("blocks.3.attn"); their blocks go on without them."""
-        branches: dict[str, bool] = {}
-        for name, matrix in self.matrices.items():
-            branches[branch_of(name)] = branches.get(branch_of(name), True) and matrix.gone
-        return tuple(name for name, gone in branches.items() if gone)
+        return dropped_branches(self.matrices)
 
     def matrix_precisions(self, file_precision: str) -> dict[str, str]:
         """Precision of every matrix in the file of that precision: the int8 file keeps what the plan wants in fp32.
@@ -264,8 +261,8 @@ def _check_precisions(plan: Plan) -> None:
 
 
 def dropped_branches(matrices: Mapping[str, MatrixPlan]) -> tuple[str, ...]:
-    """Names of the branches ("blocks.3.attn") that are dropped whole, in the order of the matrices."""
-    kept = {branch_of(name) for name, matrix in matrices.items() if matrix.storage != "dropped"}
+    """Names of the branches ("blocks.3.attn") of which no matrix is left, in the order of the matrices."""
+    kept = {branch_of(name) for name, matrix in matrices.items() if not matrix.gone}
     return tuple(branch for branch in dict.fromkeys(map(branch_of, matrices)) if branch not in kept)
 
 

@@ -190,12 +190,21 @@ def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], req
         except NoPlanError as error:
             failures.append(error)
             continue
+        if _is_another(problems.source, way, solution):
+            continue
         answers.append(Answer(way, solution, _score(problems.source, way, request, solution.objective, problem)))
         at_best = min(at_best, answers[-1].score)
     if not answers:
         raise min(failures, key=overshoot)
     tied = [answer for answer in answers if answer.score <= _tied(at_best)]
     return min(tied, key=lambda answer: (answer.solution.totals["latency_ns"], answer.score))
+
+
+def _is_another(source: Source, way: Way, solution: Solution) -> bool:
+    """Whether an int8 file turned out to have no int8 matrix; as its other networks were counted as int8, it is
+    not the fp32 file that it would be called."""
+    quantized = any(option.what == "int8" for option in solution.choice.values())
+    return way.candidate.precision == "int8" and not quantized and source.spec.label_embedding
 
 
 def _by_hope(
@@ -276,7 +285,6 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     totals = deployment.totals(matrices)
     increase = source.losses(candidate.form, request.classes).increase(matrices)
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
-    whole_int8 = candidate.precision == "int8" and (request.precision == "int8" or spec.label_embedding)
     return Plan(
         model=source.name,
         checkpoint_sha256=source.checkpoint_sha256,
@@ -284,7 +292,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         unit=candidate.unit,
         form=candidate.form,
         classes=request.classes,
-        precision="int8" if whole_int8 or any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32",
+        precision="int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32",
         precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
         sampler=sampling.sampler,
         steps=sampling.steps,

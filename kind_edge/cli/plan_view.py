@@ -47,7 +47,6 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     limited = "at first" if plan.burst else "sustained"
     yield "latency", f"{plan.latency_source}; a limit holds for the time {limited}"
     yield "truncation", f"{plan.truncation}; calibration {plan.calibration}"
-    yield "kept", f"{format_share(plan.retained_energy)} of the layers' output energy"
     yield "limits", _limits(plan) or "none: the most faithful plan, then the fastest"
     if plan.time:
         yield "time", time_words(plan.time)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kind_edge._version import __version__
-from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.plan import Plan
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
@@ -103,23 +103,19 @@ def predict_here_ms(
     plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], rows: int
 ) -> dict[str, float]:
     """What the cost model says of this machine's CPU for every file: to be compared with what was measured."""
+    left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
     request = Request(load_profile(HOST), plan.classes, sampling)
-    return {
-        path: 1e3
-        * Deployment(spec, request, Candidate(plan.form, entry["precision"], "cpu")).evaluation_latency_s(
-            _stored_as(plan, entry["precision"]), sustained=False
-        )
-        for path, entry in entries.items()
-    }
-
-
-def _stored_as(plan: Plan, precision: str) -> dict[str, MatrixPlan]:
-    """The plan's matrices as a file of some precision holds them: all in fp32, or those in int8 that are to be, or all
-    where the plan names none."""
-    if precision == plan.precision == "int8":
-        return dict(plan.matrices)
-    return {name: dataclasses.replace(matrix, precision=precision) for name, matrix in plan.matrices.items()}
+    predicted = {}
+    for path, entry in entries.items():
+        precisions = plan.matrix_precisions(entry["precision"])
+        matrices = {
+            shape.name: dataclasses.replace(plan.matrices[shape.name], precision=precisions[shape.name])
+            for shape in left.matrices()
+        }
+        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
+        predicted[path] = 1e3 * deployment.evaluation_latency_s(matrices, sustained=False)
+    return predicted
 
 
 def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> None:

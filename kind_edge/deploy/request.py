@@ -20,9 +20,10 @@ from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.solver import LOSS
 from kind_edge.deploy.merge import class_indices
-from kind_edge.deploy.probe import measure_sensitivity
+from kind_edge.deploy.probe import OnProgress, measure_sensitivity
 from kind_edge.deploy.reference import Heldout, load_heldout
 from kind_edge.deploy.sampler_table import sampler_table
+from kind_edge.deploy.sensitivity_file import find_sensitivity, keep_sensitivity
 from kind_edge.errors import UsageError, unknown
 from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
@@ -52,25 +53,39 @@ class OpenedModel:
     checkpoint: Checkpoint
     stored_calibration: Calibration | None
     heldout: Heldout | None
+    stored_sensitivity: Sensitivity | None = None
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
         return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
 
-    @functools.cached_property
-    def sensitivity(self) -> Sensitivity:
-        return measure_sensitivity(self.checkpoint, self.sha256, self.calibration)
+    def sensitivity(self, on_progress: OnProgress | None = None) -> Sensitivity:
+        """What is stored; else it is measured, which takes a minute of a small model, and kept for the next time."""
+        if self.stored_sensitivity is not None:
+            return self.stored_sensitivity
+        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=on_progress)
+        keep_sensitivity(measured, self.checkpoint.path)
+        return measured
 
 
-def open_model(model: str | Path) -> OpenedModel:
+def open_model(model: str | Path | OpenedModel) -> OpenedModel:
+    if isinstance(model, OpenedModel):
+        return model
     folder = find_model(model)
     checkpoint = load_checkpoint(folder)
     if not checkpoint.spec.factored:
         raise UsageError(f"{folder}: a dense model has no learngene and no tailors to cut; give a KIND checkpoint")
     path, heldout = folder / CALIBRATION, load_heldout(folder, checkpoint.spec)
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
-    return OpenedModel(folder.resolve().name, checkpoint_hash(folder), checkpoint, stored, heldout)
+    name, sha256 = folder.resolve().name, checkpoint_hash(folder)
+    return OpenedModel(name, sha256, checkpoint, stored, heldout, find_sensitivity(folder, sha256, checkpoint.spec))
+
+
+def measured_model(model: str | Path | OpenedModel, on_progress: OnProgress | None = None) -> OpenedModel:
+    """The model with its sensitivity, which is measured now where it is not stored yet."""
+    opened = open_model(model)
+    return dataclasses.replace(opened, stored_sensitivity=opened.sensitivity(on_progress))
 
 
 class Choices(TypedDict, total=False):
@@ -191,16 +206,18 @@ def _known(flag: str, value: str, choices: Sequence[str]) -> str:
 def make_source(model: OpenedModel) -> Source:
     """What is planned for; the losses are found when they are asked for, once for each form and set of classes."""
 
+    table = model.sensitivity()
+
     @functools.cache
     def losses(form: Form, classes: frozenset[str]) -> LossModel:
         kept = sorted(class_indices(model.checkpoint, tuple(classes)))
-        return loss_model(model.checkpoint, kept, form, model.calibration, model.sensitivity)
+        return loss_model(model.checkpoint, kept, form, model.calibration, table)
 
     spec = model.checkpoint.spec
     teacher = teacher_of(model.checkpoint.provenance) if spec.distilled else None
     return Source(
         model.name, model.sha256, spec, lambda form, classes: losses(form, frozenset(classes)), "whitened",
-        model.calibration.source, teacher, model.sensitivity.response,
+        model.calibration.source, teacher, table.response,
     )  # fmt: skip
 
 
