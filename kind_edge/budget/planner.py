@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from kind_edge.budget.latency import latency_source
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.problem import (
     Candidate,
@@ -320,7 +321,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         time=deployment.time(matrices),
         teacher_time=deployment.time(matrices, source.teacher) if source.teacher else {},
         minimised=request.minimise,
-        latency_source=deployment.latency_source,
+        latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
         burst=request.burst,
     )
 

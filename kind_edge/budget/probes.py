@@ -55,6 +55,9 @@ _STREAMED_BYTES = 2**27
 
 _STREAM_WIDTH = 4096
 _TINY_OPERATORS = 128
+_FEWEST_OPERATORS = 5
+"""Of a branch, and of what tailors add: a difference of disturbed times may come out below what these take."""
+
 _ELEMENTWISE_ROUNDS = 4
 
 
@@ -87,7 +90,7 @@ def roofline_probes() -> list[Probe]:
 
 def operator_table(latency_us: Latencies) -> OperatorTable:
     """The table of the latencies of all probes, microseconds by probe name."""
-    call = _call_us(latency_us)
+    call, least = _call_us(latency_us), _FEWEST_OPERATORS * operator_us(latency_us)
     product: dict[Key, float] = {}
     for precision, rows, m, n in _product_points():
         pair = _per_pair(latency_us, call, precision, rows, m, n)
@@ -102,7 +105,7 @@ def operator_table(latency_us: Latencies) -> OperatorTable:
         pairs = _pairs(m, n)
         names = [_tailor_name(precision, batch, tokens, m, n, r) for r in (rank, 0)]
         each = (latency_us[names[0]] - latency_us[names[1]]) / pairs / 2
-        tailor[precision, batch, tokens, m, n, rank] = tailor[precision, batch, tokens, n, m, rank] = each
+        tailor[precision, batch, tokens, m, n, rank] = tailor[precision, batch, tokens, n, m, rank] = max(each, least)
     ends = {(b, t, w): latency_us[_ends_name(b, t, w)] for b, t, w in _block_points()}
     table = OperatorTable(product, tailor, {}, {}, ends)
     attention: dict[Key, float] = {}
@@ -114,7 +117,8 @@ def operator_table(latency_us: Latencies) -> OperatorTable:
             for only in (False, True)
         )
         thin = {n: _factored_us(table, precision, rows, width, n) for n in (width, 4 * width)}
-        attention[key], mlp[key] = half - 4 * thin[width], whole - half - 2 * thin[4 * width]
+        attention[key] = max(half - 4 * thin[width], least)
+        mlp[key] = max(whole - half - 2 * thin[4 * width], least)
     return OperatorTable(product, tailor, attention, mlp, ends)
 
 

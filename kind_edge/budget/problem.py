@@ -28,7 +28,6 @@ from kind_edge.budget.cost import (
 )
 from kind_edge.budget.decoder import decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
-from kind_edge.budget.latency import LatencySource, latency_source
 from kind_edge.budget.loss import LossModel, MatrixLoss
 from kind_edge.budget.plan import MatrixPlan, Storage, dropped_branches
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
@@ -211,12 +210,12 @@ class Deployment:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, decoder_cost(self.spec)
         file_bytes = fixed.weight_bytes + fixed.operators * GRAPH_BYTES_PER_OPERATOR + 4 * decoder.params
-        sustained, batch = not self.request.burst, self.evaluations_per_step
+        sustained = not self.request.burst
         seconds = self._fixed_latency_s(fixed, sustained) * self.calls + self.decoder_latency_s(sustained)
         return {
             "flops": fixed.flops,
             "weight_bytes": file_bytes + self.request.spare_bytes,
-            "peak_memory_bytes": fixed_memory_bytes(fixed, batch, decoder),
+            "peak_memory_bytes": fixed_memory_bytes(fixed, self.evaluations_per_step, decoder),
             "latency_ns": _ns(seconds),
         }
 
@@ -239,14 +238,9 @@ class Deployment:
         return seconds
 
     def image_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool) -> float:
-        """Seconds of one image, decoder included."""
+        """Seconds of an image."""
         call_s = self.evaluation_latency_s(matrices, sustained, self.evaluations_per_step)
         return self.calls * call_s + self.decoder_latency_s(sustained)
-
-    @property
-    def latency_source(self) -> LatencySource:
-        """What latencies are made from."""
-        return latency_source(self.request.profile, self.candidate.unit, self.candidate.precision)
 
     def params(self, matrices: Mapping[str, MatrixPlan]) -> int:
         """Stored parameters with these matrices."""
@@ -259,10 +253,7 @@ class Deployment:
         return stored
 
     def time(self, matrices: Mapping[str, MatrixPlan], teacher: Teacher | None = None) -> dict[str, float]:
-        """Where an image's sustained time goes; with `teacher`, at the teacher's steps and guidance.
-
-        An evaluation is its share of a call: the two of a guided step are one batch.
-        """
+        """Where an image's sustained time goes, an evaluation its share of a call; with `teacher`, as the teacher's."""
         sampling, decoder_s = self.request.sampling, self.decoder_latency_s()
         per_step = self.evaluations_per_step if teacher is None else teacher.evaluations_per_step
         evaluation_s = self.evaluation_latency_s(matrices, sustained=True, batch=per_step) / per_step

@@ -9,7 +9,7 @@ from rich.console import Console
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.cli import tables
 from kind_edge.cli.tables import Cell
-from kind_edge.units import format_flops, format_seconds, format_share
+from kind_edge.units import format_flops, format_seconds
 
 _FORMS = {
     "switch": "switch: one shared learngene, a tailor per class picked by the class index",
