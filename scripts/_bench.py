@@ -1,6 +1,7 @@
 """Measurements of the shipped model on this machine; every name prints a table, or one JSON object with --json.
 
 cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
+costs    calibrates this machine, then: latency and peak memory of plans, predicted against measured; five minutes
 export   how long the main command takes, stage by stage
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
 training a step at the shape of DiT-S/2: 1,000 classes against 10, rank 0.3 D against dense; few rounds, minutes
@@ -115,7 +116,14 @@ def steps() -> dict[str, Any]:
     return {"rows": rows, **summary(records)}
 
 
-BENCHES = {"cost": cost, "export": export_time, "steps": steps, "training": training}
+def costs() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_costs import costs as compared
+
+    return compared()
+
+
+BENCHES = {"cost": cost, "costs": costs, "export": export_time, "steps": steps, "training": training}
 
 
 def show(result: dict[str, Any]) -> None:
