@@ -201,9 +201,11 @@ def _drawn(host: DeviceProfile, folder: Path, shapes: tuple[Any, ...]) -> Iterat
         shape = Network(image, channels, patch, outputs, width, heads, 4 * width, blocks, layer)  # type: ignore[arg-type]
         file = folder / f"{name.split(',')[0].replace('/', '')}-{rank}-{precision}-{index}.onnx"
         file.write_bytes(network(shape))
+        objective: Any = "epsilon" if outputs > channels else "flow"  # one that learns a variance
         spec = ModelSpec(
-            image, channels, patch, width, depth, heads, 2, rank or 1, tailor, learned_sigma=outputs > channels
-        )
+            image, channels, patch, width, depth, heads, 2, rank or 1, tailor,
+            objective=objective, learned_sigma=outputs > channels,
+        )  # fmt: skip
         form: Any = "switch" if tailor else "single"
         storage: Any = "factored" if rank else "dense"
         one = MatrixPlan(storage, precision, rank, tailor) if tailor else MatrixPlan(storage, precision, rank=rank)

@@ -148,6 +148,8 @@ class DeviceProfile:
                 yield f"{unit.name}.efficiency.{precision}", figure
             yield f"{unit.name}.sustained_share", unit.sustained_share
             yield f"{unit.name}.overhead_us", unit.overhead_us
+            if unit.table is not None:
+                yield f"{unit.name}.measured_times", Figure(float(len(unit.table)), "M", unit.table.source)
 
 
 def profile_names() -> tuple[str, ...]:

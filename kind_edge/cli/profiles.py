@@ -158,6 +158,8 @@ def written(key: str, value: float) -> str:
         return tables.size(value)
     if key.endswith("overhead_us"):
         return f"{value:.3g} µs"
+    if key.endswith("measured_times"):
+        return f"{value:.0f}"
     return format_share(value)
 
 
