@@ -73,8 +73,8 @@ class Case:
             plan = self.matrices[shape.name]
             precision: Any = plan.precision
             shared = left.shared(shape, plan.storage, plan.shared_rank, precision)
-            total += matrix_memory_bytes(shared, precision)
-            total += matrix_memory_bytes(left.tailors(shape, plan.tailor_rank or 0, precision), precision)
+            total += matrix_memory_bytes(shared, precision, batch)
+            total += matrix_memory_bytes(left.tailors(shape, plan.tailor_rank or 0, precision), precision, batch)
         return total
 
     def inputs(self, batch: int) -> dict[str, Any]:

@@ -3,33 +3,52 @@
 Measured in fresh processes on Linux (glibc, CPU provider, one file without external data), from 1 to 330 MB:
 
     runtime      code pages, kernels and graph of an empty model, and a little per operator
-    weights      a dense fp32 matrix is packed for the kernels while the file's copy is given back; of the smaller
-                 matrices of a factored layer, and of int8, much of that space stays with the allocator
-    activations  twice: the arena grows by what the first call needs, then by one block in the order of the second
+    weights      once: a matrix is packed for the kernels and the file's copy given back (`deploy.session` sees to it);
+                 of matrices too small for a mapping of their own, most of that copy stays in the heap
+    tailors      as weights, and widened after the gather: about half of them are alive at once
+    activations  the arena takes what the first call needs, then a block for the order that it plans from the second on
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from kind_edge.budget.decoder import DecoderCost
-from kind_edge.budget.deployed import FixedCost, MatrixCost
+from kind_edge.budget.deployed import FixedCost, Layer, MatrixCost
 from kind_edge.budget.profile import Precision
 
-RUNTIME_BYTES = 13 * 2**20
-OPERATOR_BYTES = 5 * 2**10
-ACTIVATION_COPIES = 2
+RUNTIME_BYTES = 12 * 2**20
+OPERATOR_BYTES = 7 * 2**10
+ACTIVATION_COPIES = 2.4
 
-_COPIES = {("dense", False): 1.0, ("factored", False): 1.5, ("dense", True): 1.9, ("factored", True): 1.9}
-"""Weights in memory over weights in the file, by storage and whether they are int8."""
+_OWN_MAPPING_BYTES = 128 * 2**10
+_HEAP_COPIES = 1.7
+"""Copies of a weight that is smaller than a mapping of its own."""
 
-_TAILOR_COPIES = {False: 1.3, True: 1.6}
+_WIDENED_ALIVE = 0.5
 
 
-def matrix_memory_bytes(cost: MatrixCost, precision: Precision) -> int:
+def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) -> int:
     """What one part of a matrix adds to the peak: its learngene, or its tailors."""
-    int8 = precision == "int8"
-    storage, tailors = cost.layer.storage, bool(cost.layer.tailor_rank)
-    copies = _TAILOR_COPIES[int8] if tailors else _COPIES.get((storage, int8), 1.0)
-    return round(copies * cost.weight_bytes) + cost.operators * OPERATOR_BYTES
+    layer, total = cost.layer, cost.operators * OPERATOR_BYTES
+    pieces = list(_pieces(layer))
+    values = sum(pieces)
+    for piece in pieces:
+        held = cost.weight_bytes * piece / values
+        total += round(held * (_HEAP_COPIES if held < _OWN_MAPPING_BYTES else 1.0))
+    if layer.tailor_rank:
+        total += round(_WIDENED_ALIVE * batch * 4 * layer.tailor_rank * (layer.inputs + layer.outputs))
+    return total
+
+
+def _pieces(layer: Layer) -> Iterator[int]:
+    """Relative sizes of the constants of one part: m x n, or m x r and r x n."""
+    if layer.tailor_rank:
+        yield from (layer.inputs, layer.outputs)
+    elif layer.storage == "dense":
+        yield 1
+    elif layer.storage == "factored" and layer.learngene_rank:
+        yield from (layer.inputs, layer.outputs)
 
 
 def branch_memory_bytes(cost: FixedCost) -> int:
@@ -44,4 +63,4 @@ def fixed_memory_bytes(cost: FixedCost, batch: int, decoder: DecoderCost) -> int
     """
     weights = branch_memory_bytes(cost) + 4 * decoder.params
     activations = max(batch * cost.activation_bytes_peak, decoder.activation_bytes_peak)
-    return RUNTIME_BYTES + weights + ACTIVATION_COPIES * activations
+    return RUNTIME_BYTES + weights + round(ACTIVATION_COPIES * activations)

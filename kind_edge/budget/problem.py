@@ -170,7 +170,7 @@ class Deployment:
         """One part of a matrix in the solver's units."""
         profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
         seconds = matrix_latency_s(cost, profile, unit, precision, sustained, self.evaluations_per_step)
-        return self._costs(cost, seconds, matrix_memory_bytes(cost, precision))
+        return self._costs(cost, seconds, matrix_memory_bytes(cost, precision, self.evaluations_per_step))
 
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
@@ -273,7 +273,7 @@ class Deployment:
         seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32", sustained, batch) for matrix in matrices)
         seconds += fixed_latency_s(fixed, profile, unit, sustained, batch)
         decoder = decoder_cost(self.spec)
-        memory = sum(matrix_memory_bytes(matrix, "fp32") for matrix in matrices)
+        memory = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
