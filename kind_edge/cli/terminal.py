@@ -18,9 +18,12 @@ from kind_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.status import Status
 
 PIPE_WIDTH = 100
 """Columns where no terminal says how many it has."""
+
+_BAR_WIDTH = 24
 
 OnCount = Callable[[int, int], None]
 
@@ -38,6 +41,7 @@ class Terminal:
         self.out = _console(stderr=False)
         self.err = _console(stderr=True)
         # A CI log keeps every frame of an animation as a line.
+        self._status: Status | None = None
         self.animated = not quiet and self.err.is_terminal and sys.stderr.isatty() and not _in_ci()
 
     def say_error(self, message: str) -> None:
@@ -70,6 +74,7 @@ class Terminal:
         """A function that is told what begins now: a spinner on a terminal, a line in a log."""
         with self.working(), contextlib.ExitStack() as stack:
             status = stack.enter_context(self.err.status("starting", refresh_per_second=4)) if self.animated else None
+            self._status = status
             current: list[tuple[str, float]] = []
 
             def finish() -> None:
@@ -103,6 +108,21 @@ class Terminal:
                     bar.update(task, completed=done, total=total)
 
                 yield advance
+
+    def counted(self, begin: Callable[[str], None], what: str) -> OnCount:
+        """Within `stages`: a stage of its own, which begins when it is first told (done, total)."""
+        log = self._log_tenths(what)
+
+        def advance(done: int, total: int) -> None:
+            if done <= 1:
+                begin(what)
+            if self._status is None:
+                log(done, total)
+                return
+            filled = round(_BAR_WIDTH * done / total)
+            self._status.update(f"{what} {'━' * filled}{'╌' * (_BAR_WIDTH - filled)} {done} of {total}")
+
+        return advance
 
     def _log_tenths(self, what: str) -> OnCount:
         last = 0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import torch
 
+from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
@@ -19,9 +20,18 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
+from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Quality, heldout_quality
 from kind_edge.deploy.reference import make_reference
-from kind_edge.deploy.request import Choices, OpenedModel, as_replayed, make_request, make_source, open_model
+from kind_edge.deploy.request import (
+    MINIMISED,
+    Choices,
+    OpenedModel,
+    as_replayed,
+    make_request,
+    make_source,
+    open_model,
+)
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
@@ -67,19 +77,44 @@ class Bundle:
         }
 
 
-def plan(model: str | Path = DEFAULT_MODEL, *, profile: str, **choices: Unpack[Choices]) -> Plan:
+def plan(
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
+    *,
+    profile: str,
+    on_progress: OnProgress | None = None,
+    **choices: Unpack[Choices],
+) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `on_progress` is told where a model's sensitivity is measured, once, because none is stored.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
     opened = open_model(model)
     request = make_request(opened.checkpoint, device, **choices)
-    return make_plan(make_source(opened), request)
+    return make_plan(make_source(opened, on_progress), request)
+
+
+def pareto(
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
+    *,
+    profile: str,
+    on_progress: OnProgress | None = None,
+    **choices: Unpack[Choices],
+) -> tuple[Curve, ...]:
+    """The front for 1, 2, 5 and all of the classes: the least predicted loss at every size of the model file, or at
+    every latency, amount of FLOPs or memory with minimize="latency" and so on; within the limits that are asked for.
+
+    Raises `NoPlanError` when not one point fits.
+    """
+    opened = open_model(model)
+    axis = MINIMISED[choices.pop("minimize", None) or "size"]
+    request = make_request(opened.checkpoint, load_profile(profile), **choices)
+    return front(make_source(opened, on_progress), request, axis)
 
 
 def export(
-    model: str | Path = DEFAULT_MODEL,
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str | None = None,
     plan: Plan | None = None,
@@ -87,6 +122,7 @@ def export(
     formats: Sequence[str] = ("onnx",),
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
+    on_progress: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Bundle:
     """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
@@ -107,14 +143,14 @@ def export(
         stage("planning")
         device = load_profile(profile)
         request = make_request(opened.checkpoint, device, **choices)
-        source = make_source(opened)
+        source = make_source(opened, on_progress)
         plan = make_plan(source, request)
     else:
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         _check_replay(plan, opened, device.name, choices)
-        plan = as_replayed(plan, make_source(opened), device)
+        plan = as_replayed(plan, make_source(opened, on_progress), device)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         for attempt in range(_SIZE_ATTEMPTS):

@@ -29,7 +29,7 @@ from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.shipped import find_model
 from kind_edge.model.spec import FORMS, SAMPLERS, Form, check_sampling, recommended
-from kind_edge.units import Kind, parse_quantity
+from kind_edge.units import Kind, parse_quantity, parse_share
 
 _LIMIT_KINDS: Mapping[str, Kind] = {
     "max_latency": "seconds",
@@ -80,12 +80,6 @@ def open_model(model: str | Path | OpenedModel) -> OpenedModel:
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
     name, sha256 = folder.resolve().name, checkpoint_hash(folder)
     return OpenedModel(name, sha256, checkpoint, stored, heldout, find_sensitivity(folder, sha256, checkpoint.spec))
-
-
-def measured_model(model: str | Path | OpenedModel, on_progress: OnProgress | None = None) -> OpenedModel:
-    """The model with its sensitivity, which is measured now where it is not stored yet."""
-    opened = open_model(model)
-    return dataclasses.replace(opened, stored_sensitivity=opened.sensitivity(on_progress))
 
 
 class Choices(TypedDict, total=False):
@@ -147,16 +141,8 @@ def make_request(
         others=_others(checkpoint, sampling) if steps is None else (),
         fewer=_fewer(checkpoint, sampling),
         minimise=minimised,  # type: ignore[arg-type]
-        max_loss=None if max_quality_loss is None else _share(max_quality_loss),
+        max_loss=None if max_quality_loss is None else parse_share(max_quality_loss, "--max-quality-loss"),
     )  # fmt: skip
-
-
-def _share(text: str) -> float:
-    """ "2%" -> 0.02, of the loss of the uncut model."""
-    quantity = parse_quantity(text, "bytes", flag="--max-quality-loss")
-    if quantity.unit != "share":
-        raise UsageError(f"--max-quality-loss: got {text!r}, want a share of the model's loss such as 2%")
-    return quantity.value
 
 
 def _sampling(
@@ -200,10 +186,13 @@ def _known(flag: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def make_source(model: OpenedModel) -> Source:
-    """What is planned for; the losses are found when they are asked for, once for each form and set of classes."""
+def make_source(model: OpenedModel, on_progress: OnProgress | None = None) -> Source:
+    """What is planned for; the losses are found when they are asked for, once for each form and set of classes.
 
-    table = model.sensitivity()
+    Where no sensitivity is stored it is measured now, and `on_progress` is told.
+    """
+
+    table = model.sensitivity(on_progress)
 
     @functools.cache
     def losses(form: Form, classes: frozenset[str]) -> LossModel:
