@@ -51,9 +51,9 @@ class MatrixPlan:
 class Plan:
     """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
-    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written. `limits` are what was asked for, in the solver's
-    units; `binding` those that kept the plan from being better; `prices` what a tenth more of each of these would buy:
-    the limit raised, and the figures of the plan within it.
+    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written. `limits` are what was
+    asked for, in the solver's units; `binding` those that kept the plan from being better; `prices` what a tenth more
+    of each of these would buy: the limit raised, and the figures of the plan within it.
     `predicted_loss_increase` is relative to the loss of the uncut model, `predicted_frechet` the distance that follows
     from it; None where that was never measured. `minimised` is the loss, or one of the costs at a limited loss.
     `optimality_gap` is how far from the best the plan may be, relative to what was minimised; None for a plan that was

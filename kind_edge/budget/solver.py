@@ -145,7 +145,7 @@ class Solution:
     lower_bound: float
 
 
-def solve(problem: Problem, time_limit_s: float = 10.0, gap: float = GAP) -> Solution:
+def solve(problem: Problem, time_limit_s: float = 20.0, gap: float = GAP) -> Solution:
     """The choice of the smallest objective, proven to the relative `gap` unless `time_limit_s` ends the proof first.
 
     Ties: no exchange of a single option keeps the objective and lowers latency, or keeps both and lowers bytes.

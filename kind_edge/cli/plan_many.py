@@ -1,4 +1,4 @@
-"""More plans than one: the front over the size for several numbers of classes, and one plan for each of some devices."""
+"""More plans than one: the front over the size for several numbers of classes, and one plan for each device."""
 
 from __future__ import annotations
 
