@@ -299,8 +299,8 @@ def limit_name(cost: str) -> str:
 def build_problem(source: Source, request: Request, candidate: Candidate) -> Problem:
     """The choices of one candidate. Groups: a branch, its matrices' precisions, and below each of these the ranks.
 
-    A kept branch costs what it has beside its matrices; one that is dropped costs nothing and opens nothing. The branch
-    that would be missed most is always kept: classes enter through branches, and without any there is none.
+    A kept branch costs what it has beside its matrices; one that is dropped costs nothing and opens nothing. The half
+    of the branches that would be missed most is always kept: where more is gone, losses do not just add up any more.
     """
     deployment = Deployment(source.spec, request, candidate)
     losses = source.losses(candidate.form, request.classes)
@@ -310,12 +310,13 @@ def build_problem(source: Source, request: Request, candidate: Candidate) -> Pro
     for matrix in source.spec.matrices():
         branches.setdefault(branch_of(matrix.name), []).append(matrix)
     menu = _Menu(deployment)
-    dearest = max(losses.branches, key=lambda branch: losses.branches[branch], default="")
+    by_loss = sorted(losses.branches, key=lambda branch: losses.branches[branch])
+    spared = set(by_loss[: len(by_loss) // 2])
     for branch, matrices in branches.items():
         beside = menu.branch(_kind(branch))
         fixed = {name: amount - beside[name] for name, amount in fixed.items()}
         options[branch] = (Option("kept", 0, 0.0, beside, tuple(matrix.name for matrix in matrices)),)
-        if branch in losses.branches and branch != dearest:
+        if branch in spared:
             options[branch] += (Option("dropped", 0, _loss(losses.branches[branch]), dict.fromkeys(beside, 0)),)
         for matrix in matrices:
             options |= menu.matrix(matrix, losses.matrices[matrix.name])
