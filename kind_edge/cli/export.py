@@ -70,7 +70,7 @@ def export(
         "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
-    with refusal_view.shown(terminal, as_json), terminal.stages() as begin:
+    with refusal_view.shown(terminal, as_json), terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("starting")
         from kind_edge.budget.plan import read_plan
         from kind_edge.deploy import pipeline
@@ -78,7 +78,7 @@ def export(
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed,
-            on_stage=begin, on_progress=terminal.counted(begin, options.MEASURING), **choices,  # type: ignore[arg-type]  # their types were checked one by one above
+            on_stage=begin, on_measure=on_measure, **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
     if (warning := quality_view.warning(bundle.quality)) is not None:
         terminal.say_warning(warning)

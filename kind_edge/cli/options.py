@@ -20,7 +20,6 @@ SamplerChoice = Literal["euler", "heun", "dpmsolver++", "ddim"]
 
 CHOICES, LIMITS = "What to deploy", "Limits, each with a unit, or as a share of the dense fp32 model (40%)"
 SHIPPED = "fashion-mnist"
-MEASURING = "measuring what every matrix is worth, once"
 
 
 def split_names(text: str | None) -> list[str] | None:

@@ -126,12 +126,11 @@ def plan(
     if pareto:
         plan_many.pareto(terminal, checkpoint or options.SHIPPED, profile, choices, output, as_json)
         return
-    with refusal_view.shown(terminal, as_json), terminal.stages() as begin:
+    with refusal_view.shown(terminal, as_json), terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("planning")
         from kind_edge.deploy import pipeline
 
-        on_progress = terminal.counted(begin, options.MEASURING)
-        made = pipeline.plan(checkpoint or options.SHIPPED, profile=profile, on_progress=on_progress, **choices)
+        made = pipeline.plan(checkpoint or options.SHIPPED, profile=profile, on_measure=on_measure, **choices)
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     _show(terminal, made, paper, checkpoint, output, as_json)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kind_edge.cli import options, tables
+from kind_edge.cli import tables
 from kind_edge.cli.plan_view import predicted_words
 from kind_edge.cli.refusal_view import shown
 from kind_edge.cli.terminal import Terminal
@@ -35,12 +34,11 @@ def pareto(
     if choices.get("max_quality_loss") is not None:
         raise UsageError("--pareto shows every loss there is, so it does not go with --max-quality-loss")
     pyplot = _pyplot() if output is not None and output.suffix in PICTURES else None
-    with shown(terminal, as_json), terminal.stages() as begin:
+    with shown(terminal, as_json), terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("planning")
         from kind_edge.deploy import pipeline
 
-        on_progress = terminal.counted(begin, options.MEASURING)
-        curves = pipeline.pareto(checkpoint, profile=profile, on_progress=on_progress, **choices)
+        curves = pipeline.pareto(checkpoint, profile=profile, on_measure=on_measure, **choices)
     axis = choices.get("minimize") or "size"
     values = {"profile": profile, "axis": _AXES[axis][0], "curves": [curve.to_dict() for curve in curves]}
     if output is not None:
@@ -72,13 +70,11 @@ def profiles(
 ) -> None:
     """`plan --profiles`: one plan for each device; a device that none fits says so, and all failing is exit code 3."""
     made: dict[str, Plan | NoPlanError] = {}
-    with terminal.stages() as begin:
+    with terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("planning")
         from kind_edge.deploy import pipeline
 
-        opened = pipeline.open_model(checkpoint)
-        sensitivity = opened.sensitivity(terminal.counted(begin, options.MEASURING))
-        model = dataclasses.replace(opened, stored_sensitivity=sensitivity)
+        model = pipeline.open_model(checkpoint, on_measure)
         for name in names:
             try:
                 made[name] = pipeline.plan(model, profile=name, **choices)

@@ -17,13 +17,10 @@ from rich.text import Text
 from kind_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-    from rich.status import Status
+    from rich.progress import Progress, TaskID
 
 PIPE_WIDTH = 100
 """Columns where no terminal says how many it has."""
-
-_BAR_WIDTH = 24
 
 OnCount = Callable[[int, int], None]
 
@@ -41,7 +38,6 @@ class Terminal:
         self.out = _console(stderr=False)
         self.err = _console(stderr=True)
         # A CI log keeps every frame of an animation as a line.
-        self._status: Status | None = None
         self.animated = not quiet and self.err.is_terminal and sys.stderr.isatty() and not _in_ci()
 
     def say_error(self, message: str) -> None:
@@ -74,7 +70,6 @@ class Terminal:
         """A function that is told what begins now: a spinner on a terminal, a line in a log."""
         with self.working(), contextlib.ExitStack() as stack:
             status = stack.enter_context(self.err.status("starting", refresh_per_second=4)) if self.animated else None
-            self._status = status
             current: list[tuple[str, float]] = []
 
             def finish() -> None:
@@ -94,35 +89,36 @@ class Terminal:
             yield begin
             finish()
 
+    def measuring(self) -> contextlib.AbstractContextManager[OnCount]:
+        """A bar for what is measured before a model's first plan."""
+        return self.counting("measuring what cuts cost, once for this model", at_once=False)
+
     @contextlib.contextmanager
-    def counting(self, what: str) -> Iterator[OnCount]:
-        """A function that is told (done, total): a bar on a terminal, a line for every tenth in a log."""
+    def counting(self, what: str, at_once: bool = True) -> Iterator[OnCount]:
+        """A function that is told (done, total): a bar on a terminal, a line for every tenth in a log.
+
+        The bar is there `at_once`, or when there is something to count.
+        """
         with self.working():
             if not self.animated:
                 yield self._log_tenths(what)
                 return
-            with self.progress_bar() as bar:
-                task = bar.add_task(what, total=None, details="")
+            with contextlib.ExitStack() as stack:
+                shown: list[tuple[Progress, TaskID]] = []
+
+                def show() -> None:
+                    bar = stack.enter_context(self.progress_bar())
+                    shown.append((bar, bar.add_task(what, total=None, details="")))
 
                 def advance(done: int, total: int) -> None:
+                    if not shown:
+                        show()
+                    bar, task = shown[0]
                     bar.update(task, completed=done, total=total)
 
+                if at_once:
+                    show()
                 yield advance
-
-    def counted(self, begin: Callable[[str], None], what: str) -> OnCount:
-        """Within `stages`: a stage of its own, which begins when it is first told (done, total)."""
-        log = self._log_tenths(what)
-
-        def advance(done: int, total: int) -> None:
-            if done <= 1:
-                begin(what)
-            if self._status is None:
-                log(done, total)
-                return
-            filled = round(_BAR_WIDTH * done / total)
-            self._status.update(f"{what} {'━' * filled}{'╌' * (_BAR_WIDTH - filled)} {done} of {total}")
-
-        return advance
 
     def _log_tenths(self, what: str) -> OnCount:
         last = 0

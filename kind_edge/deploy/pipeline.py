@@ -81,25 +81,25 @@ def plan(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
-    on_progress: OnProgress | None = None,
+    on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
-    `on_progress` is told where a model's sensitivity is measured, once, because none is stored.
+    `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
-    opened = open_model(model)
+    opened = open_model(model, on_measure)
     request = make_request(opened.checkpoint, device, **choices)
-    return make_plan(make_source(opened, on_progress), request)
+    return make_plan(make_source(opened), request)
 
 
 def pareto(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
-    on_progress: OnProgress | None = None,
+    on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> tuple[Curve, ...]:
     """The front for 1, 2, 5 and all of the classes: the least predicted loss at every size of the model file, or at
@@ -107,10 +107,10 @@ def pareto(
 
     Raises `NoPlanError` when not one point fits.
     """
-    opened = open_model(model)
+    opened = open_model(model, on_measure)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
     request = make_request(opened.checkpoint, load_profile(profile), **choices)
-    return front(make_source(opened, on_progress), request, axis)
+    return front(make_source(opened), request, axis)
 
 
 def export(
@@ -122,7 +122,7 @@ def export(
     formats: Sequence[str] = ("onnx",),
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
-    on_progress: OnProgress | None = None,
+    on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Bundle:
     """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
@@ -135,7 +135,7 @@ def export(
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
-    opened = open_model(model)
+    opened = open_model(model, on_measure)
     request = None
     if plan is None:
         if profile is None:
@@ -143,14 +143,14 @@ def export(
         stage("planning")
         device = load_profile(profile)
         request = make_request(opened.checkpoint, device, **choices)
-        source = make_source(opened, on_progress)
+        source = make_source(opened)
         plan = make_plan(source, request)
     else:
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         _check_replay(plan, opened, device.name, choices)
-        plan = as_replayed(plan, make_source(opened, on_progress), device)
+        plan = as_replayed(plan, make_source(opened), device)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         for attempt in range(_SIZE_ATTEMPTS):

@@ -54,22 +54,25 @@ class OpenedModel:
     stored_calibration: Calibration | None
     heldout: Heldout | None
     stored_sensitivity: Sensitivity | None = None
+    on_measure: OnProgress | None = None
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
         return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
 
-    def sensitivity(self, on_progress: OnProgress | None = None) -> Sensitivity:
+    @functools.cached_property
+    def sensitivity(self) -> Sensitivity:
         """What is stored; else it is measured, which takes a minute of a small model, and kept for the next time."""
         if self.stored_sensitivity is not None:
             return self.stored_sensitivity
-        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=on_progress)
+        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=self.on_measure)
         keep_sensitivity(measured, self.checkpoint.path)
         return measured
 
 
-def open_model(model: str | Path | OpenedModel) -> OpenedModel:
+def open_model(model: str | Path | OpenedModel, on_measure: OnProgress | None = None) -> OpenedModel:
+    """`on_measure` is told (done, total) where the model's sensitivity has to be measured first."""
     if isinstance(model, OpenedModel):
         return model
     folder = find_model(model)
@@ -79,7 +82,8 @@ def open_model(model: str | Path | OpenedModel) -> OpenedModel:
     path, heldout = folder / CALIBRATION, load_heldout(folder, checkpoint.spec)
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
     name, sha256 = folder.resolve().name, checkpoint_hash(folder)
-    return OpenedModel(name, sha256, checkpoint, stored, heldout, find_sensitivity(folder, sha256, checkpoint.spec))
+    table = find_sensitivity(folder, sha256, checkpoint.spec)
+    return OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
 
 
 class Choices(TypedDict, total=False):
@@ -186,13 +190,10 @@ def _known(flag: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def make_source(model: OpenedModel, on_progress: OnProgress | None = None) -> Source:
-    """What is planned for; the losses are found when they are asked for, once for each form and set of classes.
+def make_source(model: OpenedModel) -> Source:
+    """What is planned for; the losses are found when they are asked for, once for each form and set of classes."""
 
-    Where no sensitivity is stored it is measured now, and `on_progress` is told.
-    """
-
-    table = model.sensitivity(on_progress)
+    table = model.sensitivity
 
     @functools.cache
     def losses(form: Form, classes: frozenset[str]) -> LossModel:

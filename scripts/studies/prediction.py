@@ -79,7 +79,7 @@ class Prediction:
     def predicted(self) -> LossModel:
         model = self.model
         everyone = list(range(self.spec.num_classes))
-        return loss_model(model.checkpoint, everyone, "switch", model.calibration, model.sensitivity())
+        return loss_model(model.checkpoint, everyone, "switch", model.calibration, model.sensitivity)
 
     @cached_property
     def folded(self) -> dict[str, FoldedMatrix]:

@@ -60,7 +60,7 @@ def publish(subject: Subject, output: Path) -> list[Record]:
     """Judge, fit, and write the response into the checkpoint's sensitivity table."""
     records = run(subject, output)
     plans = Prediction(subject, output)
-    table = plans.model.sensitivity()
+    table = plans.model.sensitivity
     counts = plans.model.checkpoint.provenance["quality_by_steps"]
     guidance = sampling_of(plans.model.checkpoint).guidance
     judged = tuple(Judged(int(steps), guidance, row["frechet"]) for steps, row in counts.items())

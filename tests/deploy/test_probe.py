@@ -121,8 +121,8 @@ def empty(checkpoint: Checkpoint) -> Sensitivity:
 
 
 def test_a_table_is_measured_once_and_kept_beside_the_model(folder: Path) -> None:
-    first = open_model(folder).sensitivity()
-    assert open_model(folder).sensitivity() == first
+    first = open_model(folder).sensitivity
+    assert open_model(folder).sensitivity == first
     assert len(sensitivity_file.made) == 1  # type: ignore[attr-defined]
     assert open_model(folder).sha256 == first.checkpoint_sha256
     assert not list(folder.glob("*.partial"))
@@ -139,12 +139,12 @@ def test_where_the_folder_cannot_be_written_to_the_cache_keeps_it(
         write(path, text)
 
     monkeypatch.setattr(sensitivity_file, "write_text", refuse)
-    open_model(folder).sensitivity()
-    open_model(folder).sensitivity()
+    _ = open_model(folder).sensitivity
+    _ = open_model(folder).sensitivity
     assert len(sensitivity_file.made) == 1  # type: ignore[attr-defined]
     (cached,) = (tmp_path / "cache" / "kind-edge").iterdir()
     cached.write_text("{")  # damaged, it mends itself
-    open_model(folder).sensitivity()
+    _ = open_model(folder).sensitivity
     assert len(sensitivity_file.made) == 2  # type: ignore[attr-defined]
 
 
@@ -153,7 +153,7 @@ def test_a_table_of_other_weights_is_measured_anew_and_a_damaged_one_refused(fol
     opened = open_model(folder)
     table = empty(opened.checkpoint)
     path.write_text(dataclasses.replace(table, checkpoint_sha256="00" * 32).to_json())
-    assert open_model(folder).sensitivity().checkpoint_sha256 == opened.sha256
+    assert open_model(folder).sensitivity.checkpoint_sha256 == opened.sha256
     assert json.loads(path.read_text())["checkpoint_sha256"] == opened.sha256
     lacking = dataclasses.replace(table, checkpoint_sha256=opened.sha256, matrices={})
     path.write_text(lacking.to_json())
