@@ -97,7 +97,7 @@ class Terminal:
     def counting(self, what: str, at_once: bool = True) -> Iterator[OnCount]:
         """A function that is told (done, total): a bar on a terminal, a line for every tenth in a log.
 
-        The bar is there `at_once`, or when there is something to count.
+        The bar is there `at_once` and to the end, or only while there is something to count.
         """
         with self.working():
             if not self.animated:
@@ -115,6 +115,9 @@ class Terminal:
                         show()
                     bar, task = shown[0]
                     bar.update(task, completed=done, total=total)
+                    if not at_once and done == total:
+                        shown.clear()
+                        stack.close()
 
                 if at_once:
                     show()
