@@ -2,6 +2,7 @@
 
 cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
 export   how long the main command takes, stage by stage
+solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
 training a step at the shape of DiT-S/2: 1,000 classes against 10, rank 0.3 D against dense; few rounds, minutes
 """
@@ -115,7 +116,14 @@ def steps() -> dict[str, Any]:
     return {"rows": rows, **summary(records)}
 
 
-BENCHES = {"cost": cost, "export": export_time, "steps": steps, "training": training}
+def solver() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_solver import solver as parts
+
+    return parts()
+
+
+BENCHES = {"cost": cost, "export": export_time, "solver": solver, "steps": steps, "training": training}
 
 
 def show(result: dict[str, Any]) -> None:
