@@ -93,6 +93,11 @@ def test_a_model_without_tailors(make_checkpoint: Callable[..., Checkpoint]) -> 
     assert losses.matrices[NAME].shared[0] > 0
 
 
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-teacher"])
+def test_shipped_models_come_with_their_own_table(name: str) -> None:
+    assert open_model(name).stored_sensitivity is not None
+
+
 # --- where it lies ----------------------------------------------------------------------------------------------------
 
 
