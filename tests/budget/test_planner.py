@@ -294,13 +294,13 @@ def test_the_solver_chooses_precision_matrix_by_matrix_and_drops_branches() -> N
         limits = {"max_size": Quantity(share, "share")}
         return make_plan(synthetic(branch_loss), Request(PHONE, TWO, GUIDED, unit="cpu", limits=limits, **asked))
 
-    mixed = made(1.0, 0.8)
+    mixed = made(1.0, 0.3)
     assert {name.split(".")[2] for name, own in mixed.matrices.items() if own.precision == "int8"} == {"mlp"}
     assert {name.split(".")[2] for name, own in mixed.matrices.items() if own.precision == "fp32"} == {"attn"}
     assert (mixed.precision, mixed.dropped_branches) == ("int8", ())
     assert mixed.predicted_loss_increase < 1e-3
-    assert {own.precision for own in made(1.0, 0.8, precision="int8").matrices.values()} == {"int8"}
-    cut = made(1e-3, 0.2)
+    assert {own.precision for own in made(1.0, 0.3, precision="int8").matrices.values()} == {"int8"}
+    cut = made(1e-3, 0.1)
     assert len(cut.dropped_branches) == 2  # half of them, no more
     assert cut.predicted_loss_increase == pytest.approx(
         synthetic(1e-3).losses("switch", TWO).increase(cut.matrices), rel=1e-6
@@ -363,4 +363,4 @@ def test_a_refusal_shows_the_closest_plan_and_what_would_help(plan: MakePlan) ->
         assert any("--max-size to at least" in change for change in changes)
         assert [each.given_up for each in refusal.relaxations] == sorted(each.given_up for each in refusal.relaxations)
         json.dumps(refusal.to_dict(), allow_nan=False)
-        assert any("keep 1 class instead of 2" in change for change in changes)
+        assert ("max_latency" in limits) != any("keep 1 class instead of 2" in change for change in changes)
