@@ -23,6 +23,7 @@ from studies import (
     pictures,
     prediction,
     response,
+    shared_out,
     shipped,
     steps,
     trainings,
@@ -71,6 +72,7 @@ BLOCKS = (
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
     Block("prediction", "docs/solver.md", prediction.text),
     Block("response", "docs/solver.md", response.text),
+    Block("shared-out", "docs/solver.md", shared_out.text),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
 )  # fmt: skip
@@ -123,7 +125,7 @@ def measure(name: str, job: Job) -> list[Record]:
         return records
     studies = {
         "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run,
-        "prediction": prediction.run, "response": response.publish,
+        "prediction": prediction.run, "response": response.publish, "shared-out": shared_out.run,
     }  # fmt: skip
     return studies[name](job.subject, job.output)
 

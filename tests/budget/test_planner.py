@@ -299,7 +299,8 @@ def test_the_solver_chooses_precision_matrix_by_matrix_and_drops_branches() -> N
     assert {name.split(".")[2] for name, own in mixed.matrices.items() if own.precision == "fp32"} == {"attn"}
     assert (mixed.precision, mixed.dropped_branches) == ("int8", ())
     assert mixed.predicted_loss_increase < 1e-3
-    assert {own.precision for own in made(1.0, 0.3, precision="int8").matrices.values()} == {"int8"}
+    quantized = made(1.0, 0.3, precision="int8").matrices.values()
+    assert {own.precision for own in quantized if own.storage != "dropped"} == {"int8"}
     cut = made(1e-3, 0.1)
     assert len(cut.dropped_branches) == 2  # half of them, no more
     assert cut.predicted_loss_increase == pytest.approx(
