@@ -2,7 +2,8 @@
 
 cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
 export   how long the main command takes, stage by stage
-solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level
+solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
+         solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
 training a step at the shape of DiT-S/2: 1,000 classes against 10, rank 0.3 D against dense; few rounds, minutes
 """
@@ -129,6 +130,9 @@ BENCHES = {"cost": cost, "export": export_time, "solver": solver, "steps": steps
 def show(result: dict[str, Any]) -> None:
     console = Console()
     for key, value in result.items():
+        if isinstance(value, dict):
+            console.print(f"{key}: " + ", ".join(f"{name} {number:.4g}" for name, number in value.items()))
+            continue
         if not isinstance(value, list):
             console.print(f"{key}: {value:.4g}")
             continue

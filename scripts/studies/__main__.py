@@ -46,6 +46,7 @@ steps          a distilled model at each of its step counts beside its guided te
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
 prediction     random plans of equal FLOPs, the model's and its teacher's: predicted against measured loss; whitening
 response       judges cut plans and fits the Fréchet distance to the predicted loss, into sensitivity.json
+shared-out     the solver's plans against one rank for all matrices at equal FLOPs: loss and Fréchet distance
 decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
