@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from kind_edge.units import format_seconds
 TIE_BREAKERS = ("latency_ns", "weight_bytes")
 """Among equal losses the lower of these wins, the first one first."""
 
-LOSS = "loss"
+LOSS: Final = "loss"
 LOSS_UNIT = 1e-9
 """The loss as a limited cost is counted in whole billionths, rounded up."""
 

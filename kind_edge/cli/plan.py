@@ -105,7 +105,7 @@ def plan(
     }  # fmt: skip
     if arch is not None:
         fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        fixed |= {"pareto": pareto or None, "profiles": profiles}
+        fixed |= {"pareto": "" if pareto else None, "profiles": profiles}
         _refuse_with_arch(fixed | {"form": None if form == "auto" else form})
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)

@@ -73,8 +73,9 @@ def profiles(
     with terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("planning")
         from kind_edge.deploy import pipeline
+        from kind_edge.deploy.request import open_model
 
-        model = pipeline.open_model(checkpoint, on_measure)
+        model = open_model(checkpoint, on_measure)
         for name in names:
             try:
                 made[name] = pipeline.plan(model, profile=name, **choices)
