@@ -56,7 +56,14 @@ def run(subject: Subject, output: Path) -> list[Record]:
 def _measured(study: Prediction, judge: Judge, share: float) -> Callable[[], dict[str, Any]]:
     def compute() -> dict[str, Any]:
         whole, budget = study.model.checkpoint, share * study.base.dense["flops"]
-        ours = make_plan(study.model, profile=PROFILE, precision="fp32", form="switch", max_flops=f"{budget}FLOPs")
+        ours = make_plan(
+            study.model,
+            profile=PROFILE,
+            precision="fp32",
+            form="switch",
+            steps=study.base.steps,
+            max_flops=f"{budget}FLOPs",
+        )
         flat = dataclasses.replace(whole, spec=dataclasses.replace(whole.spec, nested=False))
         same = uniform_of(whole.spec, study.flops, ours.flops)
         networks = {
