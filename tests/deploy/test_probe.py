@@ -35,14 +35,14 @@ def opened(request: Any, tmp_path_factory: pytest.TempPathFactory, make_checkpoi
 
 @pytest.fixture(scope="module")
 def measured(opened: OpenedModel) -> Sensitivity:
-    return measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, chunks=1)
+    return measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, images=40)
 
 
 def changed(opened: OpenedModel, tensors: dict[str, torch.Tensor]) -> float:
     """Of the output, where these tensors stand in the place of the model's own."""
     checkpoint = opened.checkpoint
     model = checkpoint.model()
-    (own,) = own_inputs(checkpoint, model, 1, 0)
+    (own,) = own_inputs(checkpoint, model, 40, 0)
     ranks = dict(checkpoint.spec.matrix_ranks) | {NAME: checkpoint.spec.ranks(NAME)._replace(learngene=3)}
     spec = dataclasses.replace(checkpoint.spec, matrix_ranks=ranks if f"{NAME}.learngene.s" in tensors else {})
     cut = Checkpoint(spec, checkpoint.class_names, checkpoint.float_tensors() | tensors).model()
@@ -81,13 +81,13 @@ def test_more_rank_never_loses_more(form: str, opened: OpenedModel, measured: Se
 
 
 def test_no_part_of_the_measured_model_stays_cut(opened: OpenedModel, measured: Sensitivity) -> None:
-    again = measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, chunks=1)
+    again = measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, images=40)
     assert again.to_json() == measured.to_json()
 
 
 def test_a_model_without_tailors(make_checkpoint: Callable[..., Checkpoint]) -> None:
     checkpoint = make_checkpoint(tailor_rank=0)
-    found = measure_sensitivity(checkpoint, "", None, chunks=1)
+    found = measure_sensitivity(checkpoint, "", None, images=40)
     losses = loss_model(checkpoint, [0, 1], "switch", None, found)
     assert losses.matrices[NAME].tailor.tolist() == [0]
     assert losses.matrices[NAME].shared[0] > 0
