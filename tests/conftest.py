@@ -58,8 +58,8 @@ def tiny_checkpoint(seed: int = 0, **overrides: Any) -> Checkpoint:
 
 
 def save_tiny(folder: Path, seed: int = 0, **overrides: Any) -> Path:
-    """`tiny_checkpoint` as `train` and a first plan would leave it, in fp16: calibration, eight held-out images per class,
-    and the sensitivity, of few inputs."""
+    """`tiny_checkpoint` as `train` and a first plan would leave it: in fp16, with calibration, eight held-out images of
+    every class, and sensitivity, of few inputs."""
     import torch
 
     from kind_edge.deploy.probe import measure_sensitivity
