@@ -98,7 +98,7 @@ class Problem:
     def free(self) -> dict[str, int]:
         """What each limit leaves to the chosen options, once the fixed parts are paid; of the loss, all."""
         free = {name: limit - self.fixed.get(name, 0) for name, limit in self.limits.items()}
-        return free if self.max_loss is None else {**free, LOSS: math.floor(self.max_loss / LOSS_UNIT * (1 + 1e-12))}
+        return free if self.max_loss is None else {**free, LOSS: math.ceil(self.max_loss / LOSS_UNIT * (1 - 1e-12))}
 
     @cached_property
     def columns(self) -> tuple[Table, tuple[Option, ...]]:
