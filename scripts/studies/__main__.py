@@ -23,12 +23,12 @@ from studies import (
     pictures,
     prediction,
     response,
-    shared_out,
     shipped,
     steps,
     trainings,
     transfer,
     trials,
+    uniform,
 )
 from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert
 from studies.statistics import SEEDS
@@ -46,7 +46,7 @@ steps          a distilled model at each of its step counts beside its guided te
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
 prediction     random plans of equal FLOPs, the model's and its teacher's: predicted against measured loss; whitening
 response       judges cut plans and fits the Fréchet distance to the predicted loss, into sensitivity.json
-shared-out     the solver's plans against one rank for all matrices at equal FLOPs: loss and Fréchet distance
+uniform        the solver's plans against one rank for all matrices at equal FLOPs: loss and Fréchet distance
 decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
@@ -73,7 +73,7 @@ BLOCKS = (
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
     Block("prediction", "docs/solver.md", prediction.text),
     Block("response", "docs/solver.md", response.text),
-    Block("shared-out", "docs/solver.md", shared_out.text),
+    Block("uniform", "docs/solver.md", uniform.text),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
 )  # fmt: skip
@@ -126,7 +126,7 @@ def measure(name: str, job: Job) -> list[Record]:
         return records
     studies = {
         "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run,
-        "prediction": prediction.run, "response": response.publish, "shared-out": shared_out.run,
+        "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip
     return studies[name](job.subject, job.output)
 

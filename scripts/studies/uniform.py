@@ -29,7 +29,7 @@ from studies.prediction import PROFILE, FixedHeldout, Prediction, cut_model, fol
 from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject
 
-NAME = "shared-out"
+NAME = "uniform"
 SHARES = (0.15, 0.20, 0.30, 0.40)
 """Of the FLOPs of the dense model."""
 TOLERANCE = 0.01
