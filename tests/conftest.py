@@ -58,11 +58,21 @@ def tiny_checkpoint(seed: int = 0, **overrides: Any) -> Checkpoint:
 
 
 def save_tiny(folder: Path, seed: int = 0, **overrides: Any) -> Path:
-    """`tiny_checkpoint` as `train` would leave it: in fp16, with calibration and eight held-out images per class."""
+    """`tiny_checkpoint` as `train` and a first plan would leave it: in fp16, with calibration, eight held-out images of
+    every class, and sensitivity, of few inputs."""
     import torch
 
+    from kind_edge.deploy.probe import measure_sensitivity
+    from kind_edge.deploy.sensitivity_file import keep_sensitivity
     from kind_edge.model.calibration import calibrate_on_images, save_calibration
-    from kind_edge.model.checkpoint import CALIBRATION, HELDOUT, load_checkpoint, save_checkpoint, write_tensors
+    from kind_edge.model.checkpoint import (
+        CALIBRATION,
+        HELDOUT,
+        checkpoint_hash,
+        load_checkpoint,
+        save_checkpoint,
+        write_tensors,
+    )  # fmt: skip
 
     checkpoint = tiny_checkpoint(seed, **overrides)
     spec = checkpoint.spec
@@ -71,8 +81,10 @@ def save_tiny(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     shape = (len(labels), spec.channels, spec.image_size, spec.image_size)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     save_checkpoint(folder, checkpoint, torch.float16)
-    model = load_checkpoint(folder).model()
-    save_calibration(folder / CALIBRATION, calibrate_on_images(model, images.float() / 127.5 - 1, labels))
+    stored = load_checkpoint(folder)
+    calibration = calibrate_on_images(stored.model(), images.float() / 127.5 - 1, labels)
+    save_calibration(folder / CALIBRATION, calibration)
+    keep_sensitivity(measure_sensitivity(stored, checkpoint_hash(folder), calibration, images=4), folder)
     write_tensors(folder / HELDOUT, {"images": images, "labels": labels.to(torch.uint8)})
     return folder
 

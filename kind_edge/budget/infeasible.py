@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -97,7 +98,14 @@ def _ways_out(name: str) -> tuple[str, ...]:
     return _WORDS[name].ways_out if name in _WORDS else ()
 
 
+def _share(billionths: int) -> str:
+    """A loss that is counted in billionths, in four digits, rounded up."""
+    return f"{math.ceil(billionths / 1e4) / 1e3:g} %"
+
+
 def _amount(name: str, amount: int) -> str:
+    if name == "loss":
+        return _share(amount)
     return _WORDS[name].write(amount / _WORDS[name].per_unit) if name in _WORDS else str(amount)
 
 
@@ -108,7 +116,7 @@ def _exact(name: str, amount: int) -> str:
 def _enough(name: str, amount: int) -> str:
     """The amount in three digits, rounded up: a limit of this text is never below the amount."""
     if name not in _WORDS:
-        return str(amount)
+        return _share(amount) if name == "loss" else str(amount)
     words = _WORDS[name]
     for permille in range(12):  # half a step of three digits is at most 5 permille
         text = words.write(amount * (1 + permille / 1000) / words.per_unit)

@@ -86,7 +86,7 @@ class _Search:
         self.table, self.limits, self.gap, self.deadline, self.ties = table, limits, gap, deadline, ties
         self.exchanges = Exchanges(table.tree, table.goal, table.costs, limits)
         self.best: Integers | None = None
-        self.reached, self.bound, self.base = np.inf, -np.inf, -np.inf
+        self.reached, self.bound, self.base, self.tie = np.inf, -np.inf, -np.inf, np.inf
         self.columns, self.core = np.arange(len(table.goal)), table
         self.forced = np.zeros(len(table.goal))
 
@@ -149,8 +149,9 @@ class _Search:
         """Improve a choice of the table's columns by exchanges, and keep it if it is the best."""
         picks = self.exchanges.improve(_widened(self.table.tree, chosen, self.exchanges.richest))
         value = total(self.table.tree, picks, self.table.goal)
-        if value < self.reached:
-            self.best, self.reached = picks, value
+        tie = 0.0 if self.ties is None else total(self.table.tree, picks, self.ties)
+        if (value, tie) < (self.reached, self.tie):
+            self.best, self.reached, self.tie = picks, value, tie
 
     def _kernel(self, most: int, deadline: float) -> None:
         kernel = self.core.tree.closure(self.forced <= np.partition(self.forced, most)[most])

@@ -33,6 +33,9 @@ PLANNED_PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 PRICED = 1.1
 """A price is what so much of a limit would buy."""
 
+_PRICE_GAP = 5 * GAP
+"""A price need not be proven as closely as a plan."""
+
 _TIED = 2 * GAP
 """Of the best: answers are not known better than to their gap, so the faster one wins."""
 _TIED_LOSS = 1e-6
@@ -149,14 +152,17 @@ def make_plan(source: Source, request: Request) -> Plan:
         raise refusal(problems, request, error) from error
     prices = {}
     for cost in answer.solution.binding:
-        more = best_answer(problems, request, {cost: PRICED})
+        more = best_answer(problems, request, {cost: PRICED}, _PRICE_GAP)
+        more = min(answer, more, key=lambda each: each.score)  # what fits still fits
         limit = answer_limit(problems, more, {cost: PRICED}, cost)
         prices[limit_name(cost)] = {"limit": limit, **price_figures(source, more)}
     return plan_of(source, answer, prices)
 
 
-def best_answer(problems: Problems, request: Request, more: Mapping[str, float] | None = None) -> Answer:
-    """The best answer over all ways, with some limits multiplied.
+def best_answer(
+    problems: Problems, request: Request, more: Mapping[str, float] | None = None, gap: float = GAP
+) -> Answer:
+    """The best answer over all ways, with some limits multiplied, each proven to the relative `gap`.
 
     Where the distances of different steps cannot be compared, other steps are taken only if the request's own do not
     fit, in their order.
@@ -166,18 +172,18 @@ def best_answer(problems: Problems, request: Request, more: Mapping[str, float] 
     own = [way for way in found if way.request.sampling == request.sampling]
     if source.frechet(0.0, request.sampling) is not None:
         known = [way for way in found if source.frechet(0.0, way.request.sampling) is not None]
-        return _best_of(problems, known, more or {}, request)
+        return _best_of(problems, known, more or {}, request, gap)
     pools = [[way for way in found if way.request.sampling == other] for other in request.others]
     failures: list[NoPlanError] = []
     for pool in [own, *(pools if request.minimise == LOSS else [])]:
         try:
-            return _best_of(problems, pool, more or {}, request)
+            return _best_of(problems, pool, more or {}, request, gap)
         except NoPlanError as error:
             failures.append(error)
     raise failures[0]
 
 
-def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], request: Request) -> Answer:
+def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], request: Request, gap: float) -> Answer:
     """The best answer of some ways. Raises `NoPlanError`, that of the way that misses by least, if none has any."""
     answers: list[Answer] = []
     failures: list[NoPlanError] = []
@@ -187,7 +193,7 @@ def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], req
             break
         problem = problems.of(way, more)
         try:
-            solution = solve(problem)
+            solution = solve(problem, gap=gap)
         except NoPlanError as error:
             failures.append(error)
             continue

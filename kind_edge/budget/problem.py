@@ -73,7 +73,7 @@ class Request:
     `fewer` have fewer steps, most first: ways out where nothing fits.
     `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
     `max_loss`.
-    `burst`: latency is limited as it is at first, not as it is after minutes of load.
+    `burst`: latency is limited as it is at first, not after minutes of load.
     """
 
     profile: DeviceProfile
@@ -138,12 +138,8 @@ class Deployment:
 
     @property
     def evaluations_per_step(self) -> int:
+        """A guided step has both in one batch, one call of the runtime."""
         return 2 if self.candidate.form == "switch" and self.request.sampling.guidance != 1.0 else 1
-
-    @property
-    def calls(self) -> int:
-        """Calls of the network for one image; guided ones have both branches in one batch."""
-        return self.request.sampling.evaluations
 
     @property
     def fixed(self) -> FixedCost:
@@ -176,18 +172,19 @@ class Deployment:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
         fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows)
-        return self._costs(fixed, self._fixed_latency_s(fixed, not self.request.burst), branch_memory_bytes(fixed))
+        return self._costs(fixed, self._fixed_latency_s(fixed), branch_memory_bytes(fixed))
 
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
             "weight_bytes": cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR,
             "peak_memory_bytes": memory_bytes,
-            "latency_ns": _ns(seconds * self.calls),
+            "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
 
-    def _fixed_latency_s(self, fixed: FixedCost, sustained: bool) -> float:
-        return fixed_latency_s(fixed, self.request.profile, self.candidate.unit, sustained, self.evaluations_per_step)
+    def _fixed_latency_s(self, fixed: FixedCost) -> float:
+        profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
+        return fixed_latency_s(fixed, profile, unit, sustained, self.evaluations_per_step)
 
     def totals(self, matrices: Mapping[str, MatrixPlan]) -> dict[str, int]:
         """What the whole costs with these matrices, in the solver's units: counted from the plan, not by the solver."""
@@ -210,8 +207,8 @@ class Deployment:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, decoder_cost(self.spec)
         file_bytes = fixed.weight_bytes + fixed.operators * GRAPH_BYTES_PER_OPERATOR + 4 * decoder.params
-        sustained = not self.request.burst
-        seconds = self._fixed_latency_s(fixed, sustained) * self.calls + self.decoder_latency_s(sustained)
+        seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
+        seconds += self.decoder_latency_s(not self.request.burst)
         return {
             "flops": fixed.flops,
             "weight_bytes": file_bytes + self.request.spare_bytes,
@@ -240,7 +237,7 @@ class Deployment:
     def image_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool) -> float:
         """Seconds of an image."""
         call_s = self.evaluation_latency_s(matrices, sustained, self.evaluations_per_step)
-        return self.calls * call_s + self.decoder_latency_s(sustained)
+        return self.request.sampling.evaluations * call_s + self.decoder_latency_s(sustained)
 
     def params(self, matrices: Mapping[str, MatrixPlan]) -> int:
         """Stored parameters with these matrices."""
@@ -273,13 +270,13 @@ class Deployment:
         seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32", sustained, batch) for matrix in matrices)
         seconds += fixed_latency_s(fixed, profile, unit, sustained, batch)
         decoder = decoder_cost(self.spec)
-        memory = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
+        memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
             "weight_bytes": 4 * (params + decoder.params),
-            "peak_memory_bytes": memory + fixed_memory_bytes(fixed, batch, decoder),
-            "latency_ns": _ns(seconds * self.calls + self.decoder_latency_s(sustained)),
+            "peak_memory_bytes": memory_bytes + fixed_memory_bytes(fixed, batch, decoder),
+            "latency_ns": _ns(seconds * self.request.sampling.evaluations + self.decoder_latency_s(sustained)),
         }
 
     def limits(self) -> dict[str, int]:
@@ -307,8 +304,8 @@ def limit_name(cost: str) -> str:
 def build_problem(source: Source, request: Request, candidate: Candidate) -> Problem:
     """The choices of one candidate. Groups: a branch, its matrices' precisions, and below each of these the ranks.
 
-    A kept branch costs what it has beside its matrices; one that is dropped costs nothing and opens nothing. The branch
-    that would be missed most is always kept: classes enter through branches, and without any there is none.
+    A kept branch costs what it has beside its matrices; one that is dropped costs nothing and opens nothing. The half
+    of the branches that would be missed most is always kept: where more is gone, losses do not just add up any more.
     """
     deployment = Deployment(source.spec, request, candidate)
     losses = source.losses(candidate.form, request.classes)
@@ -318,12 +315,13 @@ def build_problem(source: Source, request: Request, candidate: Candidate) -> Pro
     for matrix in source.spec.matrices():
         branches.setdefault(branch_of(matrix.name), []).append(matrix)
     menu = _Menu(deployment)
-    dearest = max(losses.branches, key=lambda branch: losses.branches[branch], default="")
+    by_loss = sorted(losses.branches, key=lambda branch: losses.branches[branch])
+    spared = set(by_loss[: len(by_loss) // 2])
     for branch, matrices in branches.items():
         beside = menu.branch(_kind(branch))
         fixed = {name: amount - beside[name] for name, amount in fixed.items()}
         options[branch] = (Option("kept", 0, 0.0, beside, tuple(matrix.name for matrix in matrices)),)
-        if branch in losses.branches and branch != dearest:
+        if branch in spared:
             options[branch] += (Option("dropped", 0, _loss(losses.branches[branch]), dict.fromkeys(beside, 0)),)
         for matrix in matrices:
             options |= menu.matrix(matrix, losses.matrices[matrix.name])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Final
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from kind_edge.units import format_seconds
 TIE_BREAKERS = ("latency_ns", "weight_bytes")
 """Among equal losses the lower of these wins, the first one first."""
 
-LOSS = "loss"
+LOSS: Final = "loss"
 LOSS_UNIT = 1e-9
 """The loss as a limited cost is counted in whole billionths, rounded up."""
 
@@ -97,7 +98,7 @@ class Problem:
     def free(self) -> dict[str, int]:
         """What each limit leaves to the chosen options, once the fixed parts are paid; of the loss, all."""
         free = {name: limit - self.fixed.get(name, 0) for name, limit in self.limits.items()}
-        return free if self.max_loss is None else {**free, LOSS: math.floor(self.max_loss / LOSS_UNIT * (1 + 1e-12))}
+        return free if self.max_loss is None else {**free, LOSS: math.ceil(self.max_loss / LOSS_UNIT * (1 - 1e-12))}
 
     @cached_property
     def columns(self) -> tuple[Table, tuple[Option, ...]]:
@@ -145,7 +146,7 @@ class Solution:
     lower_bound: float
 
 
-def solve(problem: Problem, time_limit_s: float = 10.0, gap: float = GAP) -> Solution:
+def solve(problem: Problem, time_limit_s: float = 20.0, gap: float = GAP) -> Solution:
     """The choice of the smallest objective, proven to the relative `gap` unless `time_limit_s` ends the proof first.
 
     Ties: no exchange of a single option keeps the objective and lowers latency, or keeps both and lowers bytes.

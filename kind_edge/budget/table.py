@@ -71,9 +71,9 @@ def program(table: Table, goal: Floats, limits: Mapping[str, int], reached: floa
         regret, slack = table.regrets[name][0], table.slack(name, limit)
         if -table.tree.regrets(-regret)[1] > slack:
             rows.append(regret / slack)
-    regret, least = table.tree.regrets(goal)
-    size = reached - least if math.isfinite(reached) else float(-table.tree.regrets(-regret)[1])
-    return Program(table.tree, regret, np.array(rows).reshape(len(rows), len(goal)), size), least
+    added, least = table.tree.regrets(goal)
+    size = reached - least if math.isfinite(reached) else float(-table.tree.regrets(-added)[1])
+    return Program(table.tree, added, np.array(rows).reshape(len(rows), len(goal)), size), least
 
 
 def narrow(table: Table, limits: Mapping[str, int], useful: Mask | None = None) -> Mask | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, quality_view, tables
+from kind_edge.cli import options, quality_view, refusal_view, tables
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
@@ -48,6 +48,8 @@ def export(
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
     max_size: options.MaxSize = None,
+    max_quality_loss: options.MaxQualityLoss = None,
+    minimize: options.Minimize = None,
     burst: options.Burst = False,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
@@ -66,10 +68,11 @@ def export(
     choices = {
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
-        "form": form, "precision": precision, "unit": unit, "burst": burst,
+        "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
+        "burst": burst,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
-    with terminal.stages() as begin:
+    with refusal_view.shown(terminal, as_json), terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("starting")
         from kind_edge.budget.plan import read_plan
         from kind_edge.deploy import pipeline
@@ -77,7 +80,7 @@ def export(
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed,
-            on_stage=begin, **choices,  # type: ignore[arg-type]  # their types were checked one by one above
+            on_stage=begin, on_measure=on_measure, **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
     if (warning := quality_view.warning(bundle.quality)) is not None:
         terminal.say_warning(warning)

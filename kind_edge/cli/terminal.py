@@ -17,7 +17,7 @@ from rich.text import Text
 from kind_edge.errors import UsageError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
 
 PIPE_WIDTH = 100
 """Columns where no terminal says how many it has."""
@@ -89,19 +89,38 @@ class Terminal:
             yield begin
             finish()
 
+    def measuring(self) -> contextlib.AbstractContextManager[OnCount]:
+        """A bar for what is measured before a model's first plan."""
+        return self.counting("measuring what cuts cost, once for this model", at_once=False)
+
     @contextlib.contextmanager
-    def counting(self, what: str) -> Iterator[OnCount]:
-        """A function that is told (done, total): a bar on a terminal, a line for every tenth in a log."""
+    def counting(self, what: str, at_once: bool = True) -> Iterator[OnCount]:
+        """A function that is told (done, total): a bar on a terminal, a line for every tenth in a log.
+
+        The bar is there `at_once` and to the end, or only while there is something to count.
+        """
         with self.working():
             if not self.animated:
                 yield self._log_tenths(what)
                 return
-            with self.progress_bar() as bar:
-                task = bar.add_task(what, total=None, details="")
+            with contextlib.ExitStack() as stack:
+                shown: list[tuple[Progress, TaskID]] = []
+
+                def show() -> None:
+                    bar = stack.enter_context(self.progress_bar())
+                    shown.append((bar, bar.add_task(what, total=None, details="")))
 
                 def advance(done: int, total: int) -> None:
+                    if not shown:
+                        show()
+                    bar, task = shown[0]
                     bar.update(task, completed=done, total=total)
+                    if not at_once and done == total:
+                        shown.clear()
+                        stack.close()
 
+                if at_once:
+                    show()
                 yield advance
 
     def _log_tenths(self, what: str) -> OnCount:

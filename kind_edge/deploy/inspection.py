@@ -166,6 +166,7 @@ def _bundle_provenance(manifest: Manifest) -> dict[str, Any]:
 
 def _inspect_checkpoint(folder: Path) -> Inspection:
     from kind_edge.budget.cost import CONVENTIONS, model_cost
+    from kind_edge.deploy.sensitivity_file import SENSITIVITY
     from kind_edge.model.checkpoint import CALIBRATION, HELDOUT, checkpoint_hash, load_checkpoint, weight_files
 
     checkpoint = load_checkpoint(folder)
@@ -173,7 +174,7 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
     parts: Counter[str] = Counter()
     for name, tensor in checkpoint.tensors.items():
         parts[_part(name)] += tensor.numel() * tensor.element_size()
-    for name, file in (("calibration", CALIBRATION), ("held-out images", HELDOUT)):
+    for name, file in (("calibration", CALIBRATION), ("held-out images", HELDOUT), ("sensitivity", SENSITIVITY)):
         if (folder / file).is_file():
             parts[name] = (folder / file).stat().st_size
     costs = {convention: model_cost(spec, convention) for convention in CONVENTIONS}

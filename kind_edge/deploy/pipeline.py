@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import torch
 
+from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
@@ -19,9 +20,18 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
+from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Quality, heldout_quality
 from kind_edge.deploy.reference import make_reference
-from kind_edge.deploy.request import Choices, OpenedModel, as_replayed, make_request, make_source, open_model
+from kind_edge.deploy.request import (
+    MINIMISED,
+    Choices,
+    OpenedModel,
+    as_replayed,
+    make_request,
+    make_source,
+    open_model,
+)
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
@@ -67,19 +77,44 @@ class Bundle:
         }
 
 
-def plan(model: str | Path = DEFAULT_MODEL, *, profile: str, **choices: Unpack[Choices]) -> Plan:
+def plan(
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
+    *,
+    profile: str,
+    on_measure: OnProgress | None = None,
+    **choices: Unpack[Choices],
+) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
-    opened = open_model(model)
+    opened = open_model(model, on_measure)
     request = make_request(opened.checkpoint, device, **choices)
     return make_plan(make_source(opened), request)
 
 
+def pareto(
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
+    *,
+    profile: str,
+    on_measure: OnProgress | None = None,
+    **choices: Unpack[Choices],
+) -> tuple[Curve, ...]:
+    """The front for 1, 2, 5 and all of the classes: the least predicted loss at every size of the model file, or at
+    every latency, amount of FLOPs or memory with minimize="latency" and so on; within the limits that are asked for.
+
+    Raises `NoPlanError` when not one point fits.
+    """
+    opened = open_model(model, on_measure)
+    axis = MINIMISED[choices.pop("minimize", None) or "size"]
+    request = make_request(opened.checkpoint, load_profile(profile), **choices)
+    return front(make_source(opened), request, axis)
+
+
 def export(
-    model: str | Path = DEFAULT_MODEL,
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str | None = None,
     plan: Plan | None = None,
@@ -87,6 +122,7 @@ def export(
     formats: Sequence[str] = ("onnx",),
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
+    on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Bundle:
     """Plan (unless `plan` is given), merge, export, verify, measure and bundle.
@@ -99,7 +135,7 @@ def export(
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
-    opened = open_model(model)
+    opened = open_model(model, on_measure)
     request = None
     if plan is None:
         if profile is None:

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from kind_edge.budget.influence import Curve, MatrixInfluence, Sensitivity
 from kind_edge.budget.loss import branch_of
+from kind_edge.budget.whole_model import model_cost
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.diffusion import TRAIN_STEPS, add_noise, draw_timesteps
 from kind_edge.model.dit import DiT, patchify, unpatchify
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
 from kind_edge.model.sampling import denoiser, sample
-from kind_edge.model.spec import recommended
+from kind_edge.model.spec import ModelSpec, recommended
 from kind_edge.model.truncation import SortedFactors, fold_matrix
 
 OnProgress = Callable[[int, int], None]
@@ -39,8 +40,11 @@ TAILOR_SHARES = (0.75, 0.5, 0.25, 0.0)
 NULL_SHARE = 0.1
 """Of the inputs of a model with a null branch, as in its training."""
 
-CHUNK, CHUNKS = 40, 3
-"""Images that are evaluated together, as many as a core's cache holds; and how many times."""
+IMAGES, LEAST_IMAGES, CHUNK = 120, 8, 40
+"""At most and at least so many inputs, and how many are evaluated together: as many as a core's cache holds."""
+
+MOST_FLOPS = 3e12
+"""Of the whole measurement, where LEAST_IMAGES allow it: about two minutes of one core."""
 
 DRAWING_STEPS = 10
 """Sampler steps of the images that an ordinary model draws for itself."""
@@ -62,14 +66,17 @@ def measure_sensitivity(
     sha256: str,
     calibration: Calibration | None,
     seed: int = 0,
-    chunks: int = CHUNKS,
+    images: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Sensitivity:
-    """The table of a checkpoint: every matrix cut at a few ranks and stored in int8, and every branch dropped."""
+    """The table of a checkpoint: every matrix cut at a few ranks and stored in int8, and every branch dropped.
+
+    `images`: inputs; large models get by with fewer. `on_progress` is told how many matrices are done, of how many.
+    """
     spec, model = checkpoint.spec, checkpoint.model()
     everyone, names = list(range(spec.num_classes)), [shape.name for shape in spec.matrices()]
     with torch.no_grad():
-        probe = _Probe(model, own_inputs(checkpoint, model, chunks, seed))
+        probe = _Probe(model, own_inputs(checkpoint, model, images or _images(spec), seed))
         matrices: dict[str, MatrixInfluence] = {}
         for done, name in enumerate(names):
             folded = fold_matrix(checkpoint, name, everyone, "switch", calibration)
@@ -77,19 +84,26 @@ def measure_sensitivity(
             if on_progress:
                 on_progress(done + 1, len(names))
         branches = {branch: probe.without(branch) for branch in dict.fromkeys(branch_of(name) for name in names)}
-    images = sum(len(each.x) for each in probe.inputs)
-    return Sensitivity(sha256, {"images": images, "seed": seed}, matrices, branches)
+    seen = sum(len(each.x) for each in probe.inputs)
+    return Sensitivity(sha256, {"images": seen, "seed": seed}, matrices, branches)
 
 
-def own_inputs(checkpoint: Checkpoint, model: DiT, chunks: int, seed: int) -> tuple[Inputs, ...]:
+def _images(spec: ModelSpec) -> int:
+    cuts = len(LEARNGENE_SHARES) + len(TAILOR_SHARES) + 1
+    evaluations = cuts * len(list(spec.matrices())) * (spec.depth + 1) / (2 * spec.depth)  # half the blocks on average
+    return int(min(IMAGES, max(LEAST_IMAGES, MOST_FLOPS / (evaluations * model_cost(spec, "exact").flops))))
+
+
+def own_inputs(checkpoint: Checkpoint, model: DiT, images: int, seed: int) -> tuple[Inputs, ...]:
     """What the model is measured on; classes in equal shares."""
     spec = checkpoint.spec
     generator = torch.Generator().manual_seed(seed)
-    groups = min(spec.num_classes, CHUNK)
+    size = min(images, CHUNK)
+    groups = min(spec.num_classes, size)
     found = []
-    for chunk in range(chunks):
+    for chunk in range(max(1, images // size)):
         classes = ((torch.arange(groups) + chunk * groups) % spec.num_classes).sort().values
-        labels = classes.repeat_interleave(CHUNK // groups)
+        labels = classes.repeat_interleave(size // groups)
         noise = torch.randn(len(labels), spec.channels, spec.image_size, spec.image_size, generator=generator)
         make = _walked if spec.distilled else _noised
         found.append(make(checkpoint, model, noise, classes, labels, generator))
@@ -102,7 +116,8 @@ def _noised(
     """Images that the model draws, noised as in training."""
     spec = checkpoint.spec
     walk = denoiser(model, DRAWING_STEPS, recommended(spec, checkpoint.provenance).guidance)
-    drawn = sample(walk, noise, labels, spec.objective, DRAWING_STEPS).clamp(-1, 1)
+    drawn = sample(walk, noise, labels, spec.objective, DRAWING_STEPS)
+    drawn = drawn.clamp(-1, 1) if spec.pixels_per_latent == 1 else drawn
     timestep = draw_timesteps(spec.objective, len(drawn), generator)
     noised, target = add_noise(spec.objective, drawn, torch.randn(drawn.shape, generator=generator), timestep)
     closed = torch.rand(len(drawn), generator=generator) < NULL_SHARE

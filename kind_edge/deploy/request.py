@@ -29,7 +29,7 @@ from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.shipped import find_model
 from kind_edge.model.spec import FORMS, SAMPLERS, Form, check_sampling, recommended
-from kind_edge.units import Kind, parse_quantity
+from kind_edge.units import Kind, parse_quantity, parse_share
 
 _LIMIT_KINDS: Mapping[str, Kind] = {
     "max_latency": "seconds",
@@ -54,22 +54,25 @@ class OpenedModel:
     stored_calibration: Calibration | None
     heldout: Heldout | None
     stored_sensitivity: Sensitivity | None = None
+    on_measure: OnProgress | None = None
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
         return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
 
-    def sensitivity(self, on_progress: OnProgress | None = None) -> Sensitivity:
+    @functools.cached_property
+    def sensitivity(self) -> Sensitivity:
         """What is stored; else it is measured, which takes a minute of a small model, and kept for the next time."""
         if self.stored_sensitivity is not None:
             return self.stored_sensitivity
-        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=on_progress)
+        measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=self.on_measure)
         keep_sensitivity(measured, self.checkpoint.path)
         return measured
 
 
-def open_model(model: str | Path | OpenedModel) -> OpenedModel:
+def open_model(model: str | Path | OpenedModel, on_measure: OnProgress | None = None) -> OpenedModel:
+    """`on_measure` is told (done, total) where the model's sensitivity has to be measured first."""
     if isinstance(model, OpenedModel):
         return model
     folder = find_model(model)
@@ -79,13 +82,8 @@ def open_model(model: str | Path | OpenedModel) -> OpenedModel:
     path, heldout = folder / CALIBRATION, load_heldout(folder, checkpoint.spec)
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
     name, sha256 = folder.resolve().name, checkpoint_hash(folder)
-    return OpenedModel(name, sha256, checkpoint, stored, heldout, find_sensitivity(folder, sha256, checkpoint.spec))
-
-
-def measured_model(model: str | Path | OpenedModel, on_progress: OnProgress | None = None) -> OpenedModel:
-    """The model with its sensitivity, which is measured now where it is not stored yet."""
-    opened = open_model(model)
-    return dataclasses.replace(opened, stored_sensitivity=opened.sensitivity(on_progress))
+    table = find_sensitivity(folder, sha256, checkpoint.spec)
+    return OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
 
 
 class Choices(TypedDict, total=False):
@@ -149,17 +147,9 @@ def make_request(
         others=_others(checkpoint, sampling) if steps is None else (),
         fewer=_fewer(checkpoint, sampling),
         minimise=minimised,  # type: ignore[arg-type]
-        max_loss=None if max_quality_loss is None else _share(max_quality_loss),
+        max_loss=None if max_quality_loss is None else parse_share(max_quality_loss, "--max-quality-loss"),
         burst=burst,
     )  # fmt: skip
-
-
-def _share(text: str) -> float:
-    """ "2%" -> 0.02, of the loss of the uncut model."""
-    quantity = parse_quantity(text, "bytes", flag="--max-quality-loss")
-    if quantity.unit != "share":
-        raise UsageError(f"--max-quality-loss: got {text!r}, want a share of the model's loss such as 2%")
-    return quantity.value
 
 
 def _sampling(
@@ -206,7 +196,7 @@ def _known(flag: str, value: str, choices: Sequence[str]) -> str:
 def make_source(model: OpenedModel) -> Source:
     """What is planned for; the losses are found when they are asked for, once for each form and set of classes."""
 
-    table = model.sensitivity()
+    table = model.sensitivity
 
     @functools.cache
     def losses(form: Form, classes: frozenset[str]) -> LossModel:

@@ -21,11 +21,14 @@ from studies import (
     exported,
     nesting,
     pictures,
+    prediction,
+    response,
     shipped,
     steps,
     trainings,
     transfer,
     trials,
+    uniform,
 )
 from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert
 from studies.statistics import SEEDS
@@ -41,6 +44,9 @@ cost           scripts/bench cost: predicted and measured time, size and memory
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
+prediction     random plans of equal FLOPs, the model's and its teacher's: predicted against measured loss; whitening
+response       judges cut plans and fits the Fréchet distance to the predicted loss, into sensitivity.json
+uniform        the solver's plans against one rank for all matrices at equal FLOPs: loss and Fréchet distance
 decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
@@ -65,6 +71,9 @@ BLOCKS = (
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
+    Block("prediction", "docs/solver.md", prediction.text),
+    Block("response", "docs/solver.md", response.text),
+    Block("uniform", "docs/solver.md", uniform.text),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
 )  # fmt: skip
@@ -115,7 +124,10 @@ def measure(name: str, job: Job) -> list[Record]:
         records = sizes.run(METHODS[name])
         pictures.draw_anysize(sizes, records, job.album)
         return records
-    studies = {"export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run}
+    studies = {
+        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run,
+        "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
+    }  # fmt: skip
     return studies[name](job.subject, job.output)
 
 

@@ -17,6 +17,7 @@ from scipy.optimize import least_squares
 
 from kind_edge.budget.response import Judged, Response
 from kind_edge.deploy.sensitivity_file import SENSITIVITY
+from kind_edge.errors import UsageError
 from kind_edge.model.dit import DiT
 from kind_edge.model.sampling import denoiser
 from kind_edge.training.evaluate import Judge
@@ -58,10 +59,14 @@ def run(subject: Subject, output: Path) -> list[Record]:
 
 def publish(subject: Subject, output: Path) -> list[Record]:
     """Judge, fit, and write the response into the checkpoint's sensitivity table."""
-    records = run(subject, output)
     plans = Prediction(subject, output)
-    table = plans.model.sensitivity()
-    counts = plans.model.checkpoint.provenance["quality_by_steps"]
+    table, counts = plans.model.sensitivity, plans.model.checkpoint.provenance.get("quality_by_steps")
+    if not counts:
+        raise UsageError(
+            f"{subject.name}: its config.json has no quality_by_steps, of which the response is a multiple; a distilled "
+            "model has"
+        )
+    records = run(subject, output)
     guidance = sampling_of(plans.model.checkpoint).guidance
     judged = tuple(Judged(int(steps), guidance, row["frechet"]) for steps, row in counts.items())
     whole = dataclasses.replace(table, response=fitted(records, judged))

@@ -35,14 +35,14 @@ def opened(request: Any, tmp_path_factory: pytest.TempPathFactory, make_checkpoi
 
 @pytest.fixture(scope="module")
 def measured(opened: OpenedModel) -> Sensitivity:
-    return measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, chunks=1)
+    return measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, images=40)
 
 
 def changed(opened: OpenedModel, tensors: dict[str, torch.Tensor]) -> float:
     """Of the output, where these tensors stand in the place of the model's own."""
     checkpoint = opened.checkpoint
     model = checkpoint.model()
-    (own,) = own_inputs(checkpoint, model, 1, 0)
+    (own,) = own_inputs(checkpoint, model, 40, 0)
     ranks = dict(checkpoint.spec.matrix_ranks) | {NAME: checkpoint.spec.ranks(NAME)._replace(learngene=3)}
     spec = dataclasses.replace(checkpoint.spec, matrix_ranks=ranks if f"{NAME}.learngene.s" in tensors else {})
     cut = Checkpoint(spec, checkpoint.class_names, checkpoint.float_tensors() | tensors).model()
@@ -81,35 +81,45 @@ def test_more_rank_never_loses_more(form: str, opened: OpenedModel, measured: Se
 
 
 def test_no_part_of_the_measured_model_stays_cut(opened: OpenedModel, measured: Sensitivity) -> None:
-    again = measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, chunks=1)
+    again = measure_sensitivity(opened.checkpoint, opened.sha256, opened.calibration, images=40)
     assert again.to_json() == measured.to_json()
 
 
 def test_a_model_without_tailors(make_checkpoint: Callable[..., Checkpoint]) -> None:
     checkpoint = make_checkpoint(tailor_rank=0)
-    found = measure_sensitivity(checkpoint, "", None, chunks=1)
+    found = measure_sensitivity(checkpoint, "", None, images=40)
     losses = loss_model(checkpoint, [0, 1], "switch", None, found)
     assert losses.matrices[NAME].tailor.tolist() == [0]
     assert losses.matrices[NAME].shared[0] > 0
+
+
+@pytest.mark.parametrize("name", ["fashion-mnist", "fashion-mnist-teacher"])
+def test_shipped_models_come_with_their_own_table(name: str) -> None:
+    assert open_model(name).stored_sensitivity is not None
 
 
 # --- where it lies ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def folder(opened: OpenedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def made() -> list[str]:
+    """The models that were measured."""
+    return []
+
+
+@pytest.fixture
+def folder(opened: OpenedModel, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the model without a table, an empty cache, and a measurement that takes no time."""
     assert opened.checkpoint.path is not None
     shutil.copytree(opened.checkpoint.path, tmp_path / "model")
+    (tmp_path / "model" / sensitivity_file.SENSITIVITY).unlink()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def measure(checkpoint: Checkpoint, sha256: str, *_: object, **__: object) -> Sensitivity:
         made.append(sha256)
         return dataclasses.replace(empty(checkpoint), checkpoint_sha256=sha256)
 
-    made: list[str] = []
     monkeypatch.setattr(request, "measure_sensitivity", measure)
-    monkeypatch.setattr(sensitivity_file, "made", made, raising=False)
     return tmp_path / "model"
 
 
@@ -120,16 +130,16 @@ def empty(checkpoint: Checkpoint) -> Sensitivity:
     return Sensitivity.from_dict(values, "test")
 
 
-def test_a_table_is_measured_once_and_kept_beside_the_model(folder: Path) -> None:
-    first = open_model(folder).sensitivity()
-    assert open_model(folder).sensitivity() == first
-    assert len(sensitivity_file.made) == 1  # type: ignore[attr-defined]
+def test_a_table_is_measured_once_and_kept_beside_the_model(folder: Path, made: list[str]) -> None:
+    first = open_model(folder).sensitivity
+    assert open_model(folder).sensitivity.to_json() == first.to_json()
+    assert len(made) == 1
     assert open_model(folder).sha256 == first.checkpoint_sha256
     assert not list(folder.glob("*.partial"))
 
 
 def test_where_the_folder_cannot_be_written_to_the_cache_keeps_it(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = sensitivity_file.write_text
 
@@ -139,13 +149,13 @@ def test_where_the_folder_cannot_be_written_to_the_cache_keeps_it(
         write(path, text)
 
     monkeypatch.setattr(sensitivity_file, "write_text", refuse)
-    open_model(folder).sensitivity()
-    open_model(folder).sensitivity()
-    assert len(sensitivity_file.made) == 1  # type: ignore[attr-defined]
+    _ = open_model(folder).sensitivity
+    _ = open_model(folder).sensitivity
+    assert len(made) == 1
     (cached,) = (tmp_path / "cache" / "kind-edge").iterdir()
     cached.write_text("{")  # damaged, it mends itself
-    open_model(folder).sensitivity()
-    assert len(sensitivity_file.made) == 2  # type: ignore[attr-defined]
+    _ = open_model(folder).sensitivity
+    assert len(made) == 2
 
 
 def test_a_table_of_other_weights_is_measured_anew_and_a_damaged_one_refused(folder: Path) -> None:
@@ -153,7 +163,7 @@ def test_a_table_of_other_weights_is_measured_anew_and_a_damaged_one_refused(fol
     opened = open_model(folder)
     table = empty(opened.checkpoint)
     path.write_text(dataclasses.replace(table, checkpoint_sha256="00" * 32).to_json())
-    assert open_model(folder).sensitivity().checkpoint_sha256 == opened.sha256
+    assert open_model(folder).sensitivity.checkpoint_sha256 == opened.sha256
     assert json.loads(path.read_text())["checkpoint_sha256"] == opened.sha256
     lacking = dataclasses.replace(table, checkpoint_sha256=opened.sha256, matrices={})
     path.write_text(lacking.to_json())
