@@ -93,6 +93,14 @@ def parse_duration(text: str, flag: str = "value") -> float:
         raise UsageError(f"{flag} {text!r}: {reason}; write for example 90s, 5m or 1h") from error
 
 
+def parse_share(text: str, flag: str = "value") -> float:
+    """ "2%" -> 0.02. Raises `UsageError` for anything but a percentage above 0."""
+    match = _PATTERN.fullmatch(text)
+    if match is None or match["unit"] != "%" or not (share := _percent_to_share(match["number"])) > 0:
+        raise UsageError(f"{flag}: got {text!r}, want a percentage above 0 such as 2%")
+    return share
+
+
 def format_bytes(value: float, binary: bool = True) -> str:
     """4_718_592 -> "4.5 MiB"; with `binary` false "4.72 MB". Three significant digits."""
     names = ("B", "KiB", "MiB", "GiB", "TiB") if binary else ("B", "kB", "MB", "GB", "TB")

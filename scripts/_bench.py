@@ -1,8 +1,10 @@
 """Measurements of the shipped model on this machine; every name prints a table, or one JSON object with --json.
 
 cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
+costs    calibrates this machine, then: latency and peak memory of plans, predicted against measured; five minutes
 export   how long the main command takes, stage by stage
-solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level
+solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
+         solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
 training a step at the shape of DiT-S/2: 1,000 classes against 10, rank 0.3 D against dense; few rounds, minutes
 """
@@ -116,6 +118,13 @@ def steps() -> dict[str, Any]:
     return {"rows": rows, **summary(records)}
 
 
+def costs() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_costs import costs as compared
+
+    return compared()
+
+
 def solver() -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parent))
     from _bench_solver import solver as parts
@@ -123,12 +132,15 @@ def solver() -> dict[str, Any]:
     return parts()
 
 
-BENCHES = {"cost": cost, "export": export_time, "solver": solver, "steps": steps, "training": training}
+BENCHES = {"cost": cost, "costs": costs, "export": export_time, "solver": solver, "steps": steps, "training": training}
 
 
 def show(result: dict[str, Any]) -> None:
     console = Console()
     for key, value in result.items():
+        if isinstance(value, dict):
+            console.print(f"{key}: " + ", ".join(f"{name} {number:.4g}" for name, number in value.items()))
+            continue
         if not isinstance(value, list):
             console.print(f"{key}: {value:.4g}")
             continue

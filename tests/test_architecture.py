@@ -41,7 +41,8 @@ ARROWS = {
 """Room -> rooms it may import, besides itself and FREE."""
 EXCEPTIONS = {("kind_edge.deploy.pipeline", "training")}
 
-HEAVY_ALLOWED = {"kind_edge.budget.sensitivity": HEAVY, "kind_edge.budget.host": {"onnx", "onnxruntime"}}
+HEAVY_ALLOWED = {"kind_edge.budget.sensitivity": HEAVY, "kind_edge.budget.host": {"onnxruntime"}}
+HEAVY_ALLOWED |= {"kind_edge.budget.probe_graph": {"onnx"}, "kind_edge.budget.runner": {"onnxruntime"}}
 """In `budget`, who may import what of HEAVY."""
 MAX_LINES = 400
 

@@ -16,16 +16,16 @@ from kind_edge.budget.cost import (
     PaperRow,
     deployed_fixed_cost,
     fixed_latency_s,
+    fixed_memory_bytes,
     matrix_cost,
     matrix_latency_s,
+    matrix_memory_bytes,
     model_cost,
     paper_table,
-    peak_activation_bytes,
 )
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.image_time import image_time
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.problem import RUNTIME_MEMORY_BYTES, WEIGHT_COPIES
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
 from kind_edge.budget.whole_model import PAPER_EVALUATIONS
 from kind_edge.errors import UsageError
@@ -176,14 +176,17 @@ def _exact_cost(
     ]
     decoder = decoder_cost(spec)
     weight_bytes = fixed.weight_bytes + sum(matrix.weight_bytes for matrix in matrices) + 4 * decoder.params
-    activations = max(peak_activation_bytes(spec, precision, per_step), decoder.activation_bytes_peak)
+    memory_bytes = sum(matrix_memory_bytes(matrix, precision, per_step) for matrix in matrices)
     burst, sustained = (
         image_time(
             steps,
             steps,
             per_step,
-            fixed_latency_s(fixed, profile, unit, lasting)
-            + sum(matrix_latency_s(matrix, profile, unit, precision, lasting) for matrix in matrices),
+            (
+                fixed_latency_s(fixed, profile, unit, lasting, per_step)
+                + sum(matrix_latency_s(matrix, profile, unit, precision, lasting, per_step) for matrix in matrices)
+            )
+            / per_step,
             decoder.flops / profile.throughput(unit, "fp32", lasting) if decoder.flops else 0.0,
         )
         for lasting in (False, True)
@@ -193,7 +196,7 @@ def _exact_cost(
         params=fixed.params + sum(matrix.params for matrix in matrices),
         flops=fixed.flops + sum(matrix.flops for matrix in matrices),
         weight_bytes=weight_bytes,
-        peak_memory_bytes=RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * weight_bytes + activations,
+        peak_memory_bytes=memory_bytes + fixed_memory_bytes(fixed, per_step, decoder),
         image_latency_s=burst["image_s"],
         sustained_image_latency_s=sustained["image_s"],
         time=sustained,

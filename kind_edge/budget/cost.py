@@ -1,7 +1,7 @@
-"""The cost model in one place: pure functions of shapes, and the roofline that turns them into seconds.
+"""The cost model in one place: pure functions of shapes, and what turns them into seconds and peak memory.
 
 `formulas` has single operators, `whole_model` a model under the `paper` and `exact` conventions, `deployed` what a plan
-decides about: block matrices one by one, the fixed rest, bytes and latency.
+decides about: block matrices one by one and the fixed rest; `latency` and `memory` what these take on a device.
 """
 
 from kind_edge.budget.deployed import (
@@ -11,11 +11,8 @@ from kind_edge.budget.deployed import (
     baked_table_values,
     branch_fixed_cost,
     deployed_fixed_cost,
-    fixed_latency_s,
     linear_weight_bytes,
     matrix_cost,
-    matrix_latency_s,
-    operator_latency_s,
     peak_activation_bytes,
 )
 from kind_edge.budget.formulas import (
@@ -27,6 +24,8 @@ from kind_edge.budget.formulas import (
     matrix_weights,
     tailor_macs,
 )
+from kind_edge.budget.latency import fixed_latency_s, matrix_latency_s, operator_latency_s
+from kind_edge.budget.memory import branch_memory_bytes, fixed_memory_bytes, matrix_memory_bytes
 from kind_edge.budget.whole_model import (
     CONVENTIONS,
     Convention,
@@ -52,14 +51,17 @@ __all__ = [
     "attention_macs",
     "baked_table_values",
     "branch_fixed_cost",
+    "branch_memory_bytes",
     "break_even_rank",
     "deployed_fixed_cost",
     "fixed_latency_s",
+    "fixed_memory_bytes",
     "linear_macs",
     "linear_weight_bytes",
     "matrix_cost",
     "matrix_latency_s",
     "matrix_macs",
+    "matrix_memory_bytes",
     "matrix_weights",
     "model_cost",
     "model_flops",

@@ -1,4 +1,4 @@
-"""What a deployed model costs: bytes in its file, operators, work, and the time they take on a device.
+"""What a deployed model costs: bytes in its file, operators and work.
 
 A deployed model is split in two: the six matrices of every block, each of which a plan may store in its own way
 (`matrix_cost`), and everything else (`deployed_fixed_cost`). Both count the `exact` convention at batch 1, and together
@@ -14,10 +14,10 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from kind_edge.budget.formulas import Storage, matrix_macs, matrix_weights, tailor_macs
-from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.profile import Precision
 from kind_edge.budget.whole_model import CostBreakdown, model_cost
 from kind_edge.model.spec import FREQUENCY_WIDTH, Branch, MatrixShape, ModelSpec
 
@@ -41,6 +41,28 @@ def linear_weight_bytes(outputs: int, inputs: int, precision: Precision) -> int:
     return outputs * inputs * _VALUE_BYTES[precision]
 
 
+class Layer(NamedTuple):
+    """What a measured table is asked for: one part of a matrix, n x m, as a plan stores it."""
+
+    tokens: int
+    outputs: int
+    inputs: int
+    storage: Storage
+    learngene_rank: int
+    tailor_rank: int
+    precision: Precision
+
+
+class Parts(NamedTuple):
+    """What a measured table is asked for beside matrices: branches without their matrices, and the ends round them."""
+
+    tokens: int
+    width: int
+    attentions: int
+    mlps: int
+    ends: bool
+
+
 @dataclass(frozen=True)
 class MatrixCost:
     """One block matrix of a plan, without its bias. `activation_bytes` are read and written in one evaluation."""
@@ -51,6 +73,7 @@ class MatrixCost:
     weight_bytes_read: int
     activation_bytes: int
     operators: int
+    layer: Layer
 
 
 def matrix_cost(
@@ -93,7 +116,8 @@ def matrix_cost(
             m + 2 * tailor_rank + 3 * n
         )  # x, the thin product twice, the tailor's output and the sum
         operators += 9 if precision == "int8" else 5  # gathers (of scales too), widenings, two products, one sum
-    return MatrixCost(params, flops, weight_bytes, weight_bytes_read, activations * value_bytes, operators)
+    layer = Layer(tokens, n, m, storage, learngene_rank, tailor_rank if num_tailors else 0, precision)
+    return MatrixCost(params, flops, weight_bytes, weight_bytes_read, activations * value_bytes, operators, layer)
 
 
 @dataclass(frozen=True)
@@ -121,6 +145,7 @@ class FixedCost:
     groups: tuple[OperatorGroup, ...]
     activation_bytes_peak: int
     precision: Precision
+    parts: Parts
 
     @property
     def params(self) -> int:
@@ -158,7 +183,9 @@ def deployed_fixed_cost(
     convolution, tables and biases stay fp32.
     """
     groups = tuple(_groups(spec, num_classes_kept, evaluations, baked, precision))
-    return FixedCost(groups, peak_activation_bytes(spec, precision), precision)
+    attentions, mlps = len(spec.branches("attn")), len(spec.branches("mlp"))
+    parts = Parts(spec.tokens, spec.width, attentions, mlps, ends=True)
+    return FixedCost(groups, peak_activation_bytes(spec, precision), precision, parts)
 
 
 def branch_fixed_cost(
@@ -179,7 +206,8 @@ def branch_fixed_cost(
     )
     pairs = zip(with_it, without, strict=True)
     groups = tuple(difference for a, b in pairs if (difference := _difference(a, b)).operators or difference.params)
-    return FixedCost(groups, 0, precision)
+    parts = Parts(spec.tokens, spec.width, int(kind == "attn"), int(kind == "mlp"), ends=False)
+    return FixedCost(groups, 0, precision, parts)
 
 
 def _difference(whole: OperatorGroup, rest: OperatorGroup) -> OperatorGroup:
@@ -276,54 +304,3 @@ def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -
     weights = part.params * values  # the exporter keeps the last product in floating point
     moved = (elements + 5 * final) * values  # product, bias, reshape, transpose, reshape
     yield OperatorGroup("final", "float", part.params, part.flops, weights, weights, moved, 5)
-
-
-def operator_latency_s(
-    flops: float,
-    weight_bytes: float,
-    activation_bytes: float,
-    profile: DeviceProfile,
-    unit: Unit,
-    precision: Precision,
-    sustained: bool = True,
-    operators: int = 1,
-) -> float:
-    """Roofline: the longer of computing and of moving weights and activations, plus the start of `operators`.
-
-    Raises `UsageError` where the profile has no figure for that unit and precision.
-    """
-    compute_s = flops / profile.throughput(unit, precision, sustained)
-    memory_s = weight_bytes / profile.memory_bytes_per_s.value + activation_bytes / profile.activation_bytes_per_s.value
-    return max(compute_s, memory_s) + operators * profile.unit(unit).overhead_us.value * 1e-6
-
-
-def matrix_latency_s(
-    cost: MatrixCost, profile: DeviceProfile, unit: Unit, precision: Precision, sustained: bool = True
-) -> float:
-    """Seconds of one block matrix in one evaluation at batch 1."""
-    return operator_latency_s(
-        cost.flops, cost.weight_bytes_read, cost.activation_bytes, profile, unit, precision, sustained, cost.operators
-    )
-
-
-def fixed_latency_s(cost: FixedCost, profile: DeviceProfile, unit: Unit, sustained: bool = True) -> float:
-    """Seconds of everything else in one evaluation at batch 1: the groups run one after another.
-
-    Of an int8 file, what is not quantized runs in fp32, on an NPU in fp16 (NPUs have no fp32 figure).
-    """
-    float_precision: Precision = cost.precision
-    if cost.precision == "int8":
-        float_precision = "fp16" if unit == "npu" else "fp32"
-    return sum(
-        operator_latency_s(
-            group.flops,
-            group.weight_bytes_read,
-            group.activation_bytes,
-            profile,
-            unit,
-            cost.precision if group.role == "matmul" else float_precision,
-            sustained,
-            group.operators,
-        )
-        for group in cost.groups
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,17 @@ _WORDS: Mapping[str, _Words] = {
 }
 
 
+def limit_flag(cost: str) -> str:
+    """ "--max-size" of "weight_bytes"."""
+    return _flag(cost)
+
+
+def raised_limit(cost: str, amount: int) -> tuple[str, Quantity]:
+    """A limit that is enough for an amount in the solver's units: as it is written, and as it is asked for."""
+    text = _enough(cost, amount)
+    return text, parse_quantity(text, _WORDS[cost].kind)
+
+
 def no_plan_error(diagnosis: tuple[Infeasible, ...]) -> NoPlanError:
     """The refusal in the user's words: what cannot be met, by how much, and the ways out."""
     raises = [f"{_flag(entry.limit)} to at least {_enough(entry.limit, entry.smallest)}" for entry in diagnosis]
@@ -77,6 +89,8 @@ def _below(entry: Infeasible) -> str:
 
 
 def _flag(name: str) -> str:
+    if name == "loss":
+        return "--max-quality-loss"
     return _WORDS[name].flag if name in _WORDS else name
 
 
@@ -84,7 +98,14 @@ def _ways_out(name: str) -> tuple[str, ...]:
     return _WORDS[name].ways_out if name in _WORDS else ()
 
 
+def _share(billionths: int) -> str:
+    """A loss that is counted in billionths, in four digits, rounded up."""
+    return f"{math.ceil(billionths / 1e4) / 1e3:g} %"
+
+
 def _amount(name: str, amount: int) -> str:
+    if name == "loss":
+        return _share(amount)
     return _WORDS[name].write(amount / _WORDS[name].per_unit) if name in _WORDS else str(amount)
 
 
@@ -95,7 +116,7 @@ def _exact(name: str, amount: int) -> str:
 def _enough(name: str, amount: int) -> str:
     """The amount in three digits, rounded up: a limit of this text is never below the amount."""
     if name not in _WORDS:
-        return str(amount)
+        return _share(amount) if name == "loss" else str(amount)
     words = _WORDS[name]
     for permille in range(12):  # half a step of three digits is at most 5 permille
         text = words.write(amount * (1 + permille / 1000) / words.per_unit)

@@ -1,131 +1,182 @@
-"""The multiple-choice knapsack as an integer program: HiGHS searches in floats, integers here have the last word.
+"""The search for the cheapest choice within limits: HiGHS searches in floats, integers here have the last word.
 
-One column per option, exactly one column chosen per group (a group is one matrix), and for every limit
-sum(cost of chosen) <= limit. HiGHS accepts a row that is violated by about 1e-6 of its right-hand side, so every
-answer is added up again in integers; one that breaks a limit is cut off by a cover inequality, which no true
-solution violates, and the search goes on. Needs numpy and scipy alone.
+A choice takes one column of every open group of a tree; for every limit the sum of what the chosen columns cost is at
+most that. HiGHS accepts a row that is violated by about 1e-6 of its right-hand side, so every answer is added up again
+in integers; one that breaks a limit is cut off by a cover inequality, which no true solution violates, and the search
+goes on. Needs numpy and scipy alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from kind_edge.budget.highs import Program, Relaxed
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
-Mask = NDArray[np.bool_]
+from kind_edge.budget.exchange import Exchanges, total
+from kind_edge.budget.highs import Relaxed
+from kind_edge.budget.table import Table, cover_cut, narrow, program
+from kind_edge.budget.tree import Floats, Integers, Mask, Tree
 
 LARGEST_COST = 2**53
 """Costs up to here are exact as floats, and a thousand of them add up within 64 bits."""
 
+NEGLIGIBLE = 1e-6
+"""Differences of the objective below this times the gap are none."""
+
 _EXACT_ATTEMPTS = 24
 _LAST_ATTEMPT = 28
 _SPLIT = 1e-6  # a column's share in the relaxation from which on it counts
-_MOST_ROUNDINGS = 256
+_MOST_ROUNDINGS, _MOST_IMPROVED = 256, 4
 _HAIR = 1e-5  # of a limit's slack: ten times what HiGHS forgives
-
-
-@dataclass(frozen=True)
-class Table:
-    """Columns sorted by group: `group` [n] counts from 0 without holes, `value` [n], `costs` name -> [n]."""
-
-    group: Integers
-    value: Floats
-    costs: Mapping[str, Integers]
-
-    @property
-    def groups(self) -> int:
-        return int(self.group[-1]) + 1
-
-    def starts(self) -> Integers:
-        return np.searchsorted(self.group, np.arange(self.groups)).astype(np.int64)
-
-    def only(self, kept: Mask) -> Table:
-        return Table(self.group[kept], self.value[kept], {name: cost[kept] for name, cost in self.costs.items()})
-
-    def above_minimum(self, name: str) -> Integers:
-        """What each column costs beyond the cheapest of its group, [n]."""
-        cost = self.costs[name]
-        lowest: Integers = np.minimum.reduceat(cost, self.starts())
-        above: Integers = cost - lowest[self.group]
-        return above
-
-    def slack(self, name: str, limit: int) -> int:
-        """What is left of a limit when every group takes its cheapest column; negative: the limit cannot be met."""
-        cheapest: list[int] = np.minimum.reduceat(self.costs[name], self.starts()).tolist()
-        return limit - sum(cheapest)
+_TILT = 0.01  # of the gap: what the tie-breakers may weigh in the objective
+_MOST_RELAXATIONS = 3
+_WORTHWHILE = 0.8  # a relaxation of so many of the columns teaches little new
+_KERNELS = ((400, 0.5), (900, 1.0))
+"""Of a large problem, so many columns are searched alone first, for so many seconds."""
 
 
 @dataclass(frozen=True)
 class Found:
     """The outcome of a search.
 
-    `chosen` holds one column per group and keeps every limit in integers, or is None. `bound`: no choice has a larger
-    objective. `finished`: the search ended by proof (optimal within the gap, or infeasible), not by the clock.
+    `picks` [G] is the choice: a column for every group, those of closed groups of no meaning; it keeps every limit in
+    integers. Or it is None. `bound`: no choice has a smaller objective. `finished`: the search ended by proof (optimal
+    within the gap, or infeasible), not by the clock.
     """
 
-    chosen: Integers | None
+    picks: Integers | None
     bound: float
     finished: bool
 
     @property
     def infeasible(self) -> bool:
         """Proven: no choice keeps every limit."""
-        return self.chosen is None and self.finished
+        return self.picks is None and self.finished
 
 
-def undominated(table: Table) -> Mask:
-    """The columns that no other of their group beats or equals in value and all costs (of twins the first stays)."""
-    kept = np.ones(len(table.group), dtype=bool)
-    for columns in np.split(np.arange(len(table.group)), table.starts()[1:]):
-        value = table.value[columns]
-        beaten = value[None, :] >= value[:, None]  # [column, rival]
-        equal = value[None, :] == value[:, None]
-        for cost in table.costs.values():
-            own = cost[columns]
-            beaten &= own[None, :] <= own[:, None]
-            equal &= own[None, :] == own[:, None]
-        earlier = np.tri(len(columns), k=-1, dtype=bool)
-        kept[columns] = ~(beaten & (~equal | earlier)).any(axis=1)
-    return kept
+_NOTHING = Found(None, np.inf, True)
 
 
-def search(table: Table, objective: Floats, limits: Mapping[str, int], gap: float, deadline: float) -> Found:
-    """Maximise the sum of `objective` [n] over the chosen columns, to a relative `gap`, until `deadline`.
+def search(table: Table, limits: Mapping[str, int], gap: float, deadline: float, ties: Floats | None = None) -> Found:
+    """Minimise the sum of the goal over a choice, to a relative `gap`, until `deadline` (`time.monotonic` seconds).
 
-    The linear relaxation comes first: it bounds the objective, its rounding is often good enough already, and its
-    reduced costs tell which columns can be part of nothing better; the integer program decides among the rest.
-    `deadline` is in seconds of `time.monotonic`. Raises `KindEdgeError` when HiGHS itself fails.
+    The linear relaxation comes first: it bounds the goal, its rounding is often good enough already, and its reduced
+    costs tell which columns can be part of nothing better. The integer program decides among the rest; where that is
+    much, first among the columns that the relaxation likes best, whose optimum is nearly always that of all.
+    Among choices whose goals differ by far less than the gap, the integer program prefers the smallest sum of `ties`
+    [n], which is between 0 and 1 for every choice. Raises `KindEdgeError` when HiGHS itself fails.
     """
-    kept = _narrow(table, limits)
+    return _Search(table, limits, gap, deadline, ties).run()
+
+
+class _Search:
+    """`best` and `reached`: the best choice so far and its goal; `bound`: none is below that.
+
+    `core`: the columns that a better choice can be made of, and which of the table's they are; `forced`: what taking
+    one costs at least above `base`, by the last relaxation.
+    """
+
+    def __init__(
+        self, table: Table, limits: Mapping[str, int], gap: float, deadline: float, ties: Floats | None
+    ) -> None:
+        self.table, self.limits, self.gap, self.deadline, self.ties = table, limits, gap, deadline, ties
+        self.exchanges = Exchanges(table.tree, table.goal, table.costs, limits)
+        self.best: Integers | None = None
+        self.reached, self.bound, self.base, self.tie = np.inf, -np.inf, -np.inf, np.inf
+        self.columns, self.core = np.arange(len(table.goal)), table
+        self.forced = np.zeros(len(table.goal))
+
+    def run(self) -> Found:
+        if not self._keep(None):
+            return _NOTHING
+        for _ in range(_MOST_RELAXATIONS):
+            before = len(self.columns)
+            if not self._relax() or self._closed() or not self._keep(self._useful()):
+                return self._found(True)
+            if len(self.columns) > _WORTHWHILE * before:
+                break
+        for most, seconds in _KERNELS:
+            if len(self.columns) > 2 * most:
+                self._kernel(most, min(self.deadline, time.monotonic() + seconds))
+                if self._closed() or not self._keep(self._useful()):
+                    return self._found(True)
+        last = self._branch(np.ones(len(self.columns), dtype=bool), self.deadline)
+        self.bound = max(self.bound, min(last.bound, self.reached))
+        return self._found(last.finished)
+
+    def _found(self, finished: bool) -> Found:
+        """`finished` without a choice: there is none. With one, nothing is left that could be better than the bound."""
+        if self.best is None:
+            return _NOTHING if finished else Found(None, self.bound, False)
+        bound = self.bound if self._closed() or len(self.columns) else self.reached
+        return Found(self.best, bound, finished)
+
+    def _closed(self) -> bool:
+        return self.best is not None and self.reached - self.bound <= self.gap * max(self.reached, NEGLIGIBLE)
+
+    def _useful(self) -> Mask:
+        """Columns of which a choice better than the best can be made: whoever takes one loses at least what it
+        forces."""
+        return self.base + self.forced <= self.reached
+
+    def _keep(self, useful: Mask | None) -> bool:
+        """Leave only the useful columns of the core, and of these what is affordable; False if no choice is left."""
+        kept = narrow(self.core, self.limits, useful)
+        if kept is None:
+            self.columns = self.columns[:0]
+            return False
+        self.columns, self.core, self.forced = self.columns[kept], self.core.only(kept), self.forced[kept]
+        return True
+
+    def _relax(self) -> bool:
+        """Relax the core; False if it has no choice within the limits."""
+        made, least = program(self.core, self.core.goal, self.limits, self.reached)
+        relaxed = made.relax()
+        if relaxed is None:
+            self.columns = self.columns[:0]
+            return False
+        self.base, self.forced = relaxed.bound + least - relaxed.tolerance, relaxed.forced
+        self.bound = max(self.bound, min(relaxed.bound + least, self.reached))
+        for rounded in _roundings(self.core, self.limits, relaxed):
+            self._take(self.columns[self.core.tree.chosen(rounded)])
+        return True
+
+    def _take(self, chosen: Integers) -> None:
+        """Improve a choice of the table's columns by exchanges, and keep it if it is the best."""
+        picks = self.exchanges.improve(_widened(self.table.tree, chosen, self.exchanges.richest))
+        value = total(self.table.tree, picks, self.table.goal)
+        tie = 0.0 if self.ties is None else total(self.table.tree, picks, self.ties)
+        if (value, tie) < (self.reached, self.tie):
+            self.best, self.reached, self.tie = picks, value, tie
+
+    def _kernel(self, most: int, deadline: float) -> None:
+        kernel = self.core.tree.closure(self.forced <= np.partition(self.forced, most)[most])
+        if kernel is not None:
+            self._branch(kernel, deadline)
+
+    def _branch(self, among: Mask, deadline: float) -> Found:
+        """Search some columns of the core with the integer program, and take what it finds."""
+        columns, core = self.columns[among], self.core.only(among)
+        ties = None if self.ties is None else self.ties[columns]
+        found = _branch(core, self.limits, self.gap, deadline, self.reached, self.bound, ties)
+        if found.picks is not None:
+            self._take(columns[core.tree.chosen(found.picks)])
+        return found
+
+
+def relaxed_bound(table: Table, limits: Mapping[str, int]) -> float:
+    """No choice within the limits has a smaller goal; infinite where that is proof that there is none."""
+    kept = narrow(table, limits)
     if kept is None:
-        return Found(None, -np.inf, True)
-    columns = np.flatnonzero(kept)
-    narrowed, goal = table.only(kept), objective[kept]
-    relaxed = _program(narrowed, goal, limits).relax()
-    if relaxed is None:
-        return Found(None, -np.inf, True)
-    rounded = _round(narrowed, goal, limits, relaxed)
-    if rounded is None:
-        found = _branch(narrowed, goal, limits, gap, deadline)
-        return Found(None if found.chosen is None else columns[found.chosen], found.bound, found.finished)
-    reached = float(goal[rounded].sum())
-    if relaxed.bound - reached <= gap * abs(reached):
-        return Found(columns[rounded], relaxed.bound, True)
-    # Whoever takes a column loses at least its reduced cost against the bound.
-    useful = relaxed.bound + relaxed.reduced_costs >= reached - relaxed.tolerance
-    core = np.flatnonzero(useful)
-    found = _branch(narrowed.only(useful), goal[core], limits, gap, deadline)
-    bound = max(reached, min(relaxed.bound, found.bound))
-    if found.chosen is None or float(goal[core][found.chosen].sum()) < reached:
-        return Found(columns[rounded], bound, found.finished)
-    return Found(columns[core[found.chosen]], bound, found.finished)
+        return np.inf
+    core = table.only(kept)
+    made, least = program(core, core.goal, limits, np.inf)
+    relaxed = made.relax()
+    return np.inf if relaxed is None else relaxed.bound + least - relaxed.tolerance
 
 
 def smallest_total(table: Table, name: str, limits: Mapping[str, int], deadline: float) -> int | None:
@@ -134,134 +185,74 @@ def smallest_total(table: Table, name: str, limits: Mapping[str, int], deadline:
     Descends: every solution becomes a limit that the next one must undercut, until none does. Where the clock ends
     that, the result can be reached but may not be the smallest.
     """
-    cost = table.costs[name]
+    costs = Table(table.tree, table.costs[name].astype(np.float64), table.costs)
     best: int | None = None
     while True:
         bounds = dict(limits) if best is None else {**limits, name: best - 1}
-        found = search(table, -table.above_minimum(name).astype(np.float64), bounds, gap=0.0, deadline=deadline)
-        if found.chosen is None:
+        found = search(costs, bounds, gap=0.0, deadline=deadline)
+        if found.picks is None:
             return best
-        best = sum(cost[found.chosen].tolist())
+        best = int(total(table.tree, found.picks, table.costs[name]))
 
 
-def improve(table: Table, chosen: Integers, limits: Mapping[str, int], tie_breakers: Sequence[str]) -> Integers:
-    """Exchange single columns while that gains value, or keeps it and lowers the tie-breaking costs, first one first.
-
-    Limits hold before and after. Afterwards every exchange that would gain value breaks a limit.
-    """
-    chosen = chosen.copy()
-    while True:
-        current = chosen[table.group]
-        fits = ~np.array([*broken_limits(table, chosen, limits).values(), np.zeros(len(current), bool)]).any(axis=0)
-        keys = [table.value - table.value[current]]
-        keys += [(table.costs[name][current] - table.costs[name]).astype(np.float64) for name in tie_breakers]
-        better, tied = np.zeros(len(current), bool), np.ones(len(current), bool)
-        for key in keys:
-            better |= tied & (key > 0)
-            tied &= key == 0
-        candidates = np.flatnonzero(fits & better)
-        if not len(candidates):
-            return chosen
-        best = candidates[np.lexsort([key[candidates] for key in reversed(keys)])[-1]]
-        chosen[table.group[best]] = best
-
-
-def broken_limits(table: Table, chosen: Integers, limits: Mapping[str, int]) -> dict[str, Mask]:
-    """Limit -> [n]: would that limit break if the column alone replaced its group's chosen one?"""
-    broken = {}
-    for name, limit in limits.items():
-        cost = table.costs[name]
-        left = limit - sum(cost[chosen].tolist())
-        broken[name] = cost - cost[chosen][table.group] > left
-    return broken
-
-
-def _branch(table: Table, goal: Floats, limits: Mapping[str, int], gap: float, deadline: float) -> Found:
+def _branch(
+    table: Table,
+    limits: Mapping[str, int],
+    gap: float,
+    deadline: float,
+    reached: float,
+    bound: float,
+    ties: Floats | None,
+) -> Found:
     """The integer program, solved again with one more cut for every answer that breaks a limit in integers."""
-    kept = _narrow(table, limits)
+    kept = narrow(table, limits)
     if kept is None:
-        return Found(None, -np.inf, True)
+        return _NOTHING
     columns, rest = np.flatnonzero(kept), table.only(kept)
-    program = _program(rest, goal[kept], limits)
-    bound = float(np.maximum.reduceat(goal[kept], rest.starts()).sum())
+    tilt = 0.0 if ties is None else _TILT * gap * max(bound, NEGLIGIBLE)
+    goal = rest.goal if ties is None else rest.goal + tilt * ties[columns]
+    made, least = program(rest, goal, limits, reached)
+    relative = gap
+    if math.isfinite(reached) and reached > least:  # of what lies above the least, which is all that HiGHS sees
+        relative = min(1.0, gap * max(reached, NEGLIGIBLE) / (reached - least))
+    lowest = -np.inf
     for attempt in range(_LAST_ATTEMPT):
         exact = attempt < _EXACT_ATTEMPTS  # after many cuts the limits shrink by a hair, which proves nothing any more
-        answer = program.run(gap, deadline, hair=0.0 if exact else _HAIR)
+        answer = made.run((1 - _TILT) * relative, deadline, hair=0.0 if exact else _HAIR)
         if exact:
-            bound = min(bound, answer.bound)
-        if answer.chosen is None:
-            return Found(None, bound, answer.finished and exact)
-        cut = _cover_cut(rest, answer.chosen, limits)
+            lowest = max(lowest, answer.bound + least - tilt)
+        if answer.picks is None:
+            return Found(None, lowest, answer.finished and exact)
+        cut = cover_cut(rest, rest.tree.chosen(answer.picks), limits)
         if cut is None:
-            return Found(columns[answer.chosen], bound, answer.finished)
-        program = program.with_cut(*cut)
-    return Found(None, bound, False)
+            chosen = columns[rest.tree.chosen(answer.picks)]
+            return Found(_widened(table.tree, chosen, table.tree.starts), lowest, answer.finished)
+        made = made.with_cut(*cut)
+    return Found(None, lowest, False)
 
 
-def _program(table: Table, goal: Floats, limits: Mapping[str, int]) -> Program:
-    """The program of a narrowed table: limits as shares of their slack; a row that every choice keeps is left out.
-
-    Where the slack is 0, narrowing left only columns at the minimum, and the row is one of those.
-    """
-    rows = []
-    for name, limit in limits.items():
-        above, slack = table.above_minimum(name), table.slack(name, limit)
-        if sum(np.maximum.reduceat(above, table.starts()).tolist()) > slack:
-            rows.append(above / slack)
-    return Program(table.group, goal, np.array(rows).reshape(len(rows), len(goal)))
-
-
-def _round(table: Table, goal: Floats, limits: Mapping[str, int], relaxed: Relaxed) -> Integers | None:
-    """The best choice among the relaxation's few split groups, improved by single exchanges; None if none fits.
+def _roundings(table: Table, limits: Mapping[str, int], relaxed: Relaxed) -> list[Integers]:
+    """The best choices, as picks, among the relaxation's few split groups that keep every limit.
 
     A basic solution splits at most as many groups as there are limits, so there are few combinations.
     """
-    support = [part[relaxed.shares[part] > _SPLIT] for part in np.split(np.arange(len(goal)), table.starts()[1:])]
-    best: Integers | None = None
-    for combination in itertools.islice(itertools.product(*support), _MOST_ROUNDINGS):
-        chosen = np.array(combination, dtype=np.int64)
-        if any(sum(table.costs[name][chosen].tolist()) > limit for name, limit in limits.items()):
-            continue
-        chosen = improve(Table(table.group, goal, table.costs), chosen, limits, ())
-        if best is None or goal[chosen].sum() > goal[best].sum():
-            best = chosen
-    return best
+    tree, shares = table.tree, relaxed.shares
+    picks = np.lexsort((-shares, tree.group))[tree.starts].astype(np.int64)
+    supported = shares > _SPLIT
+    split = np.flatnonzero(np.add.reduceat(supported.astype(np.int64), tree.starts) > 1)
+    support = [np.flatnonzero(supported & (tree.group == group)) for group in split]
+    fitting: list[tuple[float, int, Integers]] = []
+    for number, combination in enumerate(itertools.islice(itertools.product(*support), _MOST_ROUNDINGS)):
+        rounded = picks.copy()
+        rounded[split] = combination
+        chosen = tree.chosen(rounded)
+        if all(sum(table.costs[name][chosen].tolist()) <= limit for name, limit in limits.items()):
+            fitting.append((math.fsum(table.goal[chosen].tolist()), number, rounded))
+    return [rounded for _, _, rounded in sorted(fitting, key=lambda each: each[:2])[:_MOST_IMPROVED]]
 
 
-def _narrow(table: Table, limits: Mapping[str, int]) -> Mask | None:
-    """Drop, until nothing changes, columns that no choice can afford; None if nothing is left to choose."""
-    kept = np.ones(len(table.group), dtype=bool)
-    while True:
-        rest = table.only(kept)
-        affordable = np.ones(len(rest.group), dtype=bool)
-        for name, limit in limits.items():
-            slack = rest.slack(name, limit)
-            if slack < 0:
-                return None
-            affordable &= rest.above_minimum(name) <= slack
-        if affordable.all():
-            return kept
-        if not np.logical_or.reduceat(affordable, rest.starts()).all():
-            return None  # what one limit leaves of a group, another excludes
-        kept[np.flatnonzero(kept)] = affordable
-
-
-def _cover_cut(table: Table, chosen: Integers, limits: Mapping[str, int]) -> tuple[Mask, int] | None:
-    """For a choice that breaks a limit in integers: columns of which at most `count` can be chosen together.
-
-    The chosen columns of a few groups already break the limit with everybody else at the cheapest; so does any choice
-    that takes columns at least as costly in all of those groups.
-    """
-    for name, limit in limits.items():
-        slack = table.slack(name, limit)
-        above = table.above_minimum(name)
-        spent = above[chosen]
-        order = np.argsort(-spent, kind="stable")
-        over = np.cumsum(spent[order]) > slack
-        if not over[-1]:
-            continue
-        in_cover = np.zeros(table.groups, dtype=bool)
-        size = int(np.argmax(over)) + 1
-        in_cover[order[:size]] = True
-        return in_cover[table.group] & (above >= spent[table.group]), size - 1
-    return None
+def _widened(tree: Tree, chosen: Integers, others: Integers) -> Integers:
+    """The chosen columns as picks of every group [G]; of closed groups those in `others`."""
+    picks = others.copy()
+    picks[tree.group[chosen]] = chosen
+    return picks

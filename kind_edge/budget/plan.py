@@ -14,7 +14,8 @@ from kind_edge.budget.image_time import FACTORS
 from kind_edge.errors import InputError, nearest
 from kind_edge.model.spec import Form, ModelSpec, branch_of, default_sampler
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: kind-edge 0.1.0, whose plans maximised the layers' retained energy; still read, with nothing predicted."""
 
 Storage = Literal["dense", "factored", "dropped"]
 
@@ -51,7 +52,14 @@ class Plan:
     """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
     `precision` is what the app loads (int8 where any matrix is), `precisions` what is written. `limits` are what was
-    asked for, in the solver's units; `binding` those that kept the plan from being better.
+    asked for, in the solver's units; `binding` those that kept the plan from being better; `prices` what a tenth more
+    of each of these would buy: the limit raised, and the figures of the plan within it.
+    `predicted_loss_increase` is relative to the loss of the uncut model, `predicted_frechet` the distance that follows
+    from it; None where that was never measured. `minimised` is the loss, or one of the costs at a limited loss.
+    `optimality_gap` is how far from the best the plan may be, relative to what was minimised; None for a plan that was
+    changed by hand.
+    Latencies come from the profile's measured table or from the roofline (`latency_source`); where a limit on latency
+    was asked for, it holds for the sustained one, with `burst` for that at first.
     `dense` holds the same figures of the dense fp32 model of the same shape: what percentages refer to.
     `guidance` is what the sampling loop does; a distilled model has its own, `inside_guidance`, in its prediction.
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
@@ -80,15 +88,20 @@ class Plan:
     evaluation_latency_s: float
     image_latency_s: float
     sustained_image_latency_s: float
-    retained_energy: float
+    predicted_loss_increase: float | None
+    predicted_frechet: float | None
     limits: Mapping[str, float]
     binding: tuple[str, ...]
-    optimality_gap: float
+    prices: Mapping[str, Mapping[str, float | None]]
+    optimality_gap: float | None
     dense: Mapping[str, float]
     matrices: Mapping[str, MatrixPlan]
     inside_guidance: float | None = None
     time: Mapping[str, float] = field(default_factory=dict)
     teacher_time: Mapping[str, float] = field(default_factory=dict)
+    minimised: Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"] = "loss"
+    latency_source: Literal["measured table", "roofline estimate"] = "roofline estimate"
+    burst: bool = False
 
     @property
     def null_branch(self) -> bool:
@@ -98,10 +111,7 @@ class Plan:
     @property
     def dropped_branches(self) -> tuple[str, ...]:
         """Branches of which no matrix is left ("blocks.3.attn"); their blocks go on without them."""
-        branches: dict[str, bool] = {}
-        for name, matrix in self.matrices.items():
-            branches[branch_of(name)] = branches.get(branch_of(name), True) and matrix.gone
-        return tuple(name for name, gone in branches.items() if gone)
+        return dropped_branches(self.matrices)
 
     def matrix_precisions(self, file_precision: str) -> dict[str, str]:
         """Precision of every matrix in the file of that precision: the int8 file keeps what the plan wants in fp32.
@@ -120,9 +130,12 @@ class Plan:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> Plan:
         """Parse strictly; anything unknown, missing or of the wrong type is an `InputError`."""
-        if values.get("schema_version") != SCHEMA_VERSION:
+        if values.get("schema_version") == 1:
+            values = {key: value for key, value in values.items() if key != "retained_energy"}
+            values |= {"predicted_loss_increase": None, "predicted_frechet": None, "prices": {}}
+        elif values.get("schema_version") != SCHEMA_VERSION:
             raise InputError(
-                f"{where}: not a plan of schema version {SCHEMA_VERSION}; make it anew with kind-edge plan"
+                f"{where}: not a plan of schema version 1 or {SCHEMA_VERSION}; make it anew with kind-edge plan"
             )
         known = {each.name for each in dataclasses.fields(cls)}
         given = {key: value for key, value in values.items() if key != "schema_version"}
@@ -145,7 +158,7 @@ class Plan:
 
 
 _LISTS = ("classes", "precisions", "binding")
-_LATER = ("inside_guidance", "time", "teacher_time")
+_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst")
 """Fields that plans of kind-edge 0.1.0 do not have."""
 
 
@@ -186,6 +199,8 @@ def _check_types(values: Mapping[str, Any], cls: type, where: str) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if kind is bool:
+        return isinstance(value, bool)
     if kind in (int, str, type(None)):
         return isinstance(value, kind) and not isinstance(value, bool)
     if kind is float:
@@ -243,6 +258,12 @@ def _check_precisions(plan: Plan) -> None:
     label = "int8" if any(matrix.precision == "int8" for matrix in plan.matrices.values()) else "fp32"
     if plan.precision in ("fp32", "int8") and plan.precision != label:
         raise InputError(f"the plan is called {plan.precision}, but its matrices make it {label}; solve again")
+
+
+def dropped_branches(matrices: Mapping[str, MatrixPlan]) -> tuple[str, ...]:
+    """Names of the branches ("blocks.3.attn") of which no matrix is left, in the order of the matrices."""
+    kept = {branch_of(name) for name, matrix in matrices.items() if not matrix.gone}
+    return tuple(branch for branch in dict.fromkeys(map(branch_of, matrices)) if branch not in kept)
 
 
 def full_rank(plan: Plan, ranks: Mapping[str, tuple[int, int]]) -> Plan:

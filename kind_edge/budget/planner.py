@@ -1,25 +1,87 @@
-"""From a request to a plan: each form, precision and unit that may be used becomes a knapsack; the best answer wins."""
+"""From a request to a plan: each way to run the model that may be used becomes a problem; the best answer wins.
+
+Ways differ in steps and guidance, form, unit and the file's precision. They are tried in the order of the best that
+they could be, and left out as soon as a bound proves that they cannot win.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+from kind_edge.budget.latency import latency_source
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.problem import (
     Candidate,
     Deployment,
     Request,
+    Sampling,
     Source,
     build_problem,
     limit_name,
 )
 from kind_edge.budget.profile import Precision
-from kind_edge.budget.solver import Solution, solve
-from kind_edge.errors import NoPlanError, UsageError
+from kind_edge.budget.solver import GAP, LOSS, Option, Problem, Solution, lower_bound, solve
+from kind_edge.errors import KindEdgeError, NoPlanError, UsageError
 from kind_edge.model.spec import Form
 
 PLANNED_PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
 """What the exporters can write."""
+
+PRICED = 1.1
+"""A price is what so much of a limit would buy."""
+
+_PRICE_GAP = 5 * GAP
+"""A price need not be proven as closely as a plan."""
+
+_TIED = 2 * GAP
+"""Of the best: answers are not known better than to their gap, so the faster one wins."""
+_TIED_LOSS = 1e-6
+_CLEARLY_BETTER = 1.02
+"""Where nothing is limited, other steps than the recommended ones must be better by more: distances are measured."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the model: a request with its sampling settled, and a candidate of it."""
+
+    request: Request
+    candidate: Candidate
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The best choice of one way. `score`: what ways are compared by, smaller is better."""
+
+    way: Way
+    solution: Solution
+    score: float
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The problems of a source, built once for each way."""
+
+    source: Source
+    _built: dict[tuple[Sampling, Candidate], Problem] = field(default_factory=dict)
+
+    def of(self, way: Way, more: Mapping[str, float]) -> Problem:
+        """The problem of a way with limits that are `more` (cost -> factor) times as large."""
+        key = (way.request.sampling, way.candidate)
+        if key not in self._built:
+            self._built[key] = build_problem(self.source, way.request, way.candidate)
+        return with_more(self._built[key], more)
+
+
+def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
+    """The same problem with some limits (by cost, or LOSS) multiplied."""
+    if not more:
+        return problem
+    limits = {name: int(limit * more.get(name, 1.0)) for name, limit in problem.limits.items()}
+    max_loss = None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0)
+    return dataclasses.replace(problem, limits=limits, max_loss=max_loss)
 
 
 def candidate_forms(request: Request) -> tuple[Form, ...]:
@@ -51,47 +113,185 @@ def candidates(request: Request) -> Iterator[Candidate]:
                     yield Candidate(form, precision, unit)
 
 
-def make_plan(source: Source, request: Request) -> Plan:
-    """The best plan under the request: most retained energy, then lowest latency.
+def ways(source: Source, request: Request) -> list[Way]:
+    """Every way that a request allows, those at its own sampling first; `UsageError` where there is none.
 
-    Raises `NoPlanError` when nothing fits (that of the candidate that misses by least), `UsageError` when the request
-    contradicts itself or the device.
+    A file whose matrices may all be int8 or fp32 is fp32 where all are, unless its other networks are int8.
     """
-    plans: list[Plan] = []
+    samplings = [request.sampling] if request.minimise != LOSS else [request.sampling, *request.others]
+    settled = [dataclasses.replace(request, sampling=sampling, others=()) for sampling in samplings]
+    found = [Way(each, candidate) for each in settled for candidate in candidates(each)]
+    if request.precision == "auto" and not source.spec.label_embedding:
+        mixed = {(way.candidate.form, way.candidate.unit) for way in found if way.candidate.precision == "int8"}
+        found = [
+            way
+            for way in found
+            if way.candidate.precision == "int8" or (way.candidate.form, way.candidate.unit) not in mixed
+        ]
+    if not found:
+        raise UsageError(
+            f"--unit {request.unit}: profile {request.profile.name!r} cannot run --precision {request.precision} "
+            "there; kind-edge profiles show lists what it can run"
+        )
+    return found
+
+
+def make_plan(source: Source, request: Request) -> Plan:
+    """The best plan under the request: the lowest predicted Fréchet distance (the least predicted loss, where that is
+    not known), then the lowest latency; or the least of the cost that is to be minimised.
+
+    Raises `NoPlanError` when nothing fits, with the closest plan and verified relaxations, and `UsageError` when the
+    request contradicts itself or the device.
+    """
+    from kind_edge.budget.refusal import refusal  # it plans, to verify what it proposes
+
+    problems = Problems(source)
+    try:
+        answer = best_answer(problems, request)
+    except NoPlanError as error:
+        raise refusal(problems, request, error) from error
+    prices = {}
+    for cost in answer.solution.binding:
+        more = best_answer(problems, request, {cost: PRICED}, _PRICE_GAP)
+        more = min(answer, more, key=lambda each: each.score)  # what fits still fits
+        limit = answer_limit(problems, more, {cost: PRICED}, cost)
+        prices[limit_name(cost)] = {"limit": limit, **price_figures(source, more)}
+    return plan_of(source, answer, prices)
+
+
+def best_answer(
+    problems: Problems, request: Request, more: Mapping[str, float] | None = None, gap: float = GAP
+) -> Answer:
+    """The best answer over all ways, with some limits multiplied, each proven to the relative `gap`.
+
+    Where the distances of different steps cannot be compared, other steps are taken only if the request's own do not
+    fit, in their order.
+    """
+    source = problems.source
+    found = ways(source, request)
+    own = [way for way in found if way.request.sampling == request.sampling]
+    if source.frechet(0.0, request.sampling) is not None:
+        known = [way for way in found if source.frechet(0.0, way.request.sampling) is not None]
+        return _best_of(problems, known, more or {}, request, gap)
+    pools = [[way for way in found if way.request.sampling == other] for other in request.others]
     failures: list[NoPlanError] = []
-    for candidate in candidates(request):
-        problem = build_problem(source, request, candidate)
+    for pool in [own, *(pools if request.minimise == LOSS else [])]:
         try:
-            plans.append(_plan(source, request, candidate, solve(problem)))
+            return _best_of(problems, pool, more or {}, request, gap)
         except NoPlanError as error:
             failures.append(error)
-    if plans:
-        return min(plans, key=lambda plan: (-round(plan.retained_energy, 3), plan.sustained_image_latency_s))
-    if failures:
-        raise min(failures, key=_overshoot)
-    raise UsageError(
-        f"--unit {request.unit}: profile {request.profile.name!r} cannot run --precision {request.precision} there; "
-        "dynamic int8 runs on cpu, fp32 on cpu and gpu"
-    )
+    raise failures[0]
 
 
-def _overshoot(error: NoPlanError) -> float:
+def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], request: Request, gap: float) -> Answer:
+    """The best answer of some ways. Raises `NoPlanError`, that of the way that misses by least, if none has any."""
+    answers: list[Answer] = []
+    failures: list[NoPlanError] = []
+    at_best = math.inf
+    for hope, way in _by_hope(problems, pool, more, request):
+        if hope > _tied(at_best):
+            break
+        problem = problems.of(way, more)
+        try:
+            solution = solve(problem, gap=gap)
+        except NoPlanError as error:
+            failures.append(error)
+            continue
+        if _is_another(problems.source, way, solution):
+            continue
+        answers.append(Answer(way, solution, _score(problems.source, way, request, solution.objective, problem)))
+        at_best = min(at_best, answers[-1].score)
+    if not answers:
+        raise min(failures, key=overshoot)
+    tied = [answer for answer in answers if answer.score <= _tied(at_best)]
+    return min(tied, key=lambda answer: (answer.solution.totals["latency_ns"], answer.score))
+
+
+def _is_another(source: Source, way: Way, solution: Solution) -> bool:
+    """Whether an int8 file turned out to have no int8 matrix; as its other networks were counted as int8, it is
+    not the fp32 file that it would be called."""
+    quantized = any(option.what == "int8" for option in solution.choice.values())
+    return way.candidate.precision == "int8" and not quantized and source.spec.label_embedding
+
+
+def _by_hope(
+    problems: Problems, pool: list[Way], more: Mapping[str, float], request: Request
+) -> list[tuple[float, Way]]:
+    """Every way with the best score that it can have, by that."""
+    hopes = []
+    for way in pool:
+        problem = problems.of(way, more)
+        least = lower_bound(problem) if len(pool) > 1 else 0.0
+        hopes.append((_score(problems.source, way, request, least, problem), way))
+    return sorted(hopes, key=lambda each: each[0])
+
+
+def _tied(score: float) -> float:
+    return score + max(_TIED * score, _TIED_LOSS)
+
+
+def _score(source: Source, way: Way, request: Request, objective: float, problem: Problem) -> float:
+    """What ways are compared by, at an objective of the solver: Fréchet distance, loss increase, or a whole cost."""
+    if request.minimise != LOSS:
+        return objective + problem.fixed.get(request.minimise, 0)
+    distance = source.frechet(objective, way.request.sampling)
+    if distance is None:
+        return objective
+    unasked = not request.limits and way.request.sampling != request.sampling
+    return distance * (_CLEARLY_BETTER if unasked else 1.0)
+
+
+def overshoot(error: NoPlanError) -> float:
+    """By which factor the worst limit of a refusal is missed."""
     entries = getattr(error, "diagnosis", ()) or ()
     return max((entry.smallest / max(entry.limit_value, 1) for entry in entries), default=float("inf"))
 
 
-def _plan(source: Source, request: Request, candidate: Candidate, solution: Solution) -> Plan:
-    """The solver's answer in the words of a plan."""
-    spec, sampling = source.spec, request.sampling
-    deployment = Deployment(spec, request, candidate)
-    matrices = {matrix.name: _matrix_plan(matrix.name, candidate, solution) for matrix in spec.matrices()}
-    params = deployment.fixed.params
-    for shape in spec.matrices():
-        chosen = matrices[shape.name]
-        params += deployment.shared(shape, chosen.storage, chosen.shared_rank).params
-        params += deployment.tailors(shape, chosen.tailor_rank or 0).params
-    burst_s = deployment.evaluations * deployment.evaluation_latency_s(matrices, sustained=False)
-    evaluation_s = deployment.evaluation_latency_s(matrices, sustained=True)
+def answer_limit(problems: Problems, answer: Answer, more: Mapping[str, float], cost: str) -> float:
+    """A limit as it was when the answer was found, in the plan's units."""
+    problem = problems.of(answer.way, more)
+    return problem.max_loss or 0.0 if cost == LOSS else float(problem.limits[cost])
+
+
+def price_figures(source: Source, answer: Answer) -> dict[str, float | None]:
+    """The figures of an answer that is not chosen."""
+    totals, loss = answer.solution.totals, answer.solution.loss
+    return {
+        "predicted_loss_increase": loss,
+        "predicted_frechet": source.frechet(loss, answer.way.request.sampling),
+        "flops": float(totals["flops"]),
+        "weight_bytes": float(totals["weight_bytes"] - answer.way.request.spare_bytes),
+        "peak_memory_bytes": float(totals["peak_memory_bytes"]),
+        "image_latency_s" if answer.way.request.burst else "sustained_image_latency_s": totals["latency_ns"] / 1e9,
+        "steps": float(answer.way.request.sampling.steps),
+    }
+
+
+def plan_of(source: Source, answer: Answer, prices: Mapping[str, Mapping[str, float | None]]) -> Plan:
+    """The answer in the words of a plan; its costs are counted anew, from the matrices."""
+    way, solution = answer.way, answer.solution
+    matrices = {m.name: _matrix_plan(m.name, way.candidate, solution.choice) for m in source.spec.matrices()}
+    plan = figures_of(source, way, matrices)
+    counted = Deployment(source.spec, way.request, way.candidate).totals(matrices)
+    if counted != solution.totals:
+        raise KindEdgeError(f"the plan costs {counted}, the solver counted {dict(solution.totals)}")
+    return dataclasses.replace(
+        plan,
+        predicted_loss_increase=solution.loss,
+        predicted_frechet=source.frechet(solution.loss, way.request.sampling),
+        binding=tuple(limit_name(cost) for cost in solution.binding),
+        prices=prices,
+        optimality_gap=solution.optimality_gap,
+    )
+
+
+def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> Plan:
+    """A plan of these very matrices: what it costs and what it is predicted to lose, with no claim to be the best."""
+    spec, request, candidate = source.spec, way.request, way.candidate
+    deployment, sampling = Deployment(spec, request, candidate), request.sampling
+    totals = deployment.totals(matrices)
+    increase = source.losses(candidate.form, request.classes).increase(matrices)
+    limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
     return Plan(
         model=source.name,
         checkpoint_sha256=source.checkpoint_sha256,
@@ -99,7 +299,7 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         unit=candidate.unit,
         form=candidate.form,
         classes=request.classes,
-        precision=candidate.precision,
+        precision="int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32",
         precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
         sampler=sampling.sampler,
         steps=sampling.steps,
@@ -108,29 +308,40 @@ def _plan(source: Source, request: Request, candidate: Candidate, solution: Solu
         modulation="network" if spec.label_embedding else "baked",
         truncation=source.truncation,
         calibration=source.calibration,
-        params=params,
-        flops=solution.totals["flops"],
-        weight_bytes=solution.totals["weight_bytes"] - request.spare_bytes,
-        peak_memory_bytes=solution.totals["peak_memory_bytes"],
-        evaluation_latency_s=evaluation_s,
-        image_latency_s=burst_s + deployment.decoder_latency_s(sustained=False),
-        sustained_image_latency_s=solution.totals["latency_ns"] / 1e9,
-        retained_energy=solution.value,
-        limits={limit_name(cost): float(limit) for cost, limit in deployment.limits().items()},
-        binding=tuple(limit_name(cost) for cost in solution.binding),
-        optimality_gap=solution.optimality_gap,
+        params=deployment.params(matrices),
+        flops=totals["flops"],
+        weight_bytes=totals["weight_bytes"] - request.spare_bytes,
+        peak_memory_bytes=totals["peak_memory_bytes"],
+        evaluation_latency_s=deployment.evaluation_latency_s(matrices, sustained=True),
+        image_latency_s=deployment.image_latency_s(matrices, sustained=False),
+        sustained_image_latency_s=deployment.image_latency_s(matrices, sustained=True),
+        predicted_loss_increase=increase,
+        predicted_frechet=source.frechet(increase, sampling),
+        limits=limits if request.max_loss is None else {**limits, "max_quality_loss": request.max_loss},
+        binding=(),
+        prices={},
+        optimality_gap=None,
         dense=deployment.dense(),
         matrices=matrices,
         inside_guidance=sampling.inside_guidance,
-        time=deployment.time(evaluation_s),
-        teacher_time=deployment.time(evaluation_s, source.teacher) if source.teacher else {},
+        time=deployment.time(matrices),
+        teacher_time=deployment.time(matrices, source.teacher) if source.teacher else {},
+        minimised=request.minimise,
+        latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
+        burst=request.burst,
     )
 
 
-def _matrix_plan(name: str, candidate: Candidate, solution: Solution) -> MatrixPlan:
-    shared, tailors = solution.choice[f"{name}/shared"], solution.choice.get(f"{name}/tailors")
+def _matrix_plan(name: str, candidate: Candidate, choice: Mapping[str, Option]) -> MatrixPlan:
+    if name not in choice:  # its branch is dropped: there is nothing to quantize
+        return (
+            MatrixPlan("dropped", "fp32", rank=0) if candidate.form != "switch" else MatrixPlan("dropped", "fp32", 0, 0)
+        )
+    precision = choice[name].what
+    shared = choice[f"{name}/{precision}/shared"]
+    storage, rank = shared.what, shared.rank
     if candidate.form != "switch":
-        return MatrixPlan(shared.storage, candidate.precision, rank=shared.learngene_rank)
-    tailor_rank = tailors.tailor_rank if tailors else 0
-    storage = "factored" if shared.storage == "dropped" and tailor_rank else shared.storage
-    return MatrixPlan(storage, candidate.precision, shared.learngene_rank, tailor_rank)
+        return MatrixPlan(storage, precision, rank=rank)  # type: ignore[arg-type]  # a word of `build_problem`
+    tailors = choice.get(f"{name}/{precision}/tailors")
+    tailor_rank = tailors.rank if tailors else 0
+    return MatrixPlan("factored" if storage == "dropped" and tailor_rank else storage, precision, rank, tailor_rank)  # type: ignore[arg-type]

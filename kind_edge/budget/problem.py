@@ -1,42 +1,46 @@
-"""What a request costs on a device, and the knapsack that follows from it.
+"""What a request costs on a device, and the choices that follow from it.
 
-Value: the share of the model's (whitened) output energy, over all matrices, that is retained. Costs: exact FLOPs of one
-evaluation, bytes of the model files, peak memory, and the sustained latency of one whole image, decoder included.
+Costs: exact FLOPs of one evaluation, bytes of the model files, peak memory, and the sustained latency of one whole
+image, decoder included. A branch is kept or dropped whole; a matrix of a kept branch has one precision; its shared part
+and its tailors each have a rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from kind_edge.budget.cost import (
     FixedCost,
     MatrixCost,
+    branch_fixed_cost,
+    branch_memory_bytes,
     deployed_fixed_cost,
     fixed_latency_s,
+    fixed_memory_bytes,
     matrix_cost,
     matrix_latency_s,
+    matrix_memory_bytes,
     model_cost,
 )
 from kind_edge.budget.decoder import decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
-from kind_edge.budget.plan import MatrixPlan, Storage
+from kind_edge.budget.loss import LossModel, MatrixLoss
+from kind_edge.budget.plan import MatrixPlan, Storage, dropped_branches
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
-from kind_edge.budget.solver import Option, Problem
-from kind_edge.budget.spectrum import Spectrum
+from kind_edge.budget.response import Response
+from kind_edge.budget.solver import LOSS, Option, Problem
 from kind_edge.errors import UsageError
-from kind_edge.model.spec import Form, MatrixShape, ModelSpec
+from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec, branch_of
 from kind_edge.units import Quantity
 
 GRAPH_BYTES_PER_OPERATOR = 180
 """Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
 
-RUNTIME_MEMORY_BYTES = 16 * 2**20
-"""What ONNX Runtime holds for a session besides weights and activations; scripts/bench cost compares."""
-
-WEIGHT_COPIES = 2
-"""While a session is made, the file's weights and the prepacked ones are both in memory."""
+Objective = Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"]
 
 LIMIT_NAMES = {
     "max_flops": "flops",
@@ -63,7 +67,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction."""
+    """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction.
+
+    `sampling` is what the user or the checkpoint says; `others` may be taken instead, where the user left it open;
+    `fewer` have fewer steps, most first: ways out where nothing fits.
+    `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
+    `max_loss`.
+    `burst`: latency is limited as it is at first, not after minutes of load.
+    """
 
     profile: DeviceProfile
     classes: tuple[str, ...]
@@ -73,24 +84,44 @@ class Request:
     unit: Unit | Literal["auto"] = "auto"
     limits: Mapping[str, Quantity] = field(default_factory=dict)
     spare_bytes: int = 0
+    others: tuple[Sampling, ...] = ()
+    fewer: tuple[Sampling, ...] = ()
+    minimise: Objective = LOSS
+    max_loss: float | None = None
+    burst: bool = False
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is planned for: the model, its identity, how its spectra were made, and whom it learned from."""
+    """What is planned for: the model, its identity, what cutting it costs, and whom it learned from.
+
+    `losses` gives the predicted losses for a form and classes; `response` what they mean for pictures, where that has
+    been measured.
+    """
 
     name: str
     checkpoint_sha256: str
     spec: ModelSpec
-    spectra: Mapping[Form, Mapping[str, Spectrum]]
+    losses: Callable[[Form, tuple[str, ...]], LossModel]
     truncation: Literal["whitened", "plain"]
     calibration: str
     teacher: Teacher | None = None
+    response: Response | None = None
+
+    def frechet(self, loss_increase: float, sampling: Sampling) -> float | None:
+        """The predicted Fréchet distance; None where nothing was measured."""
+        guidance = sampling.guidance if sampling.inside_guidance is None else sampling.inside_guidance
+        if self.response is None or not self.response.measured(sampling.steps, guidance):
+            return None
+        return self.response.frechet(loss_increase, sampling.steps, guidance)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run the model: what the solver is asked about."""
+    """One way to run the model: what the solver is asked about.
+
+    `precision` is that of the file: in an int8 file matrices may be int8 or, where the request leaves it open, fp32.
+    """
 
     form: Form
     precision: Precision
@@ -107,12 +138,8 @@ class Deployment:
 
     @property
     def evaluations_per_step(self) -> int:
+        """A guided step has both in one batch, one call of the runtime."""
         return 2 if self.candidate.form == "switch" and self.request.sampling.guidance != 1.0 else 1
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations of one image, guidance included."""
-        return self.request.sampling.evaluations * self.evaluations_per_step
 
     @property
     def fixed(self) -> FixedCost:
@@ -120,37 +147,73 @@ class Deployment:
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
         return deployed_fixed_cost(self.spec, kept, rows, not self.spec.label_embedding, self.candidate.precision)
 
-    def shared(self, matrix: MatrixShape, storage: Storage, rank: int) -> MatrixCost:
-        """The part of a matrix that every image sees."""
-        return matrix_cost(self.spec, matrix, storage, rank, 0, 0, self.candidate.precision)
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """What a single matrix may be stored in."""
+        mixed = self.candidate.precision == "int8" and self.request.precision == "auto"
+        return ("fp32", "int8") if mixed else (self.candidate.precision,)
 
-    def tailors(self, matrix: MatrixShape, rank: int) -> MatrixCost:
+    def shared(self, matrix: MatrixShape, storage: Storage, rank: int, precision: Precision) -> MatrixCost:
+        """The part of a matrix that every image sees."""
+        return matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+
+    def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""
         kept = len(self.request.classes)
-        return matrix_cost(self.spec, matrix, "dropped", 0, rank, kept, self.candidate.precision)
+        return matrix_cost(self.spec, matrix, "dropped", 0, rank, kept, precision)
 
-    def matrix_costs(self, cost: MatrixCost) -> dict[str, int]:
+    def matrix_costs(self, cost: MatrixCost, precision: Precision) -> dict[str, int]:
         """One part of a matrix in the solver's units."""
-        profile, unit, precision = self.request.profile, self.candidate.unit, self.candidate.precision
-        file_bytes = cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR
+        profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
+        seconds = matrix_latency_s(cost, profile, unit, precision, sustained, self.evaluations_per_step)
+        return self._costs(cost, seconds, matrix_memory_bytes(cost, precision, self.evaluations_per_step))
+
+    def branch_costs(self, kind: Branch) -> dict[str, int]:
+        """What a kept branch of one block costs beside its matrices, in the solver's units."""
+        rows, kept = self.request.sampling.evaluations, len(self.request.classes)
+        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows)
+        return self._costs(fixed, self._fixed_latency_s(fixed), branch_memory_bytes(fixed))
+
+    def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": file_bytes,
-            "peak_memory_bytes": WEIGHT_COPIES * file_bytes,
-            "latency_ns": _ns(matrix_latency_s(cost, profile, unit, precision) * self.evaluations),
+            "weight_bytes": cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR,
+            "peak_memory_bytes": memory_bytes,
+            "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
+
+    def _fixed_latency_s(self, fixed: FixedCost) -> float:
+        profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
+        return fixed_latency_s(fixed, profile, unit, sustained, self.evaluations_per_step)
+
+    def totals(self, matrices: Mapping[str, MatrixPlan]) -> dict[str, int]:
+        """What the whole costs with these matrices, in the solver's units: counted from the plan, not by the solver."""
+        totals = self.fixed_costs()
+        for branch in dropped_branches(matrices):
+            for name, amount in self.branch_costs(_kind(branch)).items():
+                totals[name] -= amount
+        for shape in self.spec.matrices():
+            plan = matrices[shape.name]
+            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            for part in (
+                self.shared(shape, plan.storage, plan.shared_rank, precision),
+                self.tailors(shape, plan.tailor_rank or 0, precision),
+            ):
+                for name, amount in self.matrix_costs(part, precision).items():
+                    totals[name] += amount
+        return totals
 
     def fixed_costs(self) -> dict[str, int]:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, decoder_cost(self.spec)
         file_bytes = fixed.weight_bytes + fixed.operators * GRAPH_BYTES_PER_OPERATOR + 4 * decoder.params
-        activations = max(self.evaluations_per_step * fixed.activation_bytes_peak, decoder.activation_bytes_peak)
-        seconds = fixed_latency_s(fixed, self.request.profile, self.candidate.unit) * self.evaluations
+        seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
+        seconds += self.decoder_latency_s(not self.request.burst)
         return {
             "flops": fixed.flops,
             "weight_bytes": file_bytes + self.request.spare_bytes,
-            "peak_memory_bytes": RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * file_bytes + activations,
-            "latency_ns": _ns(seconds + self.decoder_latency_s()),
+            "peak_memory_bytes": fixed_memory_bytes(fixed, self.evaluations_per_step, decoder),
+            "latency_ns": _ns(seconds),
         }
 
     def decoder_latency_s(self, sustained: bool = True) -> float:
@@ -158,24 +221,42 @@ class Deployment:
         flops = decoder_cost(self.spec).flops
         return flops / self.request.profile.throughput(self.candidate.unit, "fp32", sustained) if flops else 0.0
 
-    def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool) -> float:
-        """Seconds of one evaluation at batch 1 with these matrices."""
-        profile, unit, precision = self.request.profile, self.candidate.unit, self.candidate.precision
-        parts = [
-            part
-            for shape in self.spec.matrices()
-            for plan in [matrices[shape.name]]
-            for part in (self.shared(shape, plan.storage, plan.shared_rank), self.tailors(shape, plan.tailor_rank or 0))
-        ]
-        seconds = sum(matrix_latency_s(part, profile, unit, precision, sustained) for part in parts)
-        return fixed_latency_s(self.fixed, profile, unit, sustained) + seconds
+    def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool, batch: int = 1) -> float:
+        """Seconds of one call with these matrices and `batch` rows: one evaluation, or two of a guided step."""
+        profile, unit = self.request.profile, self.candidate.unit
+        left = dataclasses.replace(self, spec=self.spec.without_branches(dropped_branches(matrices)))
+        seconds = fixed_latency_s(left.fixed, profile, unit, sustained, batch)
+        for shape in left.spec.matrices():
+            plan = matrices[shape.name]
+            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            shared = self.shared(shape, plan.storage, plan.shared_rank, precision)
+            tailors = self.tailors(shape, plan.tailor_rank or 0, precision)
+            seconds += sum(matrix_latency_s(p, profile, unit, precision, sustained, batch) for p in (shared, tailors))
+        return seconds
 
-    def time(self, evaluation_s: float, teacher: Teacher | None = None) -> dict[str, float]:
-        """Where an image's sustained time goes; with `teacher`, at the teacher's steps and guidance."""
+    def image_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool) -> float:
+        """Seconds of an image."""
+        call_s = self.evaluation_latency_s(matrices, sustained, self.evaluations_per_step)
+        return self.request.sampling.evaluations * call_s + self.decoder_latency_s(sustained)
+
+    def params(self, matrices: Mapping[str, MatrixPlan]) -> int:
+        """Stored parameters with these matrices."""
+        left = dataclasses.replace(self, spec=self.spec.without_branches(dropped_branches(matrices)))
+        stored = left.fixed.params
+        for shape in left.spec.matrices():
+            plan = matrices[shape.name]
+            stored += self.shared(shape, plan.storage, plan.shared_rank, "fp32").params
+            stored += self.tailors(shape, plan.tailor_rank or 0, "fp32").params
+        return stored
+
+    def time(self, matrices: Mapping[str, MatrixPlan], teacher: Teacher | None = None) -> dict[str, float]:
+        """Where an image's sustained time goes, an evaluation its share of a call; with `teacher`, as the teacher's."""
         sampling, decoder_s = self.request.sampling, self.decoder_latency_s()
+        per_step = self.evaluations_per_step if teacher is None else teacher.evaluations_per_step
+        evaluation_s = self.evaluation_latency_s(matrices, sustained=True, batch=per_step) / per_step
         if teacher is not None:
-            return image_time(teacher.steps, teacher.steps, teacher.evaluations_per_step, evaluation_s, decoder_s)
-        return image_time(sampling.steps, sampling.evaluations, self.evaluations_per_step, evaluation_s, decoder_s)
+            return image_time(teacher.steps, teacher.steps, per_step, evaluation_s, decoder_s)
+        return image_time(sampling.steps, sampling.evaluations, per_step, evaluation_s, decoder_s)
 
     def dense(self) -> dict[str, float]:
         """The dense fp32 model of the same shape, nothing baked, on the same unit: what percentages refer to."""
@@ -185,17 +266,17 @@ class Deployment:
         params = model_cost(spec, "exact").params
         fixed = deployed_fixed_cost(spec, spec.num_classes, 1, False, "fp32")
         matrices = [matrix_cost(spec, matrix, "dense", 0, 0, 0, "fp32") for matrix in spec.matrices()]
-        seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32") for matrix in matrices)
-        seconds += fixed_latency_s(fixed, profile, unit)
+        sustained, batch = not self.request.burst, self.evaluations_per_step
+        seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32", sustained, batch) for matrix in matrices)
+        seconds += fixed_latency_s(fixed, profile, unit, sustained, batch)
         decoder = decoder_cost(self.spec)
-        weight_bytes = 4 * (params + decoder.params)
-        activations = max(2 * fixed.activation_bytes_peak, decoder.activation_bytes_peak)
+        memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
-            "weight_bytes": weight_bytes,
-            "peak_memory_bytes": RUNTIME_MEMORY_BYTES + WEIGHT_COPIES * weight_bytes + activations,
-            "latency_ns": _ns(seconds * self.evaluations + self.decoder_latency_s()),
+            "weight_bytes": 4 * (params + decoder.params),
+            "peak_memory_bytes": memory_bytes + fixed_memory_bytes(fixed, batch, decoder),
+            "latency_ns": _ns(seconds * self.request.sampling.evaluations + self.decoder_latency_s(sustained)),
         }
 
     def limits(self) -> dict[str, int]:
@@ -215,19 +296,88 @@ class Deployment:
 
 def limit_name(cost: str) -> str:
     """The limit's name in a request ("max_size") from the solver's ("weight_bytes")."""
+    if cost == LOSS:
+        return "max_quality_loss"
     return next(name for name, bound in LIMIT_NAMES.items() if bound == cost)
 
 
 def build_problem(source: Source, request: Request, candidate: Candidate) -> Problem:
-    """The knapsack of one candidate: for every matrix its shared part and (in *switch*) its tailors choose a rank."""
+    """The choices of one candidate. Groups: a branch, its matrices' precisions, and below each of these the ranks.
+
+    A kept branch costs what it has beside its matrices; one that is dropped costs nothing and opens nothing. The half
+    of the branches that would be missed most is always kept: where more is gone, losses do not just add up any more.
+    """
     deployment = Deployment(source.spec, request, candidate)
+    losses = source.losses(candidate.form, request.classes)
+    fixed = deployment.fixed_costs()
     options: dict[str, tuple[Option, ...]] = {}
+    branches: dict[str, list[MatrixShape]] = {}
     for matrix in source.spec.matrices():
-        spectrum = source.spectra[candidate.form][matrix.name]
-        options[f"{matrix.name}/shared"] = tuple(_shared_options(deployment, matrix, spectrum))
-        if len(spectrum.tailor) > 1:
-            options[f"{matrix.name}/tailors"] = tuple(_tailor_options(deployment, matrix, spectrum))
-    return Problem(options, deployment.fixed_costs(), deployment.limits())
+        branches.setdefault(branch_of(matrix.name), []).append(matrix)
+    menu = _Menu(deployment)
+    by_loss = sorted(losses.branches, key=lambda branch: losses.branches[branch])
+    spared = set(by_loss[: len(by_loss) // 2])
+    for branch, matrices in branches.items():
+        beside = menu.branch(_kind(branch))
+        fixed = {name: amount - beside[name] for name, amount in fixed.items()}
+        options[branch] = (Option("kept", 0, 0.0, beside, tuple(matrix.name for matrix in matrices)),)
+        if branch in spared:
+            options[branch] += (Option("dropped", 0, _loss(losses.branches[branch]), dict.fromkeys(beside, 0)),)
+        for matrix in matrices:
+            options |= menu.matrix(matrix, losses.matrices[matrix.name])
+    return Problem(options, fixed, deployment.limits(), request.minimise, request.max_loss)
+
+
+class _Menu:
+    """The options of matrices; what equal shapes cost is computed once."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self._deployment = deployment
+        self._tailored = deployment.candidate.form == "switch"
+        self._free = dict.fromkeys(deployment.fixed_costs(), 0)
+        self.branch = functools.cache(deployment.branch_costs)
+        self._cost = functools.cache(self._cost_of)
+
+    def matrix(self, matrix: MatrixShape, loss: MatrixLoss) -> dict[str, tuple[Option, ...]]:
+        """The group of a matrix, whose options are precisions, and the groups that these open."""
+        groups: dict[str, tuple[Option, ...]] = {}
+        precisions = []
+        tailors = self._tailored and len(loss.tailor) > 1
+        for precision in self._deployment.precisions:
+            shared = f"{matrix.name}/{precision}/shared"
+            groups[shared] = tuple(self._shared(matrix, loss, precision, tailors))
+            opens = [shared]
+            if tailors:
+                opens.append(f"{matrix.name}/{precision}/tailors")
+                groups[opens[-1]] = tuple(self._tailors(matrix, loss, precision))
+            cost = _loss(loss.int8) if precision == "int8" else 0.0
+            precisions.append(Option(precision, 0, cost, self._free, tuple(opens)))
+        return {matrix.name: tuple(precisions), **groups}
+
+    def _shared(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision, tailors: bool) -> Iterator[Option]:
+        """Every factored level, and at full rank also dense: below it, dense costs the same and keeps less.
+
+        Nothing at all only where tailors remain: a matrix alone is not dropped.
+        """
+        full = len(loss.shared) - 1
+        levels: list[tuple[Storage, int]] = [("factored", rank) for rank in rank_levels(full)]
+        if tailors or not full:
+            levels.insert(0, ("dropped", 0))
+        for storage, rank in [*levels, ("dense", full)] if full else levels:
+            yield Option(storage, rank, _loss(loss.shared[rank]), self._cost(matrix[1:], storage, rank, precision))
+
+    def _tailors(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision) -> Iterator[Option]:
+        """Never rank 0: a class without tailors is none, however little that costs the loss."""
+        for rank in rank_levels(len(loss.tailor) - 1):
+            yield Option("tailors", rank, _loss(loss.tailor[rank]), self._cost(matrix[1:], None, rank, precision))
+
+    def _cost_of(
+        self, shape: tuple[int, int], storage: Storage | None, rank: int, precision: Precision
+    ) -> dict[str, int]:
+        matrix = MatrixShape("", *shape)
+        if storage is None:
+            return self._deployment.matrix_costs(self._deployment.tailors(matrix, rank, precision), precision)
+        return self._deployment.matrix_costs(self._deployment.shared(matrix, storage, rank, precision), precision)
 
 
 def rank_levels(full: int) -> list[int]:
@@ -236,20 +386,13 @@ def rank_levels(full: int) -> list[int]:
     return [*range(step, full, step), full] if full else []
 
 
-def _shared_options(deployment: Deployment, matrix: MatrixShape, spectrum: Spectrum) -> Iterator[Option]:
-    """Dropped, every factored level, and at full rank also dense: below it, dense costs the same and keeps less."""
-    full = len(spectrum.shared) - 1
-    levels: list[tuple[Storage, int]] = [("dropped", 0), *(("factored", rank) for rank in rank_levels(full))]
-    for storage, rank in [*levels, ("dense", full)] if full else levels:
-        costs = deployment.matrix_costs(deployment.shared(matrix, storage, rank))
-        yield Option(storage, rank, 0, float(spectrum.shared[rank]), costs)
+def _loss(value: float) -> float:
+    """Without the digits in which sums over classes in another order differ."""
+    return float(f"{max(value, 0.0):.10g}")
 
 
-def _tailor_options(deployment: Deployment, matrix: MatrixShape, spectrum: Spectrum) -> Iterator[Option]:
-    """Never rank 0: tailors carry little energy, so a tight budget would drop them first, and the classes with them."""
-    for rank in rank_levels(len(spectrum.tailor) - 1):
-        costs = deployment.matrix_costs(deployment.tailors(matrix, rank))
-        yield Option("factored", 0, rank, float(spectrum.tailor[rank]), costs)
+def _kind(branch: str) -> Branch:
+    return "attn" if branch.endswith(".attn") else "mlp"
 
 
 def _ns(seconds: float) -> int:

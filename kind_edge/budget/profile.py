@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from kind_edge.budget.operator_table import OperatorTable
 from kind_edge.errors import InputError, UsageError, unknown
 
 Mark = Literal["P", "3P", "M", "E", "G"]
@@ -55,6 +56,7 @@ class ComputeUnit:
     """CPU, GPU or NPU of a device: peak FLOP/s (or integer OP/s) and the share of it that a DiT reaches, by precision.
 
     `sustained_share`: speed after minutes of load over speed at first; `overhead_us`: what starting one operator costs.
+    `table`: what the operators of our models really take, where that was measured.
     """
 
     name: Unit
@@ -62,6 +64,7 @@ class ComputeUnit:
     efficiency: Mapping[Precision, Figure]
     sustained_share: Figure
     overhead_us: Figure
+    table: OperatorTable | None = None
 
     def peak(self, precision: Precision) -> Figure:
         """Nominal peak in FLOP/s; `UsageError` where the profile neither holds nor derives one."""
@@ -106,6 +109,15 @@ class DeviceProfile:
         """FLOP/s (or integer OP/s) that a DiT gets on a unit: peak x efficiency, times the share that lasts."""
         return self.unit(unit).throughput(precision, sustained)
 
+    def operators(self, unit: Unit, precision: Precision) -> OperatorTable | None:
+        """The measured table of a unit, if it has one with that precision."""
+        table = self.unit(unit).table
+        return table if table is not None and table.has(precision) else None
+
+    def speed_share(self, unit: Unit, sustained: bool) -> float:
+        """The share of a unit's speed at first: 1, or what lasts."""
+        return self.unit(unit).sustained_share.value if sustained else 1.0
+
     def units_for(self, precision: Precision, artefact: Artefact = "onnx") -> tuple[Unit, ...]:
         """The units of this device that can run a precision of a format and have a figure for it.
 
@@ -136,6 +148,8 @@ class DeviceProfile:
                 yield f"{unit.name}.efficiency.{precision}", figure
             yield f"{unit.name}.sustained_share", unit.sustained_share
             yield f"{unit.name}.overhead_us", unit.overhead_us
+            if unit.table is not None:
+                yield f"{unit.name}.measured_times", Figure(float(len(unit.table)), "M", unit.table.source)
 
 
 def profile_names() -> tuple[str, ...]:

@@ -5,6 +5,9 @@
     [cpu] [gpu] [npu]   peak_gflops, efficiency = { fp32 = FIGURE, fp16 = FIGURE, int8 = FIGURE }
                         sustained_share, overhead_us = FIGURE
     [cpu.cores]         mark, source, clusters = [{ count, name, ghz, fp32_lanes, little = false }]
+    [cpu.operators]     source, and measured microseconds, as `profiles calibrate` writes them:
+                        product, tailor, attention, mlp = [[precision, size, ..., us], ...]
+                        ends = [[size, ..., us], ...]
 
 with FIGURE = { value = 76.8, mark = "3P", source = "where it comes from" }. Only title, os, execution_providers,
 memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer operations.
@@ -18,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kind_edge.budget.operator_table import KINDS, Key, OperatorTable
 from kind_edge.budget.profile import MARKS, PRECISIONS, UNITS, ComputeUnit, DeviceProfile, Figure, Precision, Unit
 from kind_edge.errors import InputError, nearest
 
@@ -27,6 +31,7 @@ Table = Mapping[str, Any]
 TOP_KEYS = ("title", "os", "execution_providers", "memory", *UNITS)
 MEMORY_KEYS = ("kind", "bandwidth_gb_per_s", "activation_gb_per_s", "ram_gib", "app_limit_gib")
 UNIT_KEYS = ("peak_gflops", "efficiency", "sustained_share", "overhead_us")
+OPERATORS_KEYS = ("source", *KINDS)
 CORES_KEYS = ("mark", "source", "clusters")
 CLUSTER_KEYS = ("count", "name", "ghz", "fp32_lanes", "little")
 FIGURE_KEYS = ("value", "mark", "source")
@@ -92,7 +97,7 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
 
 
 def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> ComputeUnit:
-    _check_keys(table, (*UNIT_KEYS, "cores") if name == "cpu" else UNIT_KEYS, where)
+    _check_keys(table, (*UNIT_KEYS, "operators", "cores") if name == "cpu" else (*UNIT_KEYS, "operators"), where)
     peaks_table = _optional_table(table, "peak_gflops", where)
     efficiency_table = _optional_table(table, "efficiency", where)
     for inner, key in ((peaks_table, "peak_gflops"), (efficiency_table, "efficiency")):
@@ -108,7 +113,31 @@ def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> Co
         sustained_share=_share(table, "sustained_share", where) or sustained_default,
         overhead_us=_figure(table, "overhead_us", where)
         or Figure(_OVERHEAD_US[name], "E", "derived: usual cost of starting one operator"),
+        table=_operators(_table(table, "operators", where), f"{where}.operators") if "operators" in table else None,
     )
+
+
+def _operators(table: Table, where: str) -> OperatorTable:
+    """Measured times of operators; what each key means is told by `OperatorTable`."""
+    _check_keys(table, OPERATORS_KEYS, where)
+    times = {kind: _times(table.get(kind), kind, f"{where}.{kind}") for kind in KINDS}
+    return OperatorTable(**times, source=_text(table, "source", where))
+
+
+def _times(rows: object, kind: str, where: str) -> dict[Key, float]:
+    """Rows of a precision (but for the ends), sizes of at least 1 and microseconds."""
+    if not isinstance(rows, list) or not rows:
+        raise InputError(f"{where}: want a list of measured times")
+    names, sizes = int(kind != "ends"), KINDS[kind]
+    times: dict[Key, float] = {}
+    for index, row in enumerate(rows):
+        sound = isinstance(row, list) and len(row) == names + sizes + 1
+        if not sound or not all(type(size) is int and size > 0 for size in row[names:-1]):
+            raise InputError(f"{where}[{index}]: got {row!r:.60}, want {sizes} sizes of at least 1, then microseconds")
+        if names and row[0] not in PRECISIONS:
+            raise InputError(f"{where}[{index}]: got {row[0]!r:.20}, want one of {', '.join(PRECISIONS)}")
+        times[tuple(row[:-1])] = _positive({"us": row[-1]}, "us", f"{where}[{index}]")
+    return times
 
 
 def _derive_peaks(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, quality_view, tables
+from kind_edge.cli import options, quality_view, refusal_view, tables
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
@@ -50,6 +50,9 @@ def export(
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
     max_size: options.MaxSize = None,
+    max_quality_loss: options.MaxQualityLoss = None,
+    minimize: options.Minimize = None,
+    burst: options.Burst = False,
     heal: Annotated[
         str | None,
         typer.Option(
@@ -77,10 +80,16 @@ def export(
     choices = {
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
-        "form": form, "precision": precision, "unit": unit,
+        "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
+        "burst": burst,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
-    with _healing_kept(terminal, heal), terminal.stages() as begin, terminal.measuring() as on_measure:
+    with (
+        _healing_kept(terminal, heal),
+        refusal_view.shown(terminal, as_json),
+        terminal.stages() as begin,
+        terminal.measuring() as on_measure,
+    ):
         begin("starting")
         from kind_edge.budget.plan import read_plan
         from kind_edge.deploy import pipeline

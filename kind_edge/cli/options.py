@@ -10,11 +10,12 @@ from typing import Annotated, Literal
 import typer
 
 from kind_edge.errors import UsageError, unknown
-from kind_edge.units import Kind, parse_duration, parse_quantity
+from kind_edge.units import Kind, parse_duration, parse_quantity, parse_share
 
 FormChoice = Literal["auto", "switch", "single", "union"]
 PrecisionChoice = Literal["auto", "fp32", "int8"]
 UnitChoice = Literal["auto", "cpu", "gpu", "npu"]
+MinimizeChoice = Literal["size", "latency", "flops", "memory"]
 SamplerChoice = Literal["euler", "heun", "dpmsolver++", "ddim"]
 
 CHOICES, LIMITS = "What to deploy", "Limits, each with a unit, or as a share of the dense fp32 model (40%)"
@@ -26,7 +27,7 @@ def split_names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _known_profile(text: str | None) -> str | None:
+def known_profile(text: str | None) -> str | None:
     """Refuse an unknown name at once; files and figures are read later."""
     from kind_edge.budget.profile import profile_names
 
@@ -35,12 +36,12 @@ def _known_profile(text: str | None) -> str | None:
     return text
 
 
-def _limit(flag: str, kind: Kind) -> Callable[[str | None], str | None]:
+def _limit(flag: str, kind: Kind | Literal["share"]) -> Callable[[str | None], str | None]:
     """Refuse what is no quantity at once."""
 
     def check(text: str | None) -> str | None:
         if text is not None:
-            parse_quantity(text, kind, flag=flag)
+            parse_share(text, flag) if kind == "share" else parse_quantity(text, kind, flag=flag)
         return text
 
     return check
@@ -81,7 +82,7 @@ ProfileOption = Annotated[
     typer.Option(
         "--profile",
         metavar="NAME|FILE",
-        callback=_known_profile,
+        callback=known_profile,
         help="The device: a name from kind-edge profiles list, or a TOML file.",
     ),
 ]
@@ -113,6 +114,10 @@ MaxLatency = Annotated[
         rich_help_panel=LIMITS,
     ),
 ]
+Burst = Annotated[
+    bool,
+    typer.Option("--burst", help="Limit latency as it is at first, not after minutes of load.", rich_help_panel=LIMITS),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
@@ -142,5 +147,19 @@ MaxSize = Annotated[
         help="The model file that an app loads.",
         rich_help_panel=LIMITS,
     ),
+]
+MaxQualityLoss = Annotated[
+    str | None,
+    typer.Option(
+        "--max-quality-loss",
+        metavar="2%",
+        callback=_limit("--max-quality-loss", "share"),
+        help="The smallest model whose predicted loss rises by at most so much.",
+        rich_help_panel=LIMITS,
+    ),
+]
+Minimize = Annotated[
+    MinimizeChoice | None,
+    typer.Option("--minimize", help="What smallest means: size by default.", rich_help_panel=LIMITS),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]

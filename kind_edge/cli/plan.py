@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, tables
+from kind_edge.cli import options, plan_many, refusal_view, tables
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kind_edge.budget.whole_model import PaperRow
 
 ARCHITECTURE = "A named architecture instead of a checkpoint: its cost, no solving"
+SEVERAL = "More plans than one"
 ConventionChoice = Literal["exact", "paper"]
 
 
@@ -47,6 +48,21 @@ def plan(
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
     max_size: options.MaxSize = None,
+    max_quality_loss: options.MaxQualityLoss = None,
+    minimize: options.Minimize = None,
+    pareto: Annotated[
+        bool,
+        typer.Option(
+            "--pareto", help="The whole front, for 1, 2, 5 and all classes; -o FILE.png draws it.",
+            rich_help_panel=SEVERAL,
+        ),
+    ] = False,
+    profiles: Annotated[
+        str | None,
+        typer.Option("--profiles", metavar="A,B", help="One plan for each device, side by side.",
+                     rich_help_panel=SEVERAL),
+    ] = None,
+    burst: options.Burst = False,
     arch: Annotated[
         str | None,
         typer.Option("--arch", metavar="DiT-B/2", help="The architecture.", rich_help_panel=ARCHITECTURE),
@@ -74,16 +90,25 @@ def plan(
     needed: the cost of a named architecture is printed.
     """
     terminal = terminal_of(context)
-    if profile is None:
-        raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
+    devices = options.split_names(profiles) or []
+    for device in devices:
+        options.known_profile(device)
+    if (profile is None) == (not devices) or (devices and pareto):
+        raise UsageError(
+            "one of --profile and --profiles is needed, and --pareto goes with --profile: which device is it for? "
+            "kind-edge profiles list shows all"
+        )
     if output is not None:
         options.check_writable(output)
     limits = {
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
+        "max_quality_loss": max_quality_loss, "minimize": minimize,
     }  # fmt: skip
     if arch is not None:
         fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        _refuse_with_arch(fixed | {"form": None if form == "auto" else form})
+        fixed |= {"pareto": "" if pareto else None, "profiles": profiles}
+        _refuse_with_arch(fixed | {"form": None if form == "auto" else form, "burst": burst or None})
+        assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
         _show_architecture(terminal, costs, title, output, as_json)
         return
@@ -91,15 +116,22 @@ def plan(
         raise UsageError(
             "--rank and --num-classes belong to --arch; a checkpoint has its own, and limits set its ranks"
         )
-    with terminal.stages() as begin, terminal.measuring() as on_measure:
+    choices: dict[str, Any] = {
+        "classes": options.split_names(classes), "form": form, "precision": precision, "unit": unit, "steps": steps,
+        "guidance": guidance, "sampler": sampler, **limits, "burst": burst,
+    }  # fmt: skip
+    if devices:
+        plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices, output, as_json)
+        return
+    assert profile is not None  # one of the two is given
+    if pareto:
+        plan_many.pareto(terminal, checkpoint or options.SHIPPED, profile, choices, output, as_json)
+        return
+    with refusal_view.shown(terminal, as_json), terminal.stages() as begin, terminal.measuring() as on_measure:
         begin("planning")
         from kind_edge.deploy import pipeline
 
-        made = pipeline.plan(
-            checkpoint or options.SHIPPED, profile=profile, classes=options.split_names(classes), form=form,
-            precision=precision, unit=unit, steps=steps, guidance=guidance, sampler=sampler,
-            on_measure=on_measure, **limits,
-        )  # fmt: skip
+        made = pipeline.plan(checkpoint or options.SHIPPED, profile=profile, on_measure=on_measure, **choices)
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     _show(terminal, made, paper, checkpoint, output, as_json)
 

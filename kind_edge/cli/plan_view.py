@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 
@@ -16,12 +16,16 @@ _FORMS = {
     "single": "single: learngene and tailor folded into one weight",
     "union": "union: all kept tailors folded into one weight, an approximation",
 }
-_WRITE = {
+WRITE: Mapping[str, Callable[[float], str]] = {
     "max_latency": lambda nanoseconds: format_seconds(nanoseconds / 1e9),
     "max_flops": format_flops,
     "max_size": tables.size,
     "max_memory": tables.size,
+    "max_quality_loss": format_share,
 }
+_SMALLEST = {
+    "flops": "FLOPs", "weight_bytes": "model file", "peak_memory_bytes": "memory", "latency_ns": "latency",
+}  # fmt: skip
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -44,14 +48,42 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield "matrices", matrices_summary(plan.matrices)
     baked = plan.modulation == "baked"
     yield "modulation", "baked into a table" if baked else "kept as a network: it depends on the label"
+    limited = "at first" if plan.burst else "sustained"
+    yield "latency", f"{plan.latency_source}; a limit holds for the time {limited}"
     yield "truncation", f"{plan.truncation}; calibration {plan.calibration}"
-    yield "kept", f"{format_share(plan.retained_energy)} of the layers' output energy"
+    if gone := plan.dropped_branches:
+        yield "dropped", ", ".join(gone)
+    if plan.predicted_loss_increase is not None:
+        yield "predicted", predicted_words(plan.predicted_loss_increase, plan.predicted_frechet)
     yield "limits", _limits(plan) or "none: the most faithful plan, then the fastest"
+    if plan.optimality_gap is not None:
+        least = "loss" if plan.minimised == "loss" else _SMALLEST[plan.minimised]
+        yield "proved", f"within {format_share(plan.optimality_gap)} of the least {least} that any plan has"
+    for name, price in plan.prices.items():
+        yield "price", _price(plan, name, price)
     if plan.time:
         yield "time", time_words(plan.time)
     if plan.teacher_time:
         longer = plan.teacher_time["image_s"] / plan.time["image_s"]
         yield "before", f"{time_words(plan.teacher_time)} at its teacher's steps and guidance: {longer:.3g} x as long"
+
+
+def predicted_words(loss_increase: float | None, frechet: float | None) -> str:
+    """ "loss +2.1 %, Fréchet distance 7.4"."""
+    loss = f"loss +{format_share(loss_increase or 0.0)}"
+    return loss if frechet is None else f"{loss}, Fréchet distance {frechet:.3g}"
+
+
+def _price(plan: Plan, name: str, price: Mapping[str, float | None]) -> str:
+    """What a tenth more of a limit would buy."""
+    limit = price["limit"] or 0.0
+    if plan.minimised == "loss":
+        bought = predicted_words(price["predicted_loss_increase"], price["predicted_frechet"])
+    else:
+        key = "sustained_image_latency_s" if plan.minimised == "latency_ns" else plan.minimised
+        write = {"flops": format_flops, "sustained_image_latency_s": format_seconds}.get(key, tables.size)
+        bought = f"{_SMALLEST[plan.minimised]} {write(price[key] or 0.0)}"
+    return f"10 % more, --{name.replace('_', '-')} {WRITE[name](limit)}, would buy {bought}"
 
 
 def time_words(time: Mapping[str, float]) -> str:
@@ -86,7 +118,7 @@ def _limits(plan: Plan) -> str:
     texts = []
     for name, limit in plan.limits.items():
         binds = " (binds)" if name in plan.binding else ""
-        texts.append(f"--{name.replace('_', '-')} {_WRITE[name](limit)}{binds}")
+        texts.append(f"--{name.replace('_', '-')} {WRITE[name](limit)}{binds}")
     return ", ".join(texts)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kind_edge.cli import options, tables
-from kind_edge.cli.terminal import terminal_of
+from kind_edge.cli.terminal import Terminal, terminal_of
+from kind_edge.errors import UsageError
 from kind_edge.units import format_flops_per_second, format_share
 
 if TYPE_CHECKING:
     from kind_edge.budget.profile import DeviceProfile
 
-app = typer.Typer(help="List the device profiles, or show one.", no_args_is_help=True)
+app = typer.Typer(help="List the device profiles, show one, or measure a device.", no_args_is_help=True)
 
 MARKS = "marks: P published by the vendor, 3P third-party page, M measured, E derived or estimated, G general knowledge"
 
@@ -76,6 +78,70 @@ def show_profile(
     terminal.note(MARKS)
 
 
+@app.command("calibrate")
+def calibrate(
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write the profile, a TOML file.")
+    ] = None,
+    runner: Annotated[
+        str | None,
+        typer.Option("--runner", metavar='"CMD"', help="Measure through CMD FOLDER, on a device that it reaches."),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure the operators of our models through ONNX Runtime, here or on another device.
+
+    Takes about a minute. This machine's figures are kept for --profile host; -o FILE writes them as a profile too. With
+    --runner the command is given a folder of small models and prints their latencies, as kind_edge/budget/runner.py
+    tells and does; then -o FILE is needed.
+    """
+    terminal = terminal_of(context)
+    if output is not None:
+        options.check_writable(output)
+        if output.suffix != ".toml":
+            raise UsageError(f"-o {output}: want a name that ends in .toml, by which --profile knows a file")
+    if runner is not None:
+        if output is None:
+            raise UsageError("--runner measures another device: say where its profile goes, with -o FILE.toml")
+        device = _through(terminal, runner, output.stem)
+    else:
+        from kind_edge.budget.host import calibrate_host
+
+        with terminal.counting("measuring") as on_count:
+            device = calibrate_host(lambda share: on_count(round(100 * share), 100))
+    if output is not None:
+        from kind_edge.budget.profile_text import profile_text
+
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(profile_text(device), encoding="utf-8")
+    _show_calibrated(terminal, device, output, as_json)
+
+
+def _through(terminal: Terminal, runner: str, name: str) -> DeviceProfile:
+    with terminal.stages() as begin:
+        begin("measuring through the runner")
+        from kind_edge.budget.calibrate import measure_with, measured_profile
+
+        return measured_profile(name, measure_with(runner))
+
+
+def _show_calibrated(terminal: Terminal, device: DeviceProfile, output: Path | None, as_json: bool) -> None:
+    cpu = device.unit("cpu")
+    times = 0 if cpu.table is None else len(cpu.table)
+    if as_json:
+        figures = {key: figure.value for key, figure in device.figures()}
+        written_to = None if output is None else str(output)
+        terminal.json({**_summary(device), "file": written_to, "measured_times": times, "figures": figures})
+        return
+    terminal.out.print(tables.heading("Calibrated", device.title))
+    rates = ", ".join(f"{name} {format_flops_per_second(each.value)}" for name, each in cpu.peak_flops_per_s.items())
+    where = "kept for --profile host" if output is None else str(output)
+    facts = (("products", rates), ("operators", f"{times} measured times"), ("profile", where))
+    terminal.out.print(tables.facts(facts))
+    terminal.out.print()
+
+
 def best_peak(device: DeviceProfile) -> str:
     """The highest fp32 peak of any unit."""
     peaks = [unit.peak_flops_per_s["fp32"].value for unit in device.units.values() if "fp32" in unit.peak_flops_per_s]
@@ -92,6 +158,8 @@ def written(key: str, value: float) -> str:
         return tables.size(value)
     if key.endswith("overhead_us"):
         return f"{value:.3g} µs"
+    if key.endswith("measured_times"):
+        return f"{value:.0f}"
     return format_share(value)
 
 

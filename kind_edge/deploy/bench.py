@@ -37,7 +37,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Latencies in milliseconds of single calls at batch 1: one evaluation of a model, or one whole image.
+    """Latencies in milliseconds of single calls: one evaluation of a model (`batch` of them), or one whole image.
 
     `cold_load_ms` is opening the file in a fresh process, the file itself perhaps in the system's cache.
     `peak_memory_bytes` is the most resident memory from loading to the last run, minus what the process held with
@@ -64,15 +64,20 @@ class LatencyReport:
 
 
 def bench_model(
-    path: Path | str, threads: int | None = None, warmups: int = 10, runs: int = 50, provider: str = "cpu"
+    path: Path | str,
+    threads: int | None = None,
+    warmups: int = 10,
+    runs: int = 50,
+    provider: str = "cpu",
+    batch: int = 1,
 ) -> LatencyReport:
-    """Time one evaluation of any ONNX model: random inputs of the declared shapes, dynamic sizes 1, integers 0.
+    """Time one call of any ONNX model: random inputs of the declared shapes, dynamic sizes `batch`, integers 0.
 
     Raises `UsageError` for a provider that is not there (naming those that are), `InputError` for a file that is no
     model, `GateError` if the provider leaves work to the CPU or the process dies.
     """
     request = {"subject": "evaluation", "path": str(Path(path).resolve())}
-    return _measure(request, Path(path), threads, warmups, runs, provider)
+    return _measure(request, Path(path), threads, warmups, runs, provider, batch)
 
 
 def bench_image(
@@ -96,14 +101,21 @@ def bench_image(
 
 
 def _measure(
-    request: Mapping[str, str], file: Path, threads: int | None, warmups: int, runs: int, provider: str
+    request: Mapping[str, str],
+    file: Path,
+    threads: int | None,
+    warmups: int,
+    runs: int,
+    provider: str,
+    batch: int = 1,
 ) -> LatencyReport:
     if runs < 1 or warmups < 0:
         raise UsageError(f"runs {runs}, warmups {warmups}: want at least 1 run and no negative number")
     resolve_provider(provider)
     if not file.is_file():
         raise InputError(f"{file}: no such model file")
-    measured = _run_worker({**request, "threads": threads, "warmups": warmups, "runs": runs, "provider": provider})
+    asked = {"threads": threads, "warmups": warmups, "runs": runs, "provider": provider, "batch": batch}
+    measured = _run_worker({**request, **asked})
     latencies = sorted(measured["latencies_ms"])
     conditions = measured["conditions"]
     conditions["instruction_sets"] = tuple(conditions["instruction_sets"])
@@ -111,7 +123,7 @@ def _measure(
         subject=request["subject"],
         file=file.name,
         size_bytes=file.stat().st_size,
-        batch=1,
+        batch=batch,
         warmups=warmups,
         runs=runs,
         cold_load_ms=measured["cold_load_ms"],

@@ -67,15 +67,15 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def random_inputs(session: Any) -> dict[str, Any]:
-    """Inputs of the declared types and shapes: dynamic sizes 1, normal values, integers 0 (they are indices)."""
+def random_inputs(session: Any, batch: int = 1) -> dict[str, Any]:
+    """Inputs of the declared types and shapes: dynamic sizes `batch`, normal values, integers 0 (they are indices)."""
     generator = np.random.default_rng(0)
     feeds = {}
     for tensor in session.get_inputs():
         if tensor.type not in _NUMPY_TYPES:
             raise InputError(f"input {tensor.name!r} has type {tensor.type}; want one of {', '.join(_NUMPY_TYPES)}")
         dtype = np.dtype(_NUMPY_TYPES[tensor.type])
-        shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
+        shape = [size if isinstance(size, int) and size > 0 else batch for size in tensor.shape]
         values = generator.standard_normal(shape) if dtype.kind == "f" else np.zeros(shape)
         feeds[tensor.name] = np.asarray(values, dtype)
     return feeds
@@ -136,7 +136,7 @@ def _prepare(request: dict[str, Any]) -> tuple[Action, Any]:
         name = bundle.classes[0] if len(bundle.classes) == 1 or "class_index" in bundle.model.input_names() else None
         return lambda: bundle.generate(name), bundle.session
     session = open_session(request["path"], threads, provider)
-    feeds = random_inputs(session)
+    feeds = random_inputs(session, request.get("batch", 1))
     return lambda: session.run(None, feeds), session
 
 

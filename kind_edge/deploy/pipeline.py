@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 import numpy as np
 import torch
 
+from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
+from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
@@ -25,7 +27,15 @@ from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
-from kind_edge.deploy.request import Choices, OpenedModel, make_request, make_source, open_model
+from kind_edge.deploy.request import (
+    MINIMISED,
+    Choices,
+    OpenedModel,
+    as_replayed,
+    make_request,
+    make_source,
+    open_model,
+)
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
@@ -85,7 +95,7 @@ class Bundle:
 
 
 def plan(
-    model: str | Path = DEFAULT_MODEL,
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
     on_measure: OnProgress | None = None,
@@ -99,11 +109,29 @@ def plan(
     device = load_profile(profile)
     opened = open_model(model, on_measure)
     request = make_request(opened.checkpoint, device, **choices)
-    return make_plan(make_source(opened, request), request)
+    return make_plan(make_source(opened), request)
+
+
+def pareto(
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
+    *,
+    profile: str,
+    on_measure: OnProgress | None = None,
+    **choices: Unpack[Choices],
+) -> tuple[Curve, ...]:
+    """The front for 1, 2, 5 and all of the classes: the least predicted loss at every size of the model file, or at
+    every latency, amount of FLOPs or memory with minimize="latency" and so on; within the limits that are asked for.
+
+    Raises `NoPlanError` when not one point fits.
+    """
+    opened = open_model(model, on_measure)
+    axis = MINIMISED[choices.pop("minimize", None) or "size"]
+    request = make_request(opened.checkpoint, load_profile(profile), **choices)
+    return front(make_source(opened), request, axis)
 
 
 def export(
-    model: str | Path = DEFAULT_MODEL,
+    model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str | None = None,
     plan: Plan | None = None,
@@ -137,29 +165,16 @@ def export(
         stage("planning")
         device = load_profile(profile)
         request = make_request(opened.checkpoint, device, **choices)
-        source = make_source(opened, request)
-        plan = make_plan(source, request)
+        plan = make_plan(make_source(opened), request)
     else:
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         _check_replay(plan, opened, device.name, choices)
+        plan = as_replayed(plan, make_source(opened), device)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
-        for attempt in range(_SIZE_ATTEMPTS):
-            stage("merging")
-            made = _make(opened, plan, folder, exporters, stage, make_cut(opened, plan))
-            excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
-            if excess <= 0:
-                break
-            if request is None or attempt == _SIZE_ATTEMPTS - 1:
-                raise GateError(
-                    f"--max-size: the model file takes {format_bytes(made.model_bytes)}, "
-                    f"{format_bytes(excess)} over the limit; solve again with a smaller limit"
-                )
-            spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
-            request = dataclasses.replace(request, spare_bytes=spare_bytes)
-            plan = make_plan(source, request)
+        plan, made = _fitted(opened, plan, request, folder, exporters, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
@@ -167,6 +182,27 @@ def export(
         bundle = _finish(opened, plan, device, folder, destination, made, stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
     return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
+
+
+def _fitted(
+    model: OpenedModel, plan: Plan, request: Request | None, folder: Path, exporters: Sequence[Exporter], stage: OnStage
+) -> tuple[Plan, _Made]:
+    """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
+    for attempt in range(_SIZE_ATTEMPTS):
+        stage("merging")
+        made = _make(model, plan, folder, exporters, stage, make_cut(model, plan))
+        excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
+        if excess <= 0:
+            break
+        if request is None or attempt == _SIZE_ATTEMPTS - 1:
+            raise GateError(
+                f"--max-size: the model file takes {format_bytes(made.model_bytes)}, "
+                f"{format_bytes(excess)} over the limit; solve again with a smaller limit"
+            )
+        spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
+        request = dataclasses.replace(request, spare_bytes=spare_bytes)
+        plan = make_plan(make_source(model), request)
+    return plan, made
 
 
 def _sizes(folder: Path) -> dict[str, int]:
@@ -177,7 +213,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
     """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
-    if asked := [name for name, value in choices.items() if value not in (None, "auto")]:
+    if asked := [name for name, value in choices.items() if value not in (None, "auto", False)]:
         flags = ", ".join("--" + name.replace("_", "-") for name in asked)
         raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
     if profile != plan.profile:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import TypedDict
 
 from kind_edge.budget.image_time import teacher_of
 from kind_edge.budget.influence import Sensitivity
-from kind_edge.budget.planner import candidate_forms
-from kind_edge.budget.problem import Request, Sampling, Source
+from kind_edge.budget.loss import LossModel
+from kind_edge.budget.plan import Plan
+from kind_edge.budget.planner import Way, figures_of
+from kind_edge.budget.problem import LIMIT_NAMES, Candidate, Objective, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
-from kind_edge.budget.sensitivity import spectra
+from kind_edge.budget.sensitivity import loss_model
+from kind_edge.budget.solver import LOSS
 from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.probe import OnProgress, measure_sensitivity
 from kind_edge.deploy.reference import Heldout, load_heldout
@@ -23,8 +28,8 @@ from kind_edge.errors import UsageError, unknown
 from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.shipped import find_model
-from kind_edge.model.spec import FORMS, SAMPLERS, check_sampling, recommended
-from kind_edge.units import Kind, parse_quantity
+from kind_edge.model.spec import FORMS, SAMPLERS, Form, check_sampling, recommended
+from kind_edge.units import Kind, parse_quantity, parse_share
 
 _LIMIT_KINDS: Mapping[str, Kind] = {
     "max_latency": "seconds",
@@ -32,6 +37,11 @@ _LIMIT_KINDS: Mapping[str, Kind] = {
     "max_flops": "flops",
     "max_size": "bytes",
 }
+MINIMISED: Mapping[str, Objective] = {name.removeprefix("max_"): cost for name, cost in LIMIT_NAMES.items()}  # type: ignore[misc]
+"""What may be asked for as the smallest, and what that is in the solver."""
+
+_MOST_FEWER = 64
+"""So many smaller step counts are tried at most where nothing fits."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +71,10 @@ class OpenedModel:
         return measured
 
 
-def open_model(model: str | Path, on_measure: OnProgress | None = None) -> OpenedModel:
+def open_model(model: str | Path | OpenedModel, on_measure: OnProgress | None = None) -> OpenedModel:
     """`on_measure` is told (done, total) where the model's sensitivity has to be measured first."""
+    if isinstance(model, OpenedModel):
+        return model
     folder = find_model(model)
     checkpoint = load_checkpoint(folder)
     if not checkpoint.spec.factored:
@@ -88,6 +100,9 @@ class Choices(TypedDict, total=False):
     max_memory: str | None
     max_flops: str | None
     max_size: str | None
+    max_quality_loss: str | None
+    minimize: str | None
+    burst: bool
 
 
 def make_request(
@@ -101,6 +116,9 @@ def make_request(
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
+    max_quality_loss: str | None = None,
+    minimize: str | None = None,
+    burst: bool = False,
     **limits: str | None,
 ) -> Request:
     """Check every choice; what is left open comes from the checkpoint's own recommendation."""
@@ -115,13 +133,23 @@ def make_request(
     class_indices(checkpoint, wanted)
     if not wanted or len(set(wanted)) != len(wanted):
         raise UsageError(f"--classes: got {', '.join(wanted) or 'none'}; want at least one class, each once")
-    sampling = _sampling(checkpoint, form, steps, guidance, sampler)
     parsed = {
         name: parse_quantity(text, _LIMIT_KINDS[name], flag="--" + name.replace("_", "-"))
         for name, text in limits.items()
         if text is not None
     }
-    return Request(device, wanted, sampling, form, precision, unit, parsed)  # type: ignore[arg-type]
+    sampling = _sampling(checkpoint, form, steps, guidance, sampler)
+    if max_quality_loss is None and minimize is not None:
+        raise UsageError(f"--minimize {minimize}: at what loss? add --max-quality-loss 2%")
+    minimised = MINIMISED[_known("--minimize", minimize or "size", tuple(MINIMISED))] if max_quality_loss else LOSS
+    return Request(
+        device, wanted, sampling, form, precision, unit, parsed,  # type: ignore[arg-type]
+        others=_others(checkpoint, sampling) if steps is None else (),
+        fewer=_fewer(checkpoint, sampling),
+        minimise=minimised,  # type: ignore[arg-type]
+        max_loss=None if max_quality_loss is None else parse_share(max_quality_loss, "--max-quality-loss"),
+        burst=burst,
+    )  # fmt: skip
 
 
 def _sampling(
@@ -141,14 +169,62 @@ def _sampling(
     return Sampling(kind, count, guidance, len(sampler_table(kind, spec.objective, count).timestep), inside)
 
 
-def _known(flag: str, value: str, choices: Sequence[str]) -> None:
+def _at(checkpoint: Checkpoint, sampling: Sampling, steps: int) -> Sampling:
+    rows = len(sampler_table(sampling.sampler, checkpoint.spec.objective, steps).timestep)
+    return dataclasses.replace(sampling, steps=steps, evaluations=rows)
+
+
+def _others(checkpoint: Checkpoint, sampling: Sampling) -> tuple[Sampling, ...]:
+    """The other step counts of a distilled model, most first: all that it can do."""
+    counts = [count for count in reversed(checkpoint.spec.step_counts) if count != sampling.steps]
+    return tuple(_at(checkpoint, sampling, count) for count in counts)
+
+
+def _fewer(checkpoint: Checkpoint, sampling: Sampling) -> tuple[Sampling, ...]:
+    supported = checkpoint.spec.step_counts or range(1, sampling.steps)
+    counts = [count for count in supported if count < sampling.steps]
+    spread = sorted({counts[i * len(counts) // _MOST_FEWER] for i in range(_MOST_FEWER)}) if counts else []
+    return tuple(_at(checkpoint, sampling, count) for count in reversed(spread))
+
+
+def _known(flag: str, value: str, choices: Sequence[str]) -> str:
     if value not in choices:
         raise unknown(f"value for {flag}", value, choices)
+    return value
 
 
-def make_source(model: OpenedModel, request: Request) -> Source:
-    kept = class_indices(model.checkpoint, request.classes)
-    spectrum = {form: spectra(model.checkpoint, kept, form, model.calibration) for form in candidate_forms(request)}
+def make_source(model: OpenedModel) -> Source:
+    """What is planned for; the losses are found when they are asked for, once for each form and set of classes."""
+
+    table = model.sensitivity
+
+    @functools.cache
+    def losses(form: Form, classes: frozenset[str]) -> LossModel:
+        kept = sorted(class_indices(model.checkpoint, tuple(classes)))
+        return loss_model(model.checkpoint, kept, form, model.calibration, table)
+
     spec = model.checkpoint.spec
     teacher = teacher_of(model.checkpoint.provenance) if spec.distilled else None
-    return Source(model.name, model.sha256, spec, spectrum, "whitened", model.calibration.source, teacher)
+    return Source(
+        model.name, model.sha256, spec, lambda form, classes: losses(form, frozenset(classes)), "whitened",
+        model.calibration.source, teacher, table.response,
+    )  # fmt: skip
+
+
+def as_replayed(plan: Plan, source: Source, device: DeviceProfile) -> Plan:
+    """A stored plan with figures that are its own: where its matrices, steps or classes were changed by hand, costs and
+    predictions are found anew, and nothing claims any more that it is the best.
+
+    Latency and memory of an unchanged plan stay as they were predicted: a profile may have been measured again.
+    """
+    rows = len(sampler_table(plan.sampler, source.spec.objective, plan.steps).timestep)
+    sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows, plan.inside_guidance)
+    written = "auto" if len(plan.precisions) > 1 else plan.precisions[0]
+    request = Request(device, plan.classes, sampling, plan.form, written, plan.unit)  # type: ignore[arg-type]
+    found = figures_of(source, Way(request, Candidate(plan.form, plan.precision, plan.unit)), plan.matrices)  # type: ignore[arg-type]
+    same = all(getattr(found, name) == getattr(plan, name) for name in ("flops", "params", "evaluations_per_step"))
+    known = plan.predicted_loss_increase
+    if same and known is not None and math.isclose(known, found.predicted_loss_increase or 0.0, abs_tol=1e-9):
+        return plan
+    kept = {name: getattr(plan, name) for name in ("calibration", "limits", "precisions", "minimised")}
+    return dataclasses.replace(found, **kept)

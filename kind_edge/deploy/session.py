@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -25,6 +27,10 @@ PROVIDERS: Mapping[str, str] = MappingProxyType({
     "xnnpack": "XnnpackExecutionProvider",
 })  # fmt: skip
 """Short names of ONNX Runtime's execution providers; the long names are understood as well."""
+
+
+_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES = -3, 128 * 1024
+"""glibc's mallopt parameter, and the value with which it starts: larger blocks are mappings of their own."""
 
 
 def resolve_provider(provider: str) -> str:
@@ -63,6 +69,7 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile_prefix is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile_prefix
+    _return_freed_blocks()
     try:
         session = runtime.InferenceSession(str(path), options, providers=[name])
     except runtime_errors(runtime) as error:
@@ -73,6 +80,19 @@ def open_session(
             "check its driver and libraries, or name that provider"
         )
     return session
+
+
+def _return_freed_blocks() -> None:
+    """Let glibc give large freed blocks back to the system at once.
+
+    While a session is made, weights are packed for the kernels and the file's copies freed. By default glibc soon takes
+    blocks of their size from its heap, where what is freed stays, or not, by chance: up to a whole copy of the weights.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and bionic have none, nor the need
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
 
 
 def runtime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:

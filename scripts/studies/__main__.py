@@ -29,6 +29,7 @@ from studies import (
     trainings,
     transfer,
     trials,
+    uniform,
 )
 from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert
 from studies.statistics import SEEDS
@@ -47,6 +48,7 @@ nesting        cuts of the learngene alone, without retraining: the model and it
 heal           the cut to 20 % of the dense FLOPs, and what five minutes of healing give back
 prediction     random plans of equal FLOPs, the model's and its teacher's: predicted against measured loss; whitening
 response       judges cut plans and fits the Fréchet distance to the predicted loss, into sensitivity.json
+uniform        the solver's plans against one rank for all matrices at equal FLOPs: loss and Fréchet distance
 decomposition  is the learngene classless, and does a tailor draw its own class alone?
 anysize        what a smaller model costs, without retraining: whitened, plain and planned truncation
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
@@ -74,6 +76,7 @@ BLOCKS = (
     Block("heal", "docs/healing.md", healed.text, seeds=1),
     Block("prediction", "docs/solver.md", prediction.text),
     Block("response", "docs/solver.md", response.text),
+    Block("uniform", "docs/solver.md", uniform.text),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
 )  # fmt: skip
@@ -128,7 +131,7 @@ def measure(name: str, job: Job) -> list[Record]:
         return records
     studies = {
         "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run,
-        "prediction": prediction.run, "response": response.publish,
+        "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip
     return studies[name](job.subject, job.output)
 

@@ -28,7 +28,9 @@ PLAN = Plan(
     evaluations_per_step=2, modulation="baked", truncation="whitened", calibration="training images",
     params=1000, flops=2000, weight_bytes=4000,
     peak_memory_bytes=9000, evaluation_latency_s=0.001, image_latency_s=0.007, sustained_image_latency_s=0.008,
-    retained_energy=0.9, limits={"max_size": 5000.0}, binding=("max_size",), optimality_gap=1e-5,
+    predicted_loss_increase=0.02, predicted_frechet=7.4,
+    prices={"max_size": {"limit": 5500.0, "predicted_frechet": None}},
+    limits={"max_size": 5000.0}, binding=("max_size",), optimality_gap=1e-5,
     dense={"params": 3000.0},
     matrices={
         "blocks.0.attn.q": MatrixPlan("factored", "fp32", 4, 2),
@@ -44,7 +46,8 @@ PLAN = Plan(
         form=st.just("switch"),
         classes=st.lists(names, min_size=1, max_size=3, unique=True).map(tuple),
         image_latency_s=seconds,
-        retained_energy=st.floats(0, 1),
+        predicted_loss_increase=st.none() | st.floats(0, 1),
+        optimality_gap=st.none() | st.floats(0, 1),
         limits=st.dictionaries(st.sampled_from(["max_size", "max_flops"]), st.floats(1, 1e12)),
         matrices=st.dictionaries(names, switch_matrices | folded_matrices, max_size=4),
     )
@@ -65,9 +68,12 @@ TIME = image_time(4, 4, 2, 0.001, 0.0)
 
 
 def test_plans_without_times_are_read() -> None:
-    older = {key: value for key, value in PLAN.to_dict().items() if key not in ("time", "teacher_time")}
-    older.pop("inside_guidance")
-    assert Plan.from_dict(json.loads(json.dumps(older)), "here") == PLAN
+    """Those of kind-edge 0.1.0: nothing was predicted then but the energy that the layers keep."""
+    newer = ("time", "teacher_time", "inside_guidance", "minimised", "prices", "predicted_loss_increase")
+    older = {key: value for key, value in PLAN.to_dict().items() if key not in (*newer, "predicted_frechet")}
+    older |= {"schema_version": 1, "retained_energy": 0.9}
+    unknown = dataclasses.replace(PLAN, predicted_loss_increase=None, predicted_frechet=None, prices={})
+    assert Plan.from_dict(json.loads(json.dumps(older)), "here") == unknown
 
 
 def values_with(changes: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +84,9 @@ def values_with(changes: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"schema_version": 2}, ("schema version 1",)),
-        ({"schema_version": "remove"}, ("schema version 1",)),
+        ({"schema_version": 3}, ("schema version 1 or 2",)),
+        ({"schema_version": "remove"}, ("schema version 1 or 2",)),
+        ({"prices": {"max_size": 3}}, ("prices", "3")),
         ({"stpes": 3}, ("'stpes'", "steps")),
         ({"steps": "remove", "unit": "remove"}, ("missing steps, unit",)),
         ({"form": "both"}, ("'both'", "switch, single, union")),

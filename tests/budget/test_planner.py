@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kind_edge.budget.deployed import deployed_fixed_cost
-from kind_edge.budget.plan import Plan
+from kind_edge.budget.loss import LossModel, MatrixLoss
+from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import candidate_forms, candidates, make_plan
 from kind_edge.budget.problem import (
     GRAPH_BYTES_PER_OPERATOR,
@@ -24,13 +27,15 @@ from kind_edge.budget.problem import (
     rank_levels,
 )
 from kind_edge.budget.profile import HOST, DeviceProfile, Precision, load_profile, profile_names
-from kind_edge.budget.sensitivity import spectra
+from kind_edge.budget.response import Judged, Response
+from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.whole_model import model_cost
 from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.probe import measure_sensitivity
 from kind_edge.errors import NoPlanError, UsageError
 from kind_edge.model.calibration import Calibration, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, load_checkpoint
-from kind_edge.model.spec import ModelSpec
+from kind_edge.model.spec import Form, ModelSpec
 from kind_edge.units import Quantity, parse_quantity
 
 PHONE = load_profile("snapdragon8g3")
@@ -38,6 +43,7 @@ DEVICES = [name for name in profile_names() if name != HOST]  # the host is meas
 GUIDED, UNGUIDED = Sampling("euler", 4, 1.5, 4), Sampling("euler", 4, 1.0, 4)
 TWO, ONE = ("sneaker", "bag"), ("coat",)
 MakePlan = Callable[..., Plan]
+MakeSource = Callable[..., Source]
 ROUNDING = 1 + 1e-5
 """The solver counts whole nanoseconds, matrix by matrix."""
 
@@ -49,17 +55,30 @@ def opened(tiny_folder: Path) -> tuple[Checkpoint, Calibration]:
 
 
 @pytest.fixture(scope="module")
-def plan(opened: tuple[Checkpoint, Calibration]) -> MakePlan:
-    """`plan(max_size="40%", classes=..., form=...)` of the tiny model on a phone."""
+def source(opened: tuple[Checkpoint, Calibration]) -> MakeSource:
+    """What is planned for: the tiny model, with its losses as they are measured, and a response where one is given."""
     checkpoint, calibration = opened
+    sensitivity = measure_sensitivity(checkpoint, "ab" * 32, calibration, chunks=1)
+
+    @functools.cache
+    def losses(form: Form, classes: tuple[str, ...]) -> LossModel:
+        return loss_model(checkpoint, class_indices(checkpoint, classes), form, calibration, sensitivity)
+
+    return lambda response=None: Source(
+        "tiny", "ab" * 32, checkpoint.spec, losses, "whitened", calibration.source, response=response
+    )
+
+
+@pytest.fixture(scope="module")
+def plan(source: MakeSource) -> MakePlan:
+    """`plan(max_size="40%", classes=..., form=...)` of the tiny model on a phone."""
 
     def make(**asked: Any) -> Plan:
         kinds = {"max_flops": "flops", "max_size": "bytes", "max_memory": "bytes", "max_latency": "seconds"}
         limits = {name: parse_quantity(asked.pop(name), kind) for name, kind in kinds.items() if name in asked}
+        response = asked.pop("response", None)
         request = Request(**{"profile": PHONE, "classes": TWO, "sampling": GUIDED, "limits": limits, **asked})
-        kept = class_indices(checkpoint, request.classes)
-        forms = {form: spectra(checkpoint, kept, form, calibration) for form in candidate_forms(request)}
-        return make_plan(Source("tiny", "ab" * 32, checkpoint.spec, forms, "whitened", calibration.source), request)
+        return make_plan(source(response), request)
 
     return make
 
@@ -84,7 +103,7 @@ def test_every_device_gets_a_plan_or_a_reason(name: str, precision: str, plan: M
         assert made.unit in device.units_for(made.precision)
         assert unit in ("auto", made.unit)
         assert made.unit == "cpu" or made.precision != "int8"
-        assert made.retained_energy == pytest.approx(1)
+        assert made.predicted_loss_increase == 0 or precision == "int8"
         assert set(made.binding) <= {"max_memory"}
         assert 0 < made.image_latency_s <= made.sustained_image_latency_s * ROUNDING
         assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
@@ -140,19 +159,24 @@ def test_a_tighter_limit_never_keeps_more(limit: str, plan: MakePlan) -> None:
     whole = getattr(free, cost[limit]) if limit in cost else free.sustained_image_latency_s
     unit = {"max_flops": "FLOPs", "max_latency": "s"}.get(limit, "B")
     with pytest.raises(NoPlanError) as refused:
-        plan(precision="fp32", unit="cpu", **{limit: f"{whole / 10:.9f}{unit}"})
+        plan(precision="fp32", unit="cpu", **{limit: f"{whole / 1000:.12f}{unit}"})
     smallest = refused.value.diagnosis[0].smallest / (1e9 if limit == "max_latency" else 1)  # type: ignore[attr-defined]
-    kept, losing = free.retained_energy, 0
+    lost, losing = free.predicted_loss_increase, 0
+    assert lost == 0
     for share in (0.8, 0.5, 0.25, 0.01):
         amount = smallest + share * (whole - smallest)
         made = plan(precision="fp32", unit="cpu", **{limit: f"{amount:.9f}{unit}"})
         spent = getattr(made, cost[limit]) if limit in cost else made.sustained_image_latency_s
         assert spent <= amount
-        assert made.retained_energy <= kept * (1 + 1e-4)
-        assert limit in made.binding or made.retained_energy == pytest.approx(1)
-        losing += made.retained_energy < 0.999
-        assert all(matrix.tailor_rank for matrix in made.matrices.values())  # a class without tailors is none
-        kept = made.retained_energy
+        assert made.predicted_loss_increase >= lost * (1 - 1e-3)
+        assert limit in made.binding or made.predicted_loss_increase == 0
+        assert set(made.prices) == set(made.binding)
+        for price in made.prices.values():
+            assert price["predicted_loss_increase"] <= made.predicted_loss_increase * (1 + 1e-3)
+        losing += made.predicted_loss_increase > 0
+        # A class without tailors is none: they are dropped with their branch alone.
+        assert all(matrix.tailor_rank or matrix.storage == "dropped" for matrix in made.matrices.values())
+        lost = made.predicted_loss_increase
     assert losing > 0
 
 
@@ -250,3 +274,94 @@ def test_rank_levels_rise_to_the_full_rank(full: int) -> None:
     assert (levels[-1] if levels else 0) == full
     assert all(1 <= level <= full for level in levels)
     assert len(levels) <= 32
+
+
+def synthetic(branch_loss: float) -> Source:
+    """A model of two blocks whose MLPs bear int8, while its attention does not."""
+    spec = ModelSpec(28, 1, 4, 128, 2, 4, 10, learngene_rank=48, tailor_rank=8, label_embedding=False)
+    matrices = {
+        shape.name: MatrixLoss(
+            np.linspace(1, 0, 49) ** 2, np.linspace(1, 0, 9) ** 2, 1.0 if "attn" in shape.name else 1e-5
+        )
+        for shape in spec.matrices()
+    }
+    losses = LossModel(matrices, dict.fromkeys(spec.branches(), branch_loss))
+    return Source("synthetic", "ab" * 32, spec, lambda *_: losses, "whitened", "")
+
+
+def test_the_solver_chooses_precision_matrix_by_matrix_and_drops_branches() -> None:
+    def made(branch_loss: float, share: float, **asked: Any) -> Plan:
+        limits = {"max_size": Quantity(share, "share")}
+        return make_plan(synthetic(branch_loss), Request(PHONE, TWO, GUIDED, unit="cpu", limits=limits, **asked))
+
+    mixed = made(1.0, 0.3)
+    assert {name.split(".")[2] for name, own in mixed.matrices.items() if own.precision == "int8"} == {"mlp"}
+    assert {name.split(".")[2] for name, own in mixed.matrices.items() if own.precision == "fp32"} == {"attn"}
+    assert (mixed.precision, mixed.dropped_branches) == ("int8", ())
+    assert mixed.predicted_loss_increase < 1e-3
+    quantized = made(1.0, 0.3, precision="int8").matrices.values()
+    assert {own.precision for own in quantized if own.storage != "dropped"} == {"int8"}
+    cut = made(1e-3, 0.1)
+    assert len(cut.dropped_branches) == 2  # half of them, no more
+    assert cut.predicted_loss_increase == pytest.approx(
+        synthetic(1e-3).losses("switch", TWO).increase(cut.matrices), rel=1e-6
+    )
+    check_replayable(cut, synthetic(1e-3).spec)
+
+
+def test_the_smallest_within_a_loss(plan: MakePlan) -> None:
+    sizes = []
+    for loss in (1e-6, 1e-4, 1e-2):
+        made = plan(minimise="weight_bytes", max_loss=loss)
+        assert made.predicted_loss_increase <= loss * (1 + 1e-6)
+        assert made.limits["max_quality_loss"] == loss
+        assert made.minimised == "weight_bytes"
+        sizes.append(made.weight_bytes)
+        # Asked the other way round, nothing of that size loses less.
+        back = plan(max_size=f"{made.weight_bytes}B")
+        assert back.predicted_loss_increase <= made.predicted_loss_increase * 1.002
+    assert sizes == sorted(sizes, reverse=True)
+    fastest = plan(minimise="latency_ns", max_loss=1e-2)
+    assert fastest.sustained_image_latency_s <= plan(minimise="flops", max_loss=1e-2).sustained_image_latency_s
+
+
+def test_permuting_classes_permutes_the_plan(plan: MakePlan) -> None:
+    one = plan(classes=("sneaker", "bag", "coat"), max_size="60%", max_flops="60%")
+    other = plan(classes=("coat", "sneaker", "bag"), max_size="60%", max_flops="60%")
+    assert dataclasses.replace(other, classes=one.classes) == one
+
+
+STEPS = tuple(Sampling("euler", steps, 1.5, steps) for steps in (8, 2, 1))
+RESPONSE = Response(tuple(Judged(steps, 1.5, frechet) for steps, frechet in ((8, 5.0), (4, 5.05), (2, 7.0))), 20, 1, {})
+
+
+def test_steps_are_chosen_by_the_predicted_distance(plan: MakePlan) -> None:
+    free = plan(response=RESPONSE, others=STEPS)
+    assert (free.steps, free.predicted_frechet) == (4, 5.05)  # recommended; 8 are better by 1 % only
+    latency_s = free.sustained_image_latency_s
+    assert plan(response=RESPONSE, others=STEPS, max_latency=f"{3 * latency_s}s").steps == 8
+    tight = plan(response=RESPONSE, others=STEPS, max_latency=f"{0.55 * latency_s:.9f}s")
+    assert tight.steps == 2  # of 4 steps so much would have to go that the distance is larger
+    assert tight.predicted_frechet == pytest.approx(7.0 * (1 + 20 * tight.predicted_loss_increase))
+    assert plan(response=RESPONSE, sampling=STEPS[1]).predicted_frechet == 7.0
+    # Where distances are not known, other steps are taken only if there is no other way.
+    assert plan(others=STEPS, max_latency=f"{0.9 * latency_s:.9f}s").steps == 4
+    assert plan(others=STEPS, max_latency=f"{0.2 * latency_s:.9f}s").steps < 4
+
+
+def test_a_refusal_shows_the_closest_plan_and_what_would_help(plan: MakePlan) -> None:
+    small = plan(minimise="weight_bytes", max_loss=100.0)
+    fast = plan(minimise="latency_ns", max_loss=100.0)
+    sizes = {"max_size": f"{small.weight_bytes - 100}B"}
+    for limits in (sizes, {**sizes, "max_latency": f"{0.9 * fast.sustained_image_latency_s:.9f}s"}):
+        with pytest.raises(NoPlanError) as caught:
+            plan(classes=TWO, fewer=STEPS[1:], **limits)
+        refusal = caught.value.refusal  # type: ignore[attr-defined]
+        assert {miss.limit for miss in refusal.misses} == set(limits)
+        assert all(miss.needed > miss.asked > 0 for miss in refusal.misses)
+        assert refusal.closest.weight_bytes == next(m.needed for m in refusal.misses if m.limit == "max_size")
+        changes = [each.change for each in refusal.relaxations]
+        assert any("--max-size to at least" in change for change in changes)
+        assert [each.given_up for each in refusal.relaxations] == sorted(each.given_up for each in refusal.relaxations)
+        json.dumps(refusal.to_dict(), allow_nan=False)
+        assert ("max_latency" in limits) != any("keep 1 class instead of 2" in change for change in changes)

@@ -68,7 +68,7 @@ def test_plan_of_an_architecture_as_json(call: Callable[..., Any], tmp_path: Pat
 def test_plan_of_a_checkpoint(call: Callable[..., Any], checkpoint: Path, tmp_path: Path) -> None:
     command = ["plan", checkpoint, "--profile", "apple-a18", "--classes", "bag, sneaker", "--steps", 3]
     answer = call(*command, "--max-size", "90%", "--json", "-o", tmp_path / "plan.json")
-    assert answer.err == "planning ...\n"
+    assert answer.err.startswith("planning ...\n")
     values = answer.json()
     assert values.keys() >= PLAN_KEYS
     assert values["classes"] == ["bag", "sneaker"]
@@ -114,7 +114,8 @@ def test_inspect_a_checkpoint(call: Callable[..., Any], checkpoint: Path) -> Non
     assert values["kind"] == "checkpoint"
     assert values["ranks"] == {"learngene": [12, 12], "tailor": [2, 2]}
     assert values["provenance"] == {"seed": 0}
-    assert sum(values["parts"].values()) == 4 * values["parameters"]  # float32
+    weights = {name: size for name, size in values["parts"].items() if name != "sensitivity"}
+    assert sum(weights.values()) == 4 * values["parameters"]  # float32
     shown = call("inspect", checkpoint).out
     assert "learngene 12, tailor 2" in shown
     assert "(paper)" in shown

@@ -48,7 +48,8 @@ def plan_of(spec: ModelSpec, form: str, classes: tuple[str, ...], matrices: dict
         precisions=("fp32", "int8"), sampler="euler", steps=4, guidance=1.0, evaluations_per_step=1,
         modulation="network" if spec.label_embedding else "baked", truncation="plain", calibration="", params=0,
         flops=0, weight_bytes=0, peak_memory_bytes=0, evaluation_latency_s=0.0, image_latency_s=0.0,
-        sustained_image_latency_s=0.0, retained_energy=1.0, limits={}, binding=(), optimality_gap=0.0, dense={},
+        sustained_image_latency_s=0.0, predicted_loss_increase=None,
+        predicted_frechet=None, limits={}, binding=(), prices={}, optimality_gap=0.0, dense={},
         matrices=matrices, inside_guidance=spec.inside_guidance,
     )  # fmt: skip
 

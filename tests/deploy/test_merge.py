@@ -46,7 +46,8 @@ def plan_of(checkpoint: Checkpoint, form: str, classes: tuple[str, ...], matrice
         model="tiny", checkpoint_sha256="", profile="host", unit="cpu", form=form, classes=classes, precision="fp32",
         precisions=("fp32",), sampler="euler", steps=4, guidance=1.0, evaluations_per_step=1, modulation=modulation,
         truncation="whitened", calibration="", params=0, flops=0, weight_bytes=0, peak_memory_bytes=0,
-        evaluation_latency_s=0.0, image_latency_s=0.0, sustained_image_latency_s=0.0, retained_energy=1.0, limits={},
+        evaluation_latency_s=0.0, image_latency_s=0.0, sustained_image_latency_s=0.0, predicted_loss_increase=None,
+        predicted_frechet=None, prices={}, limits={},
         binding=(), optimality_gap=0.0, dense={}, matrices=matrices,
     )  # fmt: skip
 

@@ -109,7 +109,7 @@ def test_a_single_call_draws_the_loop_s_images(bundle: Path) -> None:
 @pytest.mark.slow
 def test_the_plan_was_cut_and_the_prediction_of_its_size_is_close(bundle: Path) -> None:
     plan = read_plan(bundle / "plan.json")
-    assert plan.retained_energy < 0.9999
+    assert plan.predicted_loss_increase > 0
     assert plan.binding == ("max_flops",)
     assert plan.flops <= 0.6 * plan.dense["flops"]
     file = bundle / {"fp32": FP32, "int8": INT8}[plan.precision]

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from kind_edge.budget.plan import Plan
+from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile
-from kind_edge.deploy.request import make_request, make_source, open_model
+from kind_edge.deploy.request import as_replayed, make_request, make_source, open_model
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import (
     CALIBRATION,
@@ -111,9 +113,41 @@ def test_a_dense_model_cannot_be_cut(tmp_path: Path, checkpoint: Checkpoint) -> 
         open_model(tmp_path)
 
 
-def test_the_source_has_a_spectrum_for_every_form_that_is_allowed(tiny_folder: Path) -> None:
-    opened = open_model(tiny_folder)
-    request = request_with(opened.checkpoint, classes=["bag"], guidance=1.0)
-    source = make_source(opened, request)
-    assert set(source.spectra) == {"switch", "single"}
+def test_the_source_knows_losses_for_every_form_and_the_order_of_classes_does_not_matter(tiny_folder: Path) -> None:
+    source = make_source(open_model(tiny_folder))
     assert (source.name, source.truncation) == (tiny_folder.name, "whitened")
+    for form in ("switch", "single"):
+        losses = source.losses(form, ("bag", "coat"))
+        assert set(losses.matrices) == {shape.name for shape in source.spec.matrices()}
+        assert losses is source.losses(form, ("coat", "bag"))
+
+
+def test_what_is_the_smallest_is_asked_with_a_loss(checkpoint: Checkpoint) -> None:
+    asked = request_with(checkpoint, max_quality_loss="2%")
+    assert (asked.minimise, asked.max_loss, asked.others) == ("weight_bytes", 0.02, ())
+    assert request_with(checkpoint, max_quality_loss="2%", minimize="latency").minimise == "latency_ns"
+    for wrong in ({"minimize": "latency"}, {"max_quality_loss": "2MiB"}, {"max_quality_loss": "0%"}):
+        with pytest.raises(UsageError, match="--max-quality-loss"):
+            request_with(checkpoint, **wrong)
+
+
+def edited(plan: Plan, matrix: str, **changes: Any) -> Plan:
+    return dataclasses.replace(
+        plan, matrices={**plan.matrices, matrix: dataclasses.replace(plan.matrices[matrix], **changes)}
+    )
+
+
+def test_a_plan_that_was_changed_by_hand_loses_its_old_figures(tiny_folder: Path) -> None:
+    opened, device = open_model(tiny_folder), load_profile("apple-a18")
+    source = make_source(opened)
+    made = make_plan(source, make_request(opened.checkpoint, device, classes=["bag", "coat"], max_flops="70%"))
+    assert as_replayed(made, source, device) == made
+    name = next(name for name, matrix in made.matrices.items() if matrix.storage == "factored")
+    cut = as_replayed(edited(made, name, learngene_rank=1), source, device)
+    assert cut.matrices[name].learngene_rank == 1
+    assert cut.flops < made.flops
+    assert cut.params < made.params
+    assert cut.predicted_loss_increase > made.predicted_loss_increase
+    assert (cut.binding, dict(cut.prices), cut.optimality_gap) == ((), {}, None)
+    older = dataclasses.replace(made, predicted_loss_increase=None)
+    assert as_replayed(older, source, device).predicted_loss_increase == pytest.approx(made.predicted_loss_increase)

@@ -1,0 +1,80 @@
+"""The whole front: how little is lost at every size, for one class, two, five and all that were asked for.
+
+Each point is a plan of its own: the least predicted loss within that much of one cost, every other limit kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kind_edge.budget.planner import Answer, Problems, best_answer, price_figures
+from kind_edge.budget.problem import Objective, Request, Source, limit_name
+from kind_edge.budget.solver import LOSS
+from kind_edge.errors import NoPlanError
+from kind_edge.units import Quantity
+
+CLASS_COUNTS = (1, 2, 5)
+"""And all of them."""
+
+POINTS = 9
+LEAST_LOSS, MOST_LOSS = 1e-3, 1.0
+"""Predicted increases of the loss at the ends of a curve: hardly any, and as much as the model had."""
+
+_PER_UNIT = {"latency_ns": 1e9}
+_KINDS = {"latency_ns": "seconds", "flops": "flops"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points for the first so many of the classes that were asked for, by rising cost and falling loss."""
+
+    classes: tuple[str, ...]
+    points: tuple[Mapping[str, float | None], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"classes": list(self.classes), "points": [dict(point) for point in self.points]}
+
+
+def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...]:
+    """A curve over the cost `axis` for each number of classes. Raises `NoPlanError` where not even one point fits."""
+    counts = [count for count in CLASS_COUNTS if count < len(request.classes)]
+    kept = [request.classes[:count] for count in (*counts, len(request.classes))]
+    curves, failures = [], []
+    for classes in kept:
+        try:
+            points = _points(source, dataclasses.replace(request, classes=classes, max_loss=None, minimise=LOSS), axis)
+            curves.append(Curve(classes, tuple(points)))
+        except NoPlanError as error:
+            failures.append(error)
+    if not curves:
+        raise failures[0]
+    return tuple(curves)
+
+
+def _points(source: Source, request: Request, axis: Objective) -> Iterator[Mapping[str, float | None]]:
+    low = _smallest(source, request, axis, MOST_LOSS)
+    high = max(low, _smallest(source, request, axis, LEAST_LOSS, low))
+    best = float("inf")
+    for amount in np.unique(np.geomspace(low, high, POINTS).round()).tolist():
+        quantity = Quantity(amount / _PER_UNIT.get(axis, 1), _KINDS.get(axis, "bytes"))  # type: ignore[arg-type]
+        limits = {**request.limits, limit_name(axis): quantity}
+        answer = best_answer(Problems(source), dataclasses.replace(request, limits=limits))
+        if answer.score < best:
+            best = answer.score
+            yield price_figures(source, answer)
+
+
+def _smallest(source: Source, request: Request, axis: Objective, loss: float, otherwise: float | None = None) -> float:
+    """The least that a plan costs at a predicted loss of at most so much; `otherwise` where there is none."""
+    try:
+        answer: Answer = best_answer(Problems(source), dataclasses.replace(request, minimise=axis, max_loss=loss))
+    except NoPlanError:
+        if otherwise is None:
+            raise
+        return otherwise
+    return float(answer.solution.totals[axis])

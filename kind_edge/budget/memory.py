@@ -1,0 +1,66 @@
+"""Peak memory of a process that runs a deployed model in ONNX Runtime, above what it held before the session.
+
+Measured in fresh processes on Linux (glibc, CPU provider, one file without external data), from 1 to 330 MB:
+
+    runtime      code pages, kernels and graph of an empty model, and a little per operator
+    weights      once: a matrix is packed for the kernels and the file's copy given back (`deploy.session` sees to it);
+                 of matrices too small for a mapping of their own, most of that copy stays in the heap
+    tailors      as weights, and widened after the gather: about half of them are alive at once
+    activations  the arena takes what the first call needs, then a block for the order that it plans from the second on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kind_edge.budget.decoder import DecoderCost
+from kind_edge.budget.deployed import FixedCost, Layer, MatrixCost
+from kind_edge.budget.profile import Precision
+
+RUNTIME_BYTES = 12 * 2**20
+OPERATOR_BYTES = 7 * 2**10
+ACTIVATION_COPIES = 2.4
+
+_OWN_MAPPING_BYTES = 128 * 2**10
+_HEAP_COPIES = 1.7
+"""Copies of a weight that is smaller than a mapping of its own."""
+
+_WIDENED_ALIVE = 0.5
+
+
+def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) -> int:
+    """What one part of a matrix adds to the peak: its learngene, or its tailors."""
+    layer, total = cost.layer, cost.operators * OPERATOR_BYTES
+    pieces = list(_pieces(layer))
+    values = sum(pieces)
+    for piece in pieces:
+        held = cost.weight_bytes * piece / values
+        total += round(held * (_HEAP_COPIES if held < _OWN_MAPPING_BYTES else 1.0))
+    if layer.tailor_rank:
+        total += round(_WIDENED_ALIVE * batch * 4 * layer.tailor_rank * (layer.inputs + layer.outputs))
+    return total
+
+
+def _pieces(layer: Layer) -> Iterator[int]:
+    """Relative sizes of the constants of one part: m x n, or m x r and r x n."""
+    if layer.tailor_rank:
+        yield from (layer.inputs, layer.outputs)
+    elif layer.storage == "dense":
+        yield 1
+    elif layer.storage == "factored" and layer.learngene_rank:
+        yield from (layer.inputs, layer.outputs)
+
+
+def branch_memory_bytes(cost: FixedCost) -> int:
+    """What a branch of a block adds beside its matrices; other branches need no less room for activations."""
+    return cost.weight_bytes + cost.operators * OPERATOR_BYTES
+
+
+def fixed_memory_bytes(cost: FixedCost, batch: int, decoder: DecoderCost) -> int:
+    """The runtime, everything but the matrices, and the activations of `batch` rows; the decoder runs after the loop.
+
+    Modulation tables, biases and positions are kept as they are; the decoder's convolutions are packed, in one copy.
+    """
+    weights = branch_memory_bytes(cost) + 4 * decoder.params
+    activations = max(batch * cost.activation_bytes_peak, decoder.activation_bytes_peak)
+    return RUNTIME_BYTES + weights + round(ACTIVATION_COPIES * activations)

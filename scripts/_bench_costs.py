@@ -1,0 +1,220 @@
+"""Are predicted costs true? Latency of exported plans and peak memory, predicted and measured on this machine.
+
+The machine is calibrated first. No plan here is among what calibration runs: ranks of every matrix are drawn at random,
+matrices are dense, factored or int8 one by one, classes and forms differ. Both times are medians of
+single calls in the calmest of several short rounds, which go over all models in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kind_edge.budget import runner
+from kind_edge.budget.cost import fixed_memory_bytes, matrix_memory_bytes
+from kind_edge.budget.decoder import decoder_cost
+from kind_edge.budget.host import available_threads, calibrate_host
+from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.probe_graph import Layer, Network, network
+from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+from kind_edge.budget.profile import DeviceProfile
+from kind_edge.model.spec import ModelSpec, Ranks
+
+PLANS = (
+    # classes, form, largest share of the ranks, matrices that are dense
+    (("sneaker", "bag"), "switch", 1.0, 0.0),
+    (("sneaker", "bag"), "switch", 0.4, 0.3),
+    (None, "switch", 0.7, 0.0),
+    (None, "switch", 1.0, 1.0),
+    (("coat",), "single", 0.5, 0.0),
+    (("coat", "dress"), "union", 1.0, 0.5),
+)
+"""All classes where none are named."""
+
+SHAPES = (
+    # image size, channels, patch, output channels, width, heads, blocks; rank of the matrices, 0 dense, and of tailors
+    ("DiT-S/2", (32, 4, 2, 8, 384, 6, 12), 0, 0),
+    ("DiT-S/2", (32, 4, 2, 8, 384, 6, 12), 77, 16),
+    ("8x8 tokens, D 256", (32, 3, 4, 3, 256, 4, 8), 48, 8),
+)
+MEMORY_SHAPES = (("DiT-B/2", (32, 4, 2, 8, 768, 12, 12), 0, 0), ("DiT-B/2", (32, 4, 2, 8, 768, 12, 12), 154, 16))
+BATCHES, PRECISIONS = (1, 2), ("fp32", "int8")
+_ROUNDS_S = 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model file, and what the cost model knows of it."""
+
+    name: str
+    file: Path
+    spec: ModelSpec
+    deployment: Deployment
+    matrices: Mapping[str, MatrixPlan]
+    shipped: bool
+
+    def latency_ms(self, batch: int) -> float:
+        return 1e3 * self.deployment.evaluation_latency_s(self.matrices, sustained=False, batch=batch)
+
+    def peak_bytes(self, batch: int) -> int:
+        left = self.deployment
+        total = fixed_memory_bytes(left.fixed, batch, decoder_cost(dataclasses.replace(self.spec, pixels_per_latent=1)))
+        for shape in self.spec.matrices():
+            plan = self.matrices[shape.name]
+            precision: Any = plan.precision
+            shared = left.shared(shape, plan.storage, plan.shared_rank, precision)
+            total += matrix_memory_bytes(shared, precision, batch)
+            total += matrix_memory_bytes(left.tailors(shape, plan.tailor_rank or 0, precision), precision, batch)
+        return total
+
+    def inputs(self, batch: int) -> dict[str, Any]:
+        side, kept = self.spec.image_size, "class_index"
+        shapes = {"sample": ("float32", [batch, self.spec.channels, side, side]), "step_index": ("int32", [batch])}
+        if self.deployment.candidate.form == "switch":
+            shapes[kept] = ("int64", [batch])
+        return {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes.items()}
+
+
+def costs(model: str = "fashion-mnist") -> dict[str, Any]:
+    """Calibrate, export, measure, compare: about five minutes."""
+    say("calibrating")
+    host = calibrate_host()
+    with tempfile.TemporaryDirectory(prefix="kind-edge-costs-") as name:
+        say("exporting")
+        cases = [*_exported(model, host, Path(name)), *_drawn(host, Path(name), SHAPES)]
+        say("measuring latency")
+        rows = _latencies(Path(name), cases)
+        say("measuring memory")
+        memory = _memories([*(case for case in cases if case.shipped), *_drawn(host, Path(name), MEMORY_SHAPES)])
+    errors = [abs(row["error"]) for row in rows if row["exported"]]
+    larger = [abs(row["error"]) for row in rows if not row["exported"]]
+    return {
+        "latency": rows,
+        "memory": memory,
+        "latency_error_median": statistics.median(errors),
+        "latency_error_worst": max(errors),
+        "latency_error_worst_of_larger": max(larger),
+        "peak_memory_error_worst": max(abs(row["error"]) for row in memory),
+    }
+
+
+def _latencies(folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
+    pairs = [(f"{case.file.name} x{batch}", case, batch) for case in cases for batch in BATCHES]
+    models = [
+        {"name": name, "file": case.file.relative_to(folder).as_posix(), "inputs": case.inputs(batch)}
+        for name, case, batch in pairs
+    ]
+    (folder / runner.REQUEST).write_text(json.dumps({"version": runner.VERSION, "models": models}))
+    measured = runner.measure(folder, available_threads(), _ROUNDS_S)
+    return [
+        {
+            "model": case.name, "precision": case.deployment.candidate.precision, "batch": batch,
+            "exported": case.shipped, "predicted_ms": case.latency_ms(batch), "measured_ms": measured[name] / 1e3,
+            "error": case.latency_ms(batch) / measured[name] * 1e3 - 1,
+        }
+        for name, case, batch in pairs
+    ]  # fmt: skip
+
+
+def _memories(cases: list[Case]) -> list[dict[str, Any]]:
+    from kind_edge.deploy.bench import bench_model
+
+    rows = []
+    for case, batch in itertools.product(cases, BATCHES):
+        peak = bench_model(case.file, available_threads(), warmups=2, runs=3, batch=batch).peak_memory_bytes
+        if peak is None:
+            continue  # not Linux, nor macOS
+        predicted = case.peak_bytes(batch)
+        rows.append({
+            "model": case.name, "precision": case.deployment.candidate.precision, "batch": batch,
+            "predicted_bytes": predicted, "measured_bytes": peak, "error": predicted / peak - 1,
+        })  # fmt: skip
+    return rows
+
+
+def _exported(model: str, host: DeviceProfile, folder: Path) -> Iterator[Case]:
+    """Plans of random ranks through the whole way: truncate, fold, export; every file of each."""
+    import torch
+
+    from kind_edge.deploy.merge import fold, truncate
+    from kind_edge.deploy.pipeline import plan
+    from kind_edge.deploy.request import open_model
+    from kind_edge.deploy.sampler_table import sampler_table
+    from kind_edge.registry import exporter
+
+    opened, random = open_model(model), np.random.default_rng(0)
+    for index, (classes, form, share, dense) in enumerate(PLANS):
+        base = plan(model, profile="snapdragon8g3", classes=classes, form=form, precision="int8")
+        spec = opened.checkpoint.spec
+        chosen = dataclasses.replace(base, matrices=_random_matrices(spec, base, share, dense, random))
+        table = sampler_table(chosen.sampler, spec.objective, chosen.steps)
+        truncated = truncate(opened.checkpoint, chosen, opened.calibration)
+        plain = fold(truncated, chosen, torch.from_numpy(table.timestep))
+        for file in exporter("onnx").export(plain, folder / str(index), PRECISIONS):
+            request = Request(host, chosen.classes, Sampling("euler", chosen.steps, 1.0, len(table.timestep)))
+            precisions = chosen.matrix_precisions(file.precision)
+            matrices = {n: dataclasses.replace(m, precision=precisions[n]) for n, m in chosen.matrices.items()}
+            candidate = Candidate(chosen.form, file.precision, "cpu")  # type: ignore[arg-type]
+            name = f"{form}, {len(chosen.classes)} classes, ranks up to {share:.0%}, {dense:.0%} dense"
+            renamed = folder / f"plan{index}.{file.precision}.onnx"
+            (folder / str(index) / file.path).rename(renamed)
+            yield Case(name, renamed, spec, Deployment(spec, request, candidate), matrices, shipped=True)
+
+
+def _random_matrices(
+    spec: ModelSpec, base: Plan, share: float, dense: float, random: np.random.Generator
+) -> dict[str, MatrixPlan]:
+    """Ranks at random, up to a share of the whole; of the int8 file a fifth of the matrices stays in fp32."""
+    matrices = {}
+    for shape in spec.matrices():
+        ranks = spec.ranks(shape.name)
+        most = ranks if base.form == "switch" else Ranks(ranks.learngene + len(base.classes) * ranks.tailor, 0)
+        full = bool(random.random() < dense)
+        rank = most.learngene if full else int(random.integers(2, max(3, round(share * most.learngene)) + 1))
+        tailor = int(random.integers(1, max(1, round(share * ranks.tailor)) + 1))
+        storage: Any = "dense" if full else "factored"
+        precision = "fp32" if random.random() < 0.2 else "int8"
+        matrices[shape.name] = (
+            MatrixPlan(storage, precision, rank, tailor)
+            if base.form == "switch"
+            else MatrixPlan(storage, precision, rank=rank)
+        )
+    return matrices
+
+
+def _drawn(host: DeviceProfile, folder: Path, shapes: tuple[Any, ...]) -> Iterator[Case]:
+    """Larger models of random weights, as the exporter writes them: exporting them would take minutes."""
+    for index, ((name, sizes, rank, tailor), precision) in enumerate(itertools.product(shapes, PRECISIONS)):
+        image, channels, patch, outputs, width, heads, depth = sizes
+        blocks = (("attn", "mlp"),) * depth
+        layer = Layer(precision, rank, tailor)
+        shape = Network(image, channels, patch, outputs, width, heads, 4 * width, blocks, layer)  # type: ignore[arg-type]
+        file = folder / f"{name.split(',')[0].replace('/', '')}-{rank}-{precision}-{index}.onnx"
+        file.write_bytes(network(shape))
+        objective: Any = "epsilon" if outputs > channels else "flow"  # one that learns a variance
+        spec = ModelSpec(
+            image, channels, patch, width, depth, heads, 2, rank or 1, tailor,
+            objective=objective, learned_sigma=outputs > channels,
+        )  # fmt: skip
+        form: Any = "switch" if tailor else "single"
+        storage: Any = "factored" if rank else "dense"
+        one = MatrixPlan(storage, precision, rank, tailor) if tailor else MatrixPlan(storage, precision, rank=rank)
+        request = Request(host, ("a", "b"), Sampling("euler", 4, 1.0, 4))
+        deployment = Deployment(spec, request, Candidate(form, precision, "cpu"))
+        text = f"{name}, {f'rank {rank}, tailors {tailor}' if rank else 'dense'}"
+        matrices = {matrix.name: one for matrix in spec.matrices()}
+        yield Case(text, file, spec, deployment, matrices, shipped=False)
+
+
+def say(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr)

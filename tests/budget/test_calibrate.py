@@ -1,0 +1,106 @@
+"""Calibration through a runner: a real subprocess with the example, and every way in which a runner can fail."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+from kind_edge.budget import runner
+from kind_edge.budget.calibrate import Measured, measure_with, measured_profile
+from kind_edge.budget.probes import all_probes, operator_table
+from kind_edge.errors import GateError, InputError, KindEdgeError, UsageError
+
+FEW = [probe for probe in all_probes() if probe.name in ("tiny-1", "product-int8-49x8x16", "ends-2x49x128")]
+EXAMPLE = f"{shlex.quote(sys.executable)} -P {shlex.quote(runner.__file__)} --threads 1"
+
+
+def script(folder: Path, body: str) -> str:
+    """A runner in Python whose folder is FOLDER and whose request is REQUEST."""
+    path = folder / "runner"
+    head = "import json, sys\nfrom pathlib import Path\nFOLDER = Path(sys.argv[1])\n"
+    read = "REQUEST = json.loads((FOLDER / 'request.json').read_text())\n"
+    path.write_text(f"#!{sys.executable}\n{head}{read}{body}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return shlex.quote(str(path))
+
+
+ANSWER = """
+answer = {"version": 1, "device": "a phone", "system": "Android 16", "runtime": "onnxruntime 1", "threads": 4,
+          "ram_bytes": 8e9, "latency_us": {model["name"]: 10.0 for model in REQUEST["models"]}}
+"""
+
+
+def test_the_example_measures_in_a_subprocess() -> None:
+    measured = measure_with(EXAMPLE, FEW)
+    assert set(measured.latency_us) == {probe.name for probe in FEW}
+    assert 0.1 < measured.latency_us["tiny-1"] < measured.latency_us["ends-2x49x128"] < 1e6
+    assert measured.threads == 1
+    assert measured.runtime.startswith("onnxruntime ")
+
+
+def test_a_runner_sees_every_model_it_is_asked_for(tmp_path: Path) -> None:
+    body = ANSWER + "assert all((FOLDER / m['file']).stat().st_size for m in REQUEST['models'])\n"
+    measured = measure_with(script(tmp_path, body + "print('chatter')\nprint(json.dumps(answer))"), FEW)
+    assert measured.device == "a phone"
+    assert measured.latency_us == dict.fromkeys((probe.name for probe in FEW), 10.0)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        ("sys.exit('device offline')", GateError, "exit code 1: device offline"),
+        ("sys.exit(3)", GateError, "exit code 3: it says nothing"),
+        ("import time; time.sleep(60)", GateError, "no answer within"),
+        ("pass", InputError, "stdout is nothing"),
+        ("print('ready')", InputError, "stdout is 'ready'"),
+        ("print('[1]')", InputError, "lacks everything"),
+        (ANSWER + "del answer['threads']; print(json.dumps(answer))", InputError, "lacks threads"),
+        (ANSWER + "answer['version'] = 2; print(json.dumps(answer))", InputError, "version 2, want 1"),
+        (ANSWER + "answer['latency_us'].popitem(); print(json.dumps(answer))", InputError, "1 of 3 models are missing"),
+        (ANSWER + "answer['latency_us']['tiny-1'] = -1; print(json.dumps(answer))", InputError, "tiny-1: got -1"),
+        (ANSWER + "answer['latency_us'] = [1]; print(json.dumps(answer))", InputError, "microseconds by name"),
+        (ANSWER + "answer['ram_bytes'] = 'much'; print(json.dumps(answer))", InputError, "ram_bytes: got 'much'"),
+    ],
+)
+def test_a_failing_runner_is_refused(body: str, kind: type[KindEdgeError], message: str, tmp_path: Path) -> None:
+    timeout_s = 0.5 if "sleep" in body else 60.0
+    with pytest.raises(kind, match=message):
+        measure_with(script(tmp_path, body), FEW, timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [("/no/such/runner --fast", "cannot be started"), ("adb 'shell", "cannot be split"), (" ", "is empty")],
+)
+def test_a_command_that_is_none_is_refused(command: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        measure_with(command, FEW)
+
+
+def test_probes_have_names_of_their_own_and_share_files() -> None:
+    probes = all_probes()
+    assert len({probe.name for probe in probes}) == len(probes)
+    assert len({probe.file for probe in probes}) < len(probes) / 2
+    json.dumps([probe.inputs for probe in probes])
+
+
+def linear_us(name: str) -> float:
+    """A machine on which everything takes what its name's numbers say: an operator 1 us, chains and blocks in line."""
+    return {"tiny-1": 5.0, "tiny-128": 132.0, "stream": 5e4}.get(name, 100.0)
+
+
+def test_disturbed_times_still_make_a_table() -> None:
+    """Where every probe takes as long, all differences vanish: no part may be free, or below zero."""
+    latency_us = {probe.name: linear_us(probe.name) for probe in all_probes()}
+    table = operator_table(latency_us)
+    for kind in (table.product, table.tailor, table.attention, table.mlp, table.ends):
+        assert min(kind.values()) > 0
+    profile = measured_profile("mine", Measured("d", "s", "r", 1, 8e9, latency_us))
+    assert profile.unit("cpu").overhead_us.value == pytest.approx(1.0)
+    assert profile.operators("cpu", "int8") is not None
+    assert profile.operators("cpu", "fp16") is None
