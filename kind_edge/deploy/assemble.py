@@ -117,8 +117,8 @@ def predict_here_ms(
             for shape in left.matrices()
         }
         deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
-        calls = deployment.evaluations if entry["role"] == "sampler" else 1
-        predicted[path] = 1e3 * calls * deployment.evaluation_latency_s(matrices, sustained=False)
+        call_s = deployment.image_latency_s if entry["role"] == "sampler" else deployment.evaluation_latency_s
+        predicted[path] = 1e3 * call_s(matrices, sustained=False)
     return predicted
 
 

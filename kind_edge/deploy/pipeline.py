@@ -24,6 +24,7 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
@@ -37,7 +38,7 @@ from kind_edge.deploy.request import (
     open_model,
 )
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
-from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
+from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.checkpoint import (
     checkpoint_hash,
