@@ -56,6 +56,7 @@ def distill(
             device=device,
             resume=resume,
             on_progress=on_progress,
+            on_note=terminal.note,
         )
         from kind_edge.training.distributed import first_process
 

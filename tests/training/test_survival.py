@@ -27,7 +27,7 @@ from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
 from kind_edge.training.loop import run, train_step
 from kind_edge.training.nested import nested_config
-from kind_edge.training.state import STATE, TrainState, holds_nested, load_state, save_state, start
+from kind_edge.training.state import STATE, TrainState, in_second_stage, load_state, save_state, start
 
 SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 9, learngene_rank=4, tailor_rank=2)
 CONFIG = TrainConfig(SPEC, images=16 * 6, batch_size=6, warmup_steps=2, nested_share=1.0)
@@ -69,8 +69,8 @@ def stored_step(folder: Path) -> tuple[bool, int]:
     """Which stage, and how far it is."""
     if not (folder / STATE).exists():
         return False, 0
-    nested = holds_nested(folder)
-    return nested, load_state(folder, NESTED if nested else CONFIG).step
+    nested = in_second_stage(folder)
+    return nested, load_state(folder, NESTED if nested else CONFIG, whole=CONFIG if nested else None).step
 
 
 def wait_for_saves(path: Path, count: int) -> None:
