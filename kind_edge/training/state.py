@@ -47,6 +47,8 @@ class TrainState:
     """Time spent training, over all sessions of the run."""
     loss: float = math.nan
     """Mean over about the last hundred steps."""
+    saved: str = ""
+    """Which step of the run lies in its file, in words; nothing before the first save."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's own parameters by name: all but tailors and what is frozen."""
@@ -128,6 +130,7 @@ def save_state(
         metadata |= {"stage": "second" if whole else "first", "config": json.dumps(_identity(whole or config, choices))}
         write_tensors(folder / STATE, tensors, metadata)
     state.processes.wait()
+    state.saved = f"step {state.step}"
 
 
 def _identity(config: TrainConfig, choices: Mapping[str, object] | None) -> dict[str, object]:
@@ -183,6 +186,7 @@ def load_state(
         for name, tensor in state.tailors.tensors().items():
             tensor.copy_(tensors[f"tailors.{name}"])
     state.step, state.seconds, state.loss = progress
+    state.saved = f"step {state.step}"
     return state
 
 

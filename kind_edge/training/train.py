@@ -147,7 +147,7 @@ def train_stages(
         run(config, first, split.training, lambda s: save_state(output, config, s, choices), on_progress)
         done = Checkpoint(config.spec, split.training.class_names, averaged_tensors(config, first), {})
         state = start_nested(nested, done, split.training, first.processes)
-        state.seconds = first.seconds
+        state.seconds, state.saved = first.seconds, "the first stage"
     loss = NestedLoss(config.spec.objective, config.seed)
     seen = config.steps * config.batch_size
     return train_to_end(nested, state, split, output, on_progress, loss_of=loss, whole=config, seen_before=seen)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kind_edge.cli import main
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint, read_metadata, read_tensors, write_tensors
 from kind_edge.training.config import TrainConfig
@@ -97,3 +101,36 @@ def test_what_the_file_tells_is_refused_before_the_data_are_opened(
     with pytest.raises(InputError, match="nowhere"):
         train(config, tmp_path / "new", data=tmp_path / "nowhere", device="cpu", resume=True)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_job_that_is_killed_before_its_first_save_begins_anew(
+    make_config: Callable[..., Any],
+    make_folder: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A script that starts its job again after a kill always says --resume."""
+    spec = make_config(2).spec.to_dict()
+    model = "".join(f"{key} = {spec[key]}\n" for key in ("image_size", "channels", "patch_size", "width", "depth"))
+    model += "heads = 2\nnum_classes = 2\nlearngene_rank = 4\ntailor_rank = 2\n"
+    common = f'dataset = "files"\nbatch_size = 6\nwarmup_steps = 1\nnested_share = 0.0\n{{}}\n[model]\n{model}'
+    (tmp_path / "run.toml").write_text(common.format("images = 60_000_000"))
+    command = ["train", "--config", tmp_path / "run.toml", "--data", make_folder(cat=4, dog=4), "--device", "cpu"]
+    command = [str(argument) for argument in (*command, "-o", tmp_path / "out", "--resume")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "kind_edge.cli", *command], stderr=subprocess.PIPE, text=True, env=environment
+    ) as job:
+        assert job.stderr is not None
+        said = [next(job.stderr)]
+        while not said[-1].startswith("step 1 of"):
+            said.append(next(job.stderr))
+        job.kill()
+    assert f"nothing has been saved in {tmp_path / 'out'} yet; the run begins" in said[0]
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "out" / f"{STATE}.partial").write_bytes(b"cut short")  # had it been killed within the first save
+    (tmp_path / "run.toml").write_text(common.format("images = 12"))
+    assert main(command) == 0, capsys.readouterr().err
+    assert load_checkpoint(tmp_path / "out").provenance["images_seen"] == 12
+    assert main([*command[:-1]]) == 2
+    assert "add --resume to go on with the run in it" in capsys.readouterr().err
