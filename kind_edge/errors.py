@@ -17,7 +17,10 @@ class KindEdgeError(Exception):
 
 
 class GateError(KindEdgeError):
-    """A check of the result failed: parity, size or latency. `report` has the figures, where there are any."""
+    """A check of the result failed: parity, size or latency, or a training that diverged.
+
+    `report` has the figures, where there are any.
+    """
 
     exit_code = 1
 

@@ -34,7 +34,9 @@ def distill(
         typer.Option("--images", min=1, metavar="N", help="Images drawn in training.", show_default="48000"),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to train.")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in DIR, if it has begun.")
+    ] = False,
 ) -> None:
     """Teach a model to draw in few steps, without guidance.
 
@@ -56,6 +58,7 @@ def distill(
             device=device,
             resume=resume,
             on_progress=on_progress,
+            on_note=terminal.note,
         )
         from kind_edge.training.distributed import first_process
 

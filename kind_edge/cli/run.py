@@ -25,6 +25,8 @@ PROGRAM = "kind-edge"
 BUG, INTERRUPTED, BROKEN_PIPE = KindEdgeError.exit_code, 130, 141
 """141 is what a shell reports of a program that SIGPIPE ended: the work may have been cut short with its output."""
 
+BUG_TEXT_WIDTH = 200
+
 _PARSING_ERROR: type = typer.BadParameter.__mro__[1]
 """The parent of all usage errors of whichever click typer stands on: newer ones bring their own."""
 
@@ -90,6 +92,7 @@ def _report(error: Exception, terminal: Terminal) -> int:
     if terminal.verbose:
         terminal.err.print("".join(traceback.format_exception(error)), markup=False, soft_wrap=True)
     text = " ".join(str(error).split())
+    text = text[:BUG_TEXT_WIDTH] + " ..." * (len(text) > BUG_TEXT_WIDTH)  # libraries can fill pages
     terminal.say_error(
         f"a bug in kind-edge: {type(error).__name__}: {text or 'no message'}; "
         "please report it with your command line and what the same command prints with -v"

@@ -51,7 +51,9 @@ def train(
         typer.Option("--autoencoder", metavar="DIR", help="For a model of latents: the autoencoder, from diffusers."),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to train.")] = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in DIR.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in DIR, if it has begun.")
+    ] = False,
 ) -> None:
     """Train one decomposable model.
 
@@ -109,7 +111,7 @@ def following(terminal: Terminal, output: Path) -> Iterator[Callable[[Progress],
         with _progress(terminal) as on_progress:
             yield on_progress
     except KeyboardInterrupt:
-        if output.exists():
+        if (output / "state.safetensors").exists():
             terminal.note(f"saved in {output}; the same command with --resume goes on")
         raise
 

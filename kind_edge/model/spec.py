@@ -144,6 +144,19 @@ class ModelSpec:
             if name not in known:
                 raise InputError(f"ModelSpec.matrix_ranks: unknown matrix {name!r}; nearest: {nearest(name, known)}")
 
+    def check_trainable_ranks(self) -> None:
+        """Refuse a learngene or a tailor of more components than its matrix has to give.
+
+        Such a model can be folded and shipped, but what is beyond the matrix's rank is wasted, and has no order.
+        """
+        for matrix in self.matrices() if self.factored else ():
+            most = min(matrix.outputs, matrix.inputs)
+            for part, rank in zip(("learngene_rank", "tailor_rank"), self.ranks(matrix.name), strict=True):
+                if rank > most:
+                    what = f"matrix_ranks[{matrix.name!r}], {part}" if matrix.name in self.matrix_ranks else part
+                    shape = f"{matrix.name} is {matrix.outputs} x {matrix.inputs}"
+                    raise InputError(f"ModelSpec.{what}: got {rank}, want at most {most}: {shape}, which has no more")
+
     def _check_distilled(self) -> None:
         counts: Any = self.step_counts
         whole = isinstance(counts, tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in counts)

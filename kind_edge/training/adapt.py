@@ -30,8 +30,16 @@ from kind_edge.training.loop import Progress, run
 from kind_edge.training.losses import NestedLoss
 from kind_edge.training.newcomers import Request, begin, origins_of
 from kind_edge.training.open import dataset_at, open_data
-from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
-from kind_edge.training.train import check_output, hardware, heldout_tensors, pick_device
+from kind_edge.training.state import (
+    TrainState,
+    averaged_tensors,
+    check_state,
+    data_choices,
+    load_state,
+    save_state,
+    start_from,
+)
+from kind_edge.training.train import hardware, heldout_tensors, is_begun, pick_device, warn_of_unnoted
 
 IMAGES = 60_000
 WARMUP_STEPS = 100
@@ -68,9 +76,11 @@ def adapt(
     place = pick_device(device)
     if launched_processes() > 1:
         raise UsageError("adapt trains little, so it runs in one process: start it without a launcher")
-    check_output(output, resume)
+    resume = is_begun(output, resume, on_note)
     request = Request(load_checkpoint(checkpoint), tuple(classes), start, learngene_only)
     config = adapt_config(request, dataset_at(data), images)
+    if resume:
+        warn_of_unnoted(check_state(output, config, request.choices()), output, on_note)
     split = open_data(
         config, data, only=classes, class_map=class_map, autoencoder=autoencoder, device=place, report=on_note
     )
@@ -91,9 +101,9 @@ def adapt_to(
     calibration, heldout = stored_calibration(request), stored_heldout(request)  # read first: they may be corrupt
     origins = origins_of(request, split.training, config.seed)
     model, alone = begin(request, config, origins), Alone(device)
-    choices = request.choices()
-    output.mkdir(parents=True, exist_ok=True)
+    choices = {**request.choices(), **data_choices(split.training)}
     state = load_state(output, config, alone, model, choices) if resume else start_from(config, model, alone)
+    output.mkdir(parents=True, exist_ok=True)
     nested = NestedLoss(config.spec.objective, config.seed) if config.spec.nested else None
     run(config, state, split.training, lambda s: save_state(output, config, s, choices), on_progress, nested)
     provenance = _provenance(request, config, state, split, origins)

@@ -61,6 +61,7 @@ class TrainConfig:
         for name in ("ema_decay", "null_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name}: got {getattr(self, name)}, want at least 0 and less than 1")
+        self.spec.check_trainable_ranks()
         if not 0 <= self.nested_share <= 1:
             raise InputError(f"nested_share: got {self.nested_share}, want 0 to 1")
 
@@ -132,7 +133,8 @@ def read_config(path: Path) -> TrainConfig:
     try:
         values = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"{path}: cannot read the training configuration: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path}: cannot read the training configuration: {reason}") from error
     config = TrainConfig.from_dict(values, str(path))
     if config.spec.distilled:
         raise InputError(f"{path} [model]: step_counts: training makes none; train without, then kind-edge distill")

@@ -35,7 +35,7 @@ from kind_edge.training.distributed import Processes, check_division, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.sampled import check_judgeable, judged_labels, sample_checkpoint, score
 from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
-from kind_edge.training.train import check_output, hardware, pick_device
+from kind_edge.training.train import hardware, is_begun, pick_device
 from kind_edge.training.walks import STEP_COUNTS, TEACHER_STEPS, DistillationLoss
 
 DEFAULT_STEP_COUNT = 4
@@ -85,6 +85,7 @@ def distill(
     device: str = "auto",
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Distil a checkpoint into folder `output`, which becomes a checkpoint of few steps and no guidance branch.
 
@@ -96,7 +97,7 @@ def distill(
         InputError: the checkpoint cannot be read.
     """
     place = pick_device(device)
-    check_output(output, resume)
+    resume = is_begun(output, resume, on_note)
     teacher = load_checkpoint(checkpoint)
     advice = teacher.provenance.get("recommended", {})
     request = Request(teacher, float(advice.get("guidance", DEFAULT_GUIDANCE) if guidance is None else guidance))
@@ -116,9 +117,9 @@ def distill_to(
 ) -> Path:
     """`distill` with everything chosen. Every process calls this."""
     choices, data = request.choices(), blank_data(request.teacher)
-    output.mkdir(parents=True, exist_ok=True)
     model = student(request.teacher, config)
     state = load_state(output, config, processes, model, choices) if resume else start_from(config, model, processes)
+    output.mkdir(parents=True, exist_ok=True)
     teacher = request.teacher.model().to(state.processes.device)
     loss = DistillationLoss(teacher, request.guidance, config.seed)
     run(config, state, data, lambda s: save_state(output, config, s, choices), on_progress, loss)

@@ -12,7 +12,7 @@ from kind_edge.training.config import TrainConfig
 from kind_edge.training.distributed import join
 from kind_edge.training.loop import Progress
 from kind_edge.training.open import open_data
-from kind_edge.training.state import STATE, load_state, start_from
+from kind_edge.training.state import STATE, data_choices, load_state, start_from
 from kind_edge.training.train import pick_device, train_to_end
 
 HEAL_STEPS = 300
@@ -59,7 +59,7 @@ def train_from(
     split = open_data(config, data, device=processes.device)
     output.mkdir(parents=True, exist_ok=True)
     if (output / STATE).exists():
-        state = load_state(output, config, processes)
+        state = load_state(output, config, processes, choices=data_choices(split.training))
     else:
         state = start_from(config, checkpoint.model().train().requires_grad_(True), processes)
     return train_to_end(config, state, split, output, on_progress)

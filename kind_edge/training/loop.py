@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kind_edge.errors import InputError
+from kind_edge.errors import GateError
 from kind_edge.model.diffusion import draw_timesteps
 from kind_edge.model.gated_linear import ClassGate
 from kind_edge.training.batches import Batch, ClassBatches, generator, part_layout
@@ -26,7 +26,11 @@ from kind_edge.training.distributed import Processes, local, whole
 from kind_edge.training.losses import DiffusionLoss, Examples, Loss
 from kind_edge.training.state import TrainState, follow
 
+FIRST_SAVE_S = 10.0
+"""Early, because it tells whether there is room for the state, and how long saving takes."""
 SAVE_EVERY_S = 120.0
+SAVE_SHARE = 0.05
+"""Of the run's time that saving takes, at most: where a state is so large that writing it takes long, it is rarer."""
 EXPLODED = 100.0
 """A loss above this has diverged: a network that predicts zero scores 1 to 2, whatever the objective."""
 
@@ -66,7 +70,7 @@ def train_step(
 ) -> float:
     """One optimizer step; returns the loss, by default the ordinary one.
 
-    Raises `InputError` where the loss or its gradient is no number or has exploded: before anything is updated.
+    Raises `GateError` where the loss or its gradient is no number or has exploded: before anything is updated.
     """
     batch = batches(state.step)
     noised = Noised.draw(config, state.step, (len(batch.images), *data.shape))
@@ -85,7 +89,7 @@ def train_step(
     state.processes.mean_(gradient)
     state.processes.mean_(loss)
     norm = clip(state, gradient, config.gradient_clip)
-    _refuse_divergence(state.step + 1, float(loss), float(norm))
+    _refuse_divergence(state, float(loss), float(norm))
     rate = learning_rate(config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -151,13 +155,14 @@ def clip(state: TrainState, tailor_gradient: Tensor, longest: float) -> Tensor:
     return norm
 
 
-def _refuse_divergence(step: int, loss: float, norm: float) -> None:
+def _refuse_divergence(state: TrainState, loss: float, norm: float) -> None:
     if math.isfinite(norm) and loss < EXPLODED:  # false for NaN, too
         return
     what = "gradient" if loss < EXPLODED else "loss"
-    raise InputError(
-        f"the {what} became {norm if what == 'gradient' else loss:.3g} at step {step}; what was saved last is still "
-        "good; look at the images, or lower the learning rate and start again"
+    kept = f"{state.saved} is saved and still good" if state.saved else "nothing has been saved yet"
+    raise GateError(
+        f"the {what} became {norm if what == 'gradient' else loss:.3g} at step {state.step + 1}; {kept}; look at the "
+        "images, or lower the learning rate and start again with another -o"
     )
 
 
@@ -171,13 +176,14 @@ def run(
 ) -> TrainState:
     """Train to the configured number of images, on the ordinary loss unless another is given.
 
-    Saves every two minutes, at the end, and when interrupted: Ctrl-C and a scheduler's SIGTERM end the run after the
+    Saves after ten seconds, then every two minutes (more rarely where saving takes long), at the end, and when
+    interrupted: Ctrl-C and a scheduler's SIGTERM end the run after the
     present step, saved, with a `KeyboardInterrupt`; a second one ends it at once, and what was saved before stands.
     Only the first of several processes reports.
     """
     batches = ClassBatches(data.labels.cpu(), config.spec.num_classes, config.batch_size, config.seed)
-    began, first, saved = time.monotonic(), state.step, time.monotonic()
-    seconds_before = state.seconds
+    began, first, seconds_before = time.monotonic(), state.step, state.seconds
+    next_save = began + min(FIRST_SAVE_S, SAVE_EVERY_S)
     with stop_requests() as stop:
         while state.step < config.steps:
             loss = train_step(config, state, data, batches, loss_of)
@@ -188,14 +194,21 @@ def run(
             left_s = per_step * (config.steps - state.step)
             if state.processes.rank == 0:
                 report(Progress(state.step, config.steps, state.loss, config.batch_size / per_step, left_s))
-            stopping, due = _agree(state.processes, stop.is_set(), time.monotonic() - saved > SAVE_EVERY_S)
+            stopping, due = _agree(state.processes, stop.is_set(), time.monotonic() > next_save)
             if stopping or due:
-                save(state)
-                saved = time.monotonic()
+                next_save = _timed(save, state)
             if stopping:
                 raise KeyboardInterrupt
     save(state)
     return state
+
+
+def _timed(save: Callable[[TrainState], None], state: TrainState) -> float:
+    """Save; when the next time is."""
+    began = time.monotonic()
+    save(state)
+    ended = time.monotonic()
+    return ended + max(SAVE_EVERY_S, (ended - began) / SAVE_SHARE)
 
 
 def _agree(processes: Processes, *wishes: bool) -> list[bool]:

@@ -16,11 +16,13 @@ from kind_edge.model.checkpoint import read_metadata, read_tensors, write_tensor
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.training.batches import part_layout
 from kind_edge.training.config import TrainConfig
+from kind_edge.training.data import TrainingData
 from kind_edge.training.distributed import Alone, Processes, local, shared_as, whole
 from kind_edge.training.tailors import BETAS, Slots, Tailors, decay_at
 
 STATE = "state.safetensors"
 _ADAM = ("step", "exp_avg", "exp_avg_sq")
+_OF_DATA = ("class_names", "data_sha256")
 
 
 @dataclass
@@ -45,6 +47,8 @@ class TrainState:
     """Time spent training, over all sessions of the run."""
     loss: float = math.nan
     """Mean over about the last hundred steps."""
+    saved: str = ""
+    """Which step of the run lies in its file, in words; nothing before the first save."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The model's own parameters by name: all but tailors and what is frozen."""
@@ -99,24 +103,34 @@ def averaged_tensors(config: TrainConfig, state: TrainState) -> dict[str, Tensor
     return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in tensors.items()}
 
 
+def data_choices(data: TrainingData) -> dict[str, object]:
+    """What a run learns from, as part of the `choices` of its state: other data, or other labels, are another run."""
+    return dict(zip(_OF_DATA, (list(data.class_names), data.sha256), strict=True))
+
+
 def save_state(
-    folder: Path, config: TrainConfig, state: TrainState, choices: Mapping[str, object] | None = None
+    folder: Path,
+    config: TrainConfig,
+    state: TrainState,
+    choices: Mapping[str, object] | None = None,
+    whole: TrainConfig | None = None,
 ) -> None:
     """Write everything that `load_state` needs into one file, by renaming a finished one into place.
 
     Every process calls this, the first one writes. `choices`: what else than the configuration makes the run what it
-    is, as JSON.
+    is, as JSON. `whole`: the configuration of the run of which this is the second stage.
 
     Raises:
         UsageError: the disk has no room for it; the file of an earlier save is still whole.
     """
     tensors = _tensors(state)
-    if state.processes.rank > 0:
-        return state.processes.wait()
-    numbers = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
-    metadata = {key: repr(value) for key, value in numbers.items()}
-    write_tensors(folder / STATE, tensors, {**metadata, "config": json.dumps(_identity(config, choices))})
-    return state.processes.wait()
+    if state.processes.rank == 0:
+        numbers = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
+        metadata = {key: repr(value) for key, value in numbers.items()}
+        metadata |= {"stage": "second" if whole else "first", "config": json.dumps(_identity(whole or config, choices))}
+        write_tensors(folder / STATE, tensors, metadata)
+    state.processes.wait()
+    state.saved = f"step {state.step}"
 
 
 def _identity(config: TrainConfig, choices: Mapping[str, object] | None) -> dict[str, object]:
@@ -139,25 +153,23 @@ def load_state(
     processes: Processes | None = None,
     model: DiT | None = None,
     choices: Mapping[str, object] | None = None,
+    whole: TrainConfig | None = None,
 ) -> TrainState:
     """The state of an interrupted run.
 
-    `model` holds what was frozen in it, on the device (default: nothing was), and becomes the run's own; `choices` are
-    those of `save_state`.
+    `model` holds what was frozen in it, on the device (default: nothing was), and becomes the run's own; `choices` and
+    `whole` are those of `save_state`.
 
     Raises:
-        UsageError: there is none, or it is of a run with another configuration.
+        UsageError: there is none, or it is of a run with another configuration, other choices or other data.
         InputError: the file is corrupt.
     """
     path = folder / STATE
-    if not path.exists():
-        raise UsageError(f"--resume: {folder} holds no run to continue ({STATE} is missing)")
-    numbers = read_metadata(path)
+    numbers = check_state(folder, config, choices, whole)
     try:
-        check_same_run(folder, json.loads(numbers["config"]), _identity(config, choices))
         progress = int(numbers["step"]), float(numbers["seconds"]), float(numbers["loss"])
-    except (KeyError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: not the state of a run, or of another version ({error!r}); start again") from error
+    except (KeyError, ValueError) as error:
+        raise _strange(path, error) from error
     tensors = read_tensors(path)
     state = start_from(config, DiT(config.spec) if model is None else model, processes)
     _check(tensors, state, path)
@@ -174,35 +186,81 @@ def load_state(
         for name, tensor in state.tailors.tensors().items():
             tensor.copy_(tensors[f"tailors.{name}"])
     state.step, state.seconds, state.loss = progress
+    state.saved = f"step {state.step}"
     return state
 
 
-def holds_nested(folder: Path) -> bool:
+def check_state(
+    folder: Path,
+    config: TrainConfig,
+    choices: Mapping[str, object] | None = None,
+    whole: TrainConfig | None = None,
+) -> dict[str, str]:
+    """Refuse what `load_state` would refuse, as far as the head of the file tells; its metadata.
+
+    Without `data_choices` the data are not compared, so that this can come before they are opened.
+    """
+    path = folder / STATE
+    if not path.exists():
+        raise UsageError(f"--resume: {folder} holds no run to continue ({STATE} is missing)")
+    metadata = read_metadata(path)
+    try:
+        stored = json.loads(metadata["config"])
+        # A second stage that was saved before 'stage' was noted has its own configuration in the place of the run's.
+        asked = whole if whole is not None and "stage" in metadata else config
+        _check_same_run(folder, stored, _identity(asked, choices))
+    except (KeyError, ValueError, AttributeError) as error:
+        raise _strange(path, error) from error
+    return metadata
+
+
+def notes_its_data(metadata: Mapping[str, str]) -> bool:
+    """Whether a state tells what it was learned from; those of earlier versions did not."""
+    return set(_OF_DATA) <= set(json.loads(metadata["config"]).get("choices", {}))
+
+
+def in_second_stage(folder: Path) -> bool:
     """Whether the state in a folder is of a run's second stage (a file that cannot be read is left to `load_state`)."""
     try:
-        return bool(json.loads(read_metadata(folder / STATE)["config"])["model"]["nested"])
+        metadata = read_metadata(folder / STATE)
+        stage = metadata.get("stage")
+        return stage == "second" if stage else bool(json.loads(metadata["config"])["model"]["nested"])
     except (InputError, KeyError, ValueError, TypeError):
         return False
 
 
-def check_same_run(folder: Path, stored: dict[str, object], wanted: dict[str, object]) -> None:
-    """Refuse to continue a run with another configuration, naming what differs."""
+def _strange(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: not the state of a run, or of another version ({error!r}); start again")
+
+
+def _check_same_run(folder: Path, stored: dict[str, object], wanted: dict[str, object]) -> None:
+    """Refuse to continue another run, naming what differs. What either does not know of its data is not compared."""
 
     def flat(values: dict[str, object], prefix: str = "") -> dict[str, object]:
         pairs: dict[str, object] = {}
         for key, value in values.items():
-            pairs |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+            name = "" if key == "choices" else f"{prefix}{key}."
+            pairs |= flat(value, name) if isinstance(value, dict) else {prefix + key: value}
         return pairs
 
     was, now = flat(stored), flat(json.loads(json.dumps(wanted)))
-    different = [key for key in sorted(was | now) if was.get(key) != now.get(key)]
+    unknown = {key for key in _OF_DATA if key not in was or key not in now}
+    different = [key for key in sorted((was.keys() | now.keys()) - unknown) if was.get(key) != now.get(key)]
     if different:
-        listed = "; ".join(f"{key} was {was.get(key)!r}, now {now.get(key)!r}" for key in different[:5])
+        listed = "; ".join(_difference(key, was.get(key), now.get(key)) for key in different[:5])
         more = f" (and {len(different) - 5} more)" if len(different) > 5 else ""
         raise UsageError(
-            f"--resume: the run in {folder} has another configuration: {listed}{more}; "
-            "give the one it was started with, or another -o"
+            f"--resume: the run in {folder} was started otherwise: {listed}{more}; "
+            "give what it was started with, or another -o"
         )
+
+
+def _difference(key: str, was: object, now: object) -> str:
+    """Of lists of one length, their first difference."""
+    if isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
+        place = next(index for index, pair in enumerate(zip(was, now, strict=True)) if pair[0] != pair[1])
+        return _difference(f"{key}[{place}]", was[place], now[place])
+    return f"{key} was {was!r}, now {now!r}"
 
 
 def _check(tensors: dict[str, Tensor], state: TrainState, path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -37,8 +37,11 @@ from kind_edge.training.state import (
     STATE,
     TrainState,
     averaged_tensors,
-    holds_nested,
+    check_state,
+    data_choices,
+    in_second_stage,
     load_state,
+    notes_its_data,
     save_state,
     start,
 )
@@ -55,14 +58,23 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def check_output(output: Path, resume: bool) -> None:
-    """Refuse a folder that holds something already, unless it is to be gone on with."""
+def is_begun(output: Path, resume: bool, on_note: Callable[[str], None] = lambda _: None) -> bool:
+    """Whether there is a run in the folder to go on with; a folder that holds something else is refused.
+
+    Where nothing has been saved yet, `resume` begins: whoever starts a killed job again cannot know how far it was.
+    """
     if output.exists() and not output.is_dir():
         raise UsageError(f"{output} is a file; choose another -o")
-    if not resume and output.exists() and any(output.iterdir()):
-        begun = (output / STATE).exists()
-        advice = "add --resume to go on with the run in it" if begun else "choose another -o"
-        raise UsageError(f"{output} exists and is not empty; {advice}")
+    if resume and (output / STATE).exists():
+        return True
+    held = {path.name for path in output.iterdir()} if output.exists() else set()
+    if held - {f"{STATE}.partial"}:  # what a kill in the first save leaves behind
+        fault = f"--resume: {output} holds no run to continue, but other files" if resume else f"{output} is not empty"
+        begun = not resume and STATE in held
+        raise UsageError(f"{fault}; {'add --resume to go on with the run in it' if begun else 'choose another -o'}")
+    if resume:
+        on_note(f"--resume: nothing has been saved in {output} yet; the run begins")
+    return False
 
 
 def train(
@@ -81,17 +93,38 @@ def train(
 
     `data`, `class_map` and `autoencoder` are as in `open_data`; `on_note` is told what becomes of the data.
 
-    Raises `UsageError` if the folder holds something already and `resume` is not given.
+    Raises:
+        UsageError: the folder holds something already and `resume` is not given, or it holds another run.
+        InputError: the data or the saved state cannot be read.
+        GateError: the run diverged.
     """
     place = pick_device(device)
     check_division(config)
-    check_output(output, resume)
+    resume = is_begun(output, resume, on_note)
+    if resume:
+        check_begun(config, output, on_note)
     processes = join(place)
     split = open_data(
         config, data, class_map=class_map, autoencoder=autoencoder, device=processes.device, report=on_note
     )
     output.mkdir(parents=True, exist_ok=True)
     return train_stages(config, split, output, processes, resume=resume, on_progress=on_progress)
+
+
+def check_begun(config: TrainConfig, output: Path, on_note: Callable[[str], None]) -> None:
+    """Refuse another run's state, as far as that can be told without the data."""
+    nested = nested_config(config)
+    second = nested is not None and in_second_stage(output)
+    metadata = check_state(output, nested, whole=config) if nested and second else check_state(output, config)
+    warn_of_unnoted(metadata, output, on_note)
+
+
+def warn_of_unnoted(metadata: Mapping[str, str], output: Path, on_note: Callable[[str], None]) -> None:
+    if not notes_its_data(metadata):
+        on_note(
+            f"warning: the run in {output} was saved by an earlier kind-edge, which did not note its data; make sure "
+            "that data and classes are those that it was started with"
+        )
 
 
 def train_stages(
@@ -104,18 +137,17 @@ def train_stages(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Path:
     """`train` with data that is open already. Every process calls this."""
-    nested = nested_config(config)
-    if nested is None:
-        state = load_state(output, config, processes) if resume else start(config, processes)
-        return train_to_end(config, state, split, output, on_progress)
-    if resume and holds_nested(output):
-        state = load_state(output, nested, processes)
+    nested, choices = nested_config(config), data_choices(split.training)
+    if nested is not None and resume and in_second_stage(output):
+        state = load_state(output, nested, processes, choices=choices, whole=config)
     else:
-        first = load_state(output, config, processes) if resume else start(config, processes)
-        run(config, first, split.training, lambda s: save_state(output, config, s), on_progress)
+        first = load_state(output, config, processes, choices=choices) if resume else start(config, processes)
+        if nested is None:
+            return train_to_end(config, first, split, output, on_progress)
+        run(config, first, split.training, lambda s: save_state(output, config, s, choices), on_progress)
         done = Checkpoint(config.spec, split.training.class_names, averaged_tensors(config, first), {})
         state = start_nested(nested, done, split.training, first.processes)
-        state.seconds = first.seconds
+        state.seconds, state.saved = first.seconds, "the first stage"
     loss = NestedLoss(config.spec.objective, config.seed)
     seen = config.steps * config.batch_size
     return train_to_end(nested, state, split, output, on_progress, loss_of=loss, whole=config, seen_before=seen)
@@ -137,7 +169,8 @@ def train_to_end(
     `whole` is the configuration of the run that it is the last stage of, `seen_before` the images of earlier ones.
     Every process calls this.
     """
-    run(config, state, split.training, lambda s: save_state(output, config, s), on_progress, loss_of)
+    choices = data_choices(split.training)
+    run(config, state, split.training, lambda s: save_state(output, config, s, choices, whole), on_progress, loss_of)
     weights = averaged_tensors(config, state)
     if state.processes.rank == 0:
         seen = seen_before + state.step * config.batch_size

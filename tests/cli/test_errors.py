@@ -120,9 +120,14 @@ def test_a_damaged_bundle_exits_4(call: Callable[..., Any], bundle: Path, tmp_pa
         (GateError("parity failed"), 1, "error: parity failed\n"),
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (PermissionError(13, "Permission denied", "/x"), 2, "error: /x: Permission denied"),
+        (
+            RuntimeError("Error(s) in loading:\n" + "\tsize mismatch\n" * 500),
+            70,
+            "error: a bug in kind-edge: RuntimeError:",
+        ),
         (ZeroDivisionError("division by zero"), 70, "error: a bug in kind-edge: ZeroDivisionError: division by zero;"),
     ],
-    ids=["gate", "interrupt", "place", "bug"],
+    ids=["gate", "interrupt", "place", "long bug", "bug"],
 )
 def test_the_boundary(
     call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, text: str
@@ -135,6 +140,7 @@ def test_the_boundary(
     assert (answer.code, answer.out) == (code, "")
     assert answer.err.startswith(text)
     assert answer.err.count("\n") == 1
+    assert len(answer.err) < 400
     with_traceback = call("profiles", "list", "-v")
     assert ("Traceback" in with_traceback.err) == (code == 70)
 

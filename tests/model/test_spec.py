@@ -88,6 +88,22 @@ def test_a_missing_key_is_named() -> None:
         ModelSpec.from_dict(values, "here")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learngene_rank": 17}, "learngene_rank: got 17, want at most 16: blocks.0.attn.q is 16 x 16"),
+        ({"tailor_rank": 17}, "tailor_rank: got 17, want at most 16"),
+        ({"matrix_ranks": {"blocks.1.mlp.fc2": Ranks(2, 17)}}, r"fc2'\], tailor_rank: .* is 16 x 64"),
+    ],
+)
+def test_ranks_beyond_the_matrix_are_not_trained(changes: dict[str, Any], message: str) -> None:
+    full = {**VALID, "learngene_rank": 16, "tailor_rank": 16}
+    ModelSpec(**full).check_trainable_ranks()  # an import may give learngene and tailor all there is
+    ModelSpec(**{**full, **changes, "factored": False}).check_trainable_ranks()
+    with pytest.raises(InputError, match=message):
+        ModelSpec(**{**full, **changes}).check_trainable_ranks()
+
+
 def test_the_dense_model_of_the_same_shape() -> None:
     dense = ModelSpec(**VALID, matrix_ranks={"blocks.0.attn.q": Ranks(1, 1)}).dense()
     assert not dense.factored

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -63,8 +64,14 @@ def adapted(source: Path, images: Path, tmp_path_factory: pytest.TempPathFactory
     with pytest.raises(KeyboardInterrupt):
         adapt(source, images, NEW, folder, images=IMAGES, device="cpu", on_progress=interrupt)
     assert [path.name for path in folder.iterdir()] == [STATE]
-    with pytest.raises(UsageError, match=r"choices.start was None, now 'bag'"):
+    with pytest.raises(UsageError, match=r"start was None, now 'bag'"):
         adapt(source, images, NEW, folder, images=IMAGES, start="bag", device="cpu", resume=True)
+    other = shutil.copytree(images, folder.parent / "other")
+    (other / "cat" / "0.png").unlink()
+    with pytest.raises(UsageError, match=r"started otherwise: data_sha256 was"):
+        adapt(source, other, NEW, folder, images=IMAGES, device="cpu", resume=True)
+    with pytest.raises(UsageError, match=r"images was 720, now 60;"):
+        adapt(source, other / "nowhere", NEW, folder, images=60, device="cpu", resume=True)
     return adapt(source, images, NEW, folder, images=IMAGES, device="cpu", resume=True)
 
 

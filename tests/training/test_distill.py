@@ -120,7 +120,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(teacher: Checkpoi
     with pytest.raises(KeyboardInterrupt):
         distill_to(request, config, tmp_path / "parts", on_progress=interrupt)
     assert (tmp_path / "parts" / STATE).exists()
-    with pytest.raises(UsageError, match=r"choices\.guidance was 2\.0, now 3\.0"):
+    with pytest.raises(UsageError, match=r"guidance was 2\.0, now 3\.0"):
         distill_to(Request(teacher, 3.0), config, tmp_path / "parts", resume=True)
     distill_to(request, config, tmp_path / "parts", resume=True)
     wanted, got = (load_checkpoint(tmp_path / name) for name in ("whole", "parts"))

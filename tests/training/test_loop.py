@@ -6,13 +6,14 @@ import dataclasses
 import math
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import kind_edge.model.checkpoint as checkpoint_module
-from kind_edge.errors import InputError, UsageError
+from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.checkpoint import read_metadata, read_tensors, write_tensors
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.batches import ClassBatches
@@ -88,6 +89,24 @@ def test_run_saves_at_the_end_and_reports_every_step(tmp_path: Path) -> None:
     assert (again.step, again.seconds, again.loss) == (6, state.seconds, state.loss)
 
 
+def test_saving_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, costs, saved = [0.0], iter((2.0, 10.0, 0.0)), list[float]()  # seconds; the last save is the one at the end
+
+    def save(_: TrainState) -> None:
+        saved.append(now[0])
+        now[0] += next(costs)
+
+    def step(config: TrainConfig, state: TrainState, *_: object) -> float:
+        state.step, now[0] = state.step + 1, now[0] + 1
+        return 0.0
+
+    monkeypatch.setattr("kind_edge.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("kind_edge.training.loop.train_step", step)
+    run(dataclasses.replace(CONFIG, images=12 * 330), start(CONFIG), DATA, save, lambda _: None)
+    assert saved[:2] == [11, 11 + 2 + 121]  # the first soon, the next after two minutes,
+    assert saved[2:] == [342]  # and the one after ten seconds' saving not within 200: here at the end
+
+
 def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
     def interrupt(progress: Progress) -> None:
         if progress.step == 4:
@@ -108,7 +127,7 @@ def test_an_interrupted_run_saves_and_goes_on(tmp_path: Path) -> None:
 def test_a_loss_that_explodes_stops_the_run() -> None:
     state = start(CONFIG)
     state.model.final.linear.bias.data.fill_(math.inf)
-    with pytest.raises(InputError, match=r"loss became .* at step 1"):
+    with pytest.raises(GateError, match=r"loss became .* at step 1"):
         run(CONFIG, state, DATA, lambda _: None, lambda _: None)
 
 

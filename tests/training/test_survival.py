@@ -20,14 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from kind_edge.errors import InputError, UsageError
+from kind_edge.errors import GateError, UsageError
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.batches import ClassBatches
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
 from kind_edge.training.loop import run, train_step
 from kind_edge.training.nested import nested_config
-from kind_edge.training.state import STATE, TrainState, holds_nested, load_state, save_state, start
+from kind_edge.training.state import STATE, TrainState, in_second_stage, load_state, save_state, start
 
 SPEC = ModelSpec(8, 1, 4, 16, 1, 2, 9, learngene_rank=4, tailor_rank=2)
 CONFIG = TrainConfig(SPEC, images=16 * 6, batch_size=6, warmup_steps=2, nested_share=1.0)
@@ -45,7 +45,7 @@ from kind_edge.training.data import DataSplit, in_memory
 from kind_edge.training.state import STATE
 from kind_edge.training.train import train_stages
 
-loop.SAVE_EVERY_S = 0.0  # after every step
+loop.SAVE_EVERY_S, loop.SAVE_SHARE = 0.0, float("inf")  # after every step
 labels = torch.arange(27) % 9
 images = torch.randint(256, (27, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 data = in_memory(images.numpy(), labels, tuple("abcdefghi"), "0")
@@ -69,8 +69,8 @@ def stored_step(folder: Path) -> tuple[bool, int]:
     """Which stage, and how far it is."""
     if not (folder / STATE).exists():
         return False, 0
-    nested = holds_nested(folder)
-    return nested, load_state(folder, NESTED if nested else CONFIG).step
+    nested = in_second_stage(folder)
+    return nested, load_state(folder, NESTED if nested else CONFIG, whole=CONFIG if nested else None).step
 
 
 def wait_for_saves(path: Path, count: int) -> None:
@@ -170,6 +170,7 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_before_anything_is_updated
     poison: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kind_edge.training.loop.SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr("kind_edge.training.loop.SAVE_SHARE", math.inf)
 
     class Poisoned(TrainingData):
         steps = 0
@@ -183,9 +184,7 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_before_anything_is_updated
     if poison == "gradient":  # a finite loss, as torch.where hides the branch not taken from it but not from its slope
         next(iter(state.parameters().values())).register_hook(lambda g: g * (math.nan if state.step == 3 else 1))
     data = Poisoned(LABELS, DATA.class_names, DATA.shape, "0", DATA.shards, DATA.rows)
-    with pytest.raises(
-        InputError, match=r"the (loss|gradient) became nan at step 4; what was saved last is still good"
-    ):
+    with pytest.raises(GateError, match=r"the (loss|gradient) became nan at step 4; step 3 is saved and still good"):
         run(CONFIG, state, data, lambda s: save_state(tmp_path, CONFIG, s), lambda _: None)
     wanted = trained(3)
     good = load_state(tmp_path, CONFIG)
@@ -199,7 +198,7 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_before_anything_is_updated
 def test_a_loss_that_explodes_is_named(tmp_path: Path) -> None:
     state = trained(1)
     torch.nn.init.constant_(state.model.final.linear.bias, 1e3)
-    with pytest.raises(InputError, match=r"the loss became 1e\+06 at step 2"):
+    with pytest.raises(GateError, match=r"the loss became 1e\+06 at step 2; nothing has been saved yet"):
         run(CONFIG, state, DATA, lambda _: None, lambda _: None)
 
 
