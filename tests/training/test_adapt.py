@@ -211,11 +211,15 @@ def test_what_cannot_be_is_refused_before_any_work(
     same = tmp_path / "map.toml"
     same.write_text('bag = ["cat"]')
     refused: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-        ("unknown class 'catt'; did you mean: cat", (source, images, ["catt"]), {}),
+        ("unknown class of the data 'catt'; did you mean: cat", (source, images, ["catt"]), {}),
         ("knows 'bag' already", (source, images, ["bag"]), {"class_map": same}),
         ("named twice", (source, images, ["cat", "cat"]), {}),
         ("at least one class", (source, images, []), {}),
-        ("unknown class 'cota'; did you mean: coat", (source, images, ["cat"]), {"start": "cota"}),
+        (
+            r"unknown class 'cota'; did you mean: coat\? Or give --from nearest",
+            (source, images, ["cat"]),
+            {"start": "cota"},
+        ),
         ("has no tailors", (plain, images, ["cat"]), {}),
         ("is distilled, .* adapt the model that it was distilled from", (few, images, ["cat"]), {}),
         ("the model has 2 channels", (colour, images, ["cat"]), {}),
