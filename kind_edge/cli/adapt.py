@@ -35,7 +35,7 @@ def adapt(
             metavar="CLASS|nearest",
             help="Start with the tailor of this old class, or (nearest) each new class with that of the old one that "
             "fits it best.",
-            show_default="at random",
+            show_default="as nothing, on the learngene alone",
         ),
     ] = None,
     learngene_only: Annotated[

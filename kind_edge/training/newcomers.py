@@ -26,7 +26,7 @@ LABELS = "y_embed.weight"
 
 @dataclass(frozen=True)
 class Request:
-    """What is added to which checkpoint. `start`: None (random), the name of an old class, or "nearest".
+    """What is added to which checkpoint. `start`: None (as nothing), the name of an old class, or "nearest".
 
     An old class that is called "nearest" is meant by its name.
     """
@@ -107,7 +107,7 @@ def begin(request: Request, config: TrainConfig, origins: Sequence[str] | None) 
 
 
 def origins_of(request: Request, data: TrainingData, seed: int = 0) -> tuple[str, ...] | None:
-    """The old class whose tailor each new class starts with; None for a random start.
+    """The old class whose tailor each new class starts with; None for tailors that start as nothing.
 
     The nearest is the one with which the model denoises some of the class's images best.
     """

@@ -178,6 +178,12 @@ def test_a_tailor_may_start_as_another(source: Path) -> None:
             assert torch.equal(tensor[:2], old[name][[2, 2]].float()), name
 
 
+def test_a_class_that_is_called_nearest_is_meant_by_its_name(source: Path) -> None:
+    named = dataclasses.replace(load_checkpoint(source), class_names=("sneaker", "bag", "coat", NEAREST))
+    nothing: Any = None  # no image is looked at
+    assert origins_of(Request(named, NEW, NEAREST), nothing) == (NEAREST, NEAREST)
+
+
 def test_what_a_tailor_has_learned_makes_it_the_nearest(
     tmp_path: Path, make_checkpoint_folder: Callable[..., Path]
 ) -> None:
