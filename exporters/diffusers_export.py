@@ -15,6 +15,7 @@ from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import Origin, PlainDiT
+    from kind_edge.model.spec import ModelSpec
 
 FOLDER = "diffusers"
 
@@ -30,9 +31,17 @@ class DiffusersExporter:
     name: str = "diffusers"
     precisions: tuple[str, ...] = ("fp32",)
 
+    def check(self, spec: ModelSpec) -> None:
+        if spec.distilled:
+            raise UsageError(
+                "--formats diffusers: the model is distilled for a few steps and predicts for the span of a step, an "
+                "input that DiTPipeline does not have; leave diffusers out, or export the model it was distilled from"
+            )
+
     def export(self, model: PlainDiT, folder: Path, precisions: tuple[str, ...]) -> tuple[ExportedFile, ...]:
         if not precisions:
             raise UsageError("--formats diffusers: writes fp32 only; leave --precision out, or give fp32")
+        self.check(model.spec)
         _pipeline(model).save_pretrained(folder / FOLDER)
         readme = folder / FOLDER / "README.md"
         readme.write_text(_readme(model.origin), encoding="utf-8")
@@ -75,11 +84,6 @@ def _pipeline(model: PlainDiT) -> Any:
     from kind_edge.model.dit_layouts import to_diffusers
 
     truncated, plan, spec = model.origin.truncated, model.origin.plan, model.spec
-    if spec.distilled:
-        raise UsageError(
-            "--formats diffusers: the model is distilled for a few steps and predicts for the span of a step, an input "
-            "that DiTPipeline does not have; leave diffusers out, or export the model it was distilled from"
-        )
     if any(truncated.spec.ranks(matrix.name).tailor for matrix in spec.matrices()):
         raise UsageError(
             "--formats diffusers: its DiT has one weight per layer, and this plan (form switch) keeps tailors to pick "

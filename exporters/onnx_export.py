@@ -14,6 +14,7 @@ from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import PlainDiT
+    from kind_edge.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,9 @@ class OnnxExporter:
 
     name: str = "onnx"
     precisions: tuple[str, ...] = ("fp32", "int8")
+
+    def check(self, spec: ModelSpec) -> None:
+        """Every model has its place in ONNX."""
 
     def export(self, model: PlainDiT, folder: Path, precisions: tuple[str, ...]) -> tuple[ExportedFile, ...]:
         import onnx

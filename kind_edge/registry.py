@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from kind_edge.model.spec import ModelSpec
+
 _MODULES = {
     "onnx": "kind_edge.exporters.onnx_export",
     "diffusers": "kind_edge.exporters.diffusers_export",
@@ -37,10 +39,14 @@ class ExportedFile:
 
 
 class Exporter(Protocol):
-    """One format. `export` writes every file of the wanted precisions under `folder`; `open` runs one of them."""
+    """One format. `check` refuses a model before any work, `export` writes every file of the wanted precisions under
+    `folder`, and `open` runs one of them."""
 
     name: str
     precisions: tuple[str, ...]
+
+    def check(self, spec: ModelSpec) -> None:
+        """`UsageError` for a model that the format has no place for, however it is cut."""
 
     def export(self, model: Any, folder: Path, precisions: tuple[str, ...]) -> tuple[ExportedFile, ...]:
         """Write a `kind_edge.deploy.plain.PlainDiT`; returns what was written, in the order of `precisions`."""

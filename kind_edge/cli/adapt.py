@@ -32,9 +32,10 @@ def adapt(
         str | None,
         typer.Option(
             "--from",
-            metavar="CLASS",
-            help="Start with the tailor of an old class, or each with its nearest.",
-            show_default="at random",
+            metavar="CLASS|nearest",
+            help="Start with the tailor of this old class, or (nearest) each new class with that of the old one that "
+            "fits it best.",
+            show_default="as nothing, on the learngene alone",
         ),
     ] = None,
     learngene_only: Annotated[
@@ -58,7 +59,7 @@ def adapt(
     """Teach a model new classes.
 
     Only tailors of the new classes are trained. The learngene is frozen, and the old classes keep their bytes: what was
-    exported of them stays right.
+    exported of them stays right. docs/adapt.md says which start fits when.
     """
     terminal = terminal_of(context)
     names = options.split_names(classes) or []

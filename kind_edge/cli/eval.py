@@ -33,10 +33,25 @@ def evaluate(
     guidance: Annotated[
         float | None, typer.Option("--guidance", metavar="W", help="Guidance weight; a bundle has its own.")
     ] = None,
-    data: Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Folder of the data set.")] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR|SHARDS",
+            help="The images that the model was trained on, as for train.",
+            show_default="Fashion-MNIST, where it is installed",
+        ),
+    ] = None,
+    class_map: Annotated[
+        Path | None,
+        typer.Option("--class-map", metavar="FILE", help="The class map that the model was trained with."),
+    ] = None,
     features: Annotated[
         Literal["classifier", "inception"],
-        typer.Option("--features", help="What Fréchet distance, precision and recall are measured with."),
+        typer.Option(
+            "--features",
+            help="What Fréchet distance, precision and recall are measured with; classifier: Fashion-MNIST only.",
+        ),
     ] = "classifier",
     weights: Annotated[
         Path | None,
@@ -48,14 +63,27 @@ def evaluate(
 
     How real, how varied, how much of their class? The judge is a classifier trained on Fashion-MNIST and shipped with
     the package; its hash stands in the report. With --features inception, Inception-v3 takes its place where images are
-    compared with real ones.
+    compared with real ones. The judge knows Fashion-MNIST only: any other model of pixels is measured with
+    --features inception --weights FILE --data DIR|SHARDS, without class accuracy and entropy. Models of latents are not
+    judged: their pictures need a decoder.
     """
     _check_features(features, weights)
     terminal = terminal_of(context)
     with terminal.counting("drawing") as count:
         from kind_edge.deploy import pipeline
 
-        found = pipeline.evaluate(source, images, seed, steps, guidance, data, count, inception_weights=weights)
+        found = pipeline.evaluate(
+            source,
+            images,
+            seed,
+            steps,
+            guidance,
+            data,
+            count,
+            inception_weights=weights,
+            class_map=class_map,
+            on_note=terminal.note,
+        )
     report = found.quality
     if as_json:
         terminal.json({"source": source, **found.to_dict()})
@@ -98,10 +126,15 @@ def _rows(found: Evaluation) -> Iterator[tuple[str, Cell]]:
         yield "precision, recall", "not measured: too few images"
     else:
         yield "precision, recall", "not measured: they need the data set (scripts/fetch-fashion-mnist, or --data)"
-    yield "entropy", f"{report.entropy_nats:.3f} nats per image, {report.marginal_entropy_nats:.3f} over all"
-    yield "judge", f"classifier {report.judge_sha256[:12]}"
+    if report.entropy_nats is not None:
+        yield "entropy", f"{report.entropy_nats:.3f} nats per image, {report.marginal_entropy_nats:.3f} over all"
+    judge, beside = "accuracy and entropy are left out: the judge knows Fashion-MNIST only", ""
+    if report.judge_sha256 is not None:
+        judge, beside = f"classifier {report.judge_sha256[:12]}", "; accuracy and entropy are the judge's"
+    yield "judge", judge
     if report.features == "inception":
-        yield "features", f"Inception-v3, weights {report.features_sha256[:12]}; accuracy and entropy are the judge's"
+        yield "features", f"Inception-v3, weights {report.features_sha256[:12]}{beside}"
+        yield "real images", f"data {report.data_sha256[:12]}"
 
 
 def _real_words(report: QualityReport) -> str:

@@ -47,12 +47,13 @@ from kind_edge.model.checkpoint import (
     stored_dtype,
 )
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
+from kind_edge.model.spec import check_sampling
 from kind_edge.registry import Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
+    from kind_edge.training.examiner import Examiner, Subject
     from kind_edge.training.healing import HealingProgress
-    from kind_edge.training.inception import Inception
     from kind_edge.training.sampled import Evaluation
 
     OnHealing = Callable[[HealingProgress], None]
@@ -160,6 +161,8 @@ def export(
     stage("reading the model")
     opened = open_model(model, on_measure)
     request = None
+    for each in exporters:
+        each.check(opened.checkpoint.spec)
     if plan is None:
         if profile is None:
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
@@ -371,44 +374,55 @@ def evaluate(
     data: Path | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     inception_weights: Path | None = None,
+    class_map: Path | None = None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Judge images of a checkpoint (sampled through the gated model) or of a bundle (through ONNX Runtime).
 
-    With a file of Inception's weights, Fréchet distance, precision and recall are of its features.
+    With a file of Inception's weights, Fréchet distance, precision and recall are of its features. `data` and
+    `class_map` name the real images, as `train` takes them; without, they are Fashion-MNIST's. All of it is opened
+    before the first image is drawn.
     """
-    from kind_edge.training.inception import Inception
-    from kind_edge.training.sampled import Evaluation, sample_checkpoint, sampling_of, score
+    from kind_edge.training.examiner import Subject, open_examiner
+    from kind_edge.training.sampled import Evaluation, draw_classes, sampling_of, spread
 
-    inception = None if inception_weights is None else Inception.load(inception_weights)
+    def examiner_of(subject: Subject) -> Examiner:
+        return open_examiner(subject, data, class_map, inception_weights, on_note)
+
     if (Path(source) / "manifest.json").exists() or str(source).endswith(".zip"):
         if steps is not None or guidance is not None:
             raise UsageError("--steps and --guidance are fixed in a bundle; evaluate the checkpoint, or export again")
-        return _evaluate_bundle(Path(source), images, seed, data, on_progress, inception)
+        return _evaluate_bundle(Path(source), images, seed, examiner_of, on_progress)
     folder = find_model(source)
     checkpoint = load_checkpoint(folder)
-    sampled = sample_checkpoint(checkpoint, images, seed, steps, guidance, on_progress)
-    sampling = sampling_of(checkpoint, steps, guidance)
-    return Evaluation("checkpoint", checkpoint_hash(folder), "fp32", sampling, seed, score(sampled, data, inception))
+    spec, sampling = checkpoint.spec, sampling_of(checkpoint, steps, guidance)
+    check_sampling(spec, sampling.steps, sampling.guidance, sampling.sampler)
+    index = spread(images, spec.num_classes)
+    examiner = examiner_of(Subject(checkpoint.class_names, spec.channels, spec.image_size, spec.pixels_per_latent))
+    quality = examiner.score(draw_classes(checkpoint, index, seed, sampling, on_progress), index)
+    return Evaluation("checkpoint", checkpoint_hash(folder), "fp32", sampling, seed, quality)
 
 
 def _evaluate_bundle(
     path: Path,
     images: int,
     seed: int,
-    data: Path | None,
+    examiner_of: Callable[[Subject], Examiner],
     on_progress: Callable[[int, int], None] | None,
-    inception: Inception | None,
 ) -> Evaluation:
     """Images of the bundle's classes in equal shares, through its default model, as it is shipped."""
     from kind_edge.deploy.runtime import load_bundle
-    from kind_edge.training.sampled import Evaluation, Sampled, Sampling, judged_labels, score, spread
+    from kind_edge.training.examiner import Subject
+    from kind_edge.training.sampled import Evaluation, Sampling, spread
 
     bundle = load_bundle(path)
-    names = judged_labels(bundle.classes)
+    image = bundle.manifest.image
     switches = "class_index" in bundle.model.input_names()
-    if not switches and len(names) > 1:
+    if not switches and len(bundle.classes) > 1:
         raise UsageError(f"{path}: its classes are folded together (union), so no image has one class to be judged by")
-    counts = np.bincount(spread(images, len(names)))
+    index = spread(images, len(bundle.classes))
+    counts = np.bincount(index)
+    examiner = examiner_of(Subject(bundle.classes, image.channels, image.height))
     parts = []
     for name, count in zip(bundle.classes, counts, strict=True):
         parts.append(bundle.generate(name if switches else None, int(count), seed))
@@ -416,7 +430,6 @@ def _evaluate_bundle(
             on_progress(sum(map(len, parts)), images)
     sampler = bundle.manifest.sampler
     source = bundle.manifest.raw.get("source", {})
-    sampled = Sampled(np.concatenate(parts), np.repeat(names, counts))
     return Evaluation(
         "bundle",
         str(source.get("checkpoint_sha256", "")),
@@ -428,5 +441,5 @@ def _evaluate_bundle(
             sampler.inside_guidance is not None,
         ),
         seed,
-        score(sampled, data, inception),
+        examiner.score(np.concatenate(parts), index),
     )

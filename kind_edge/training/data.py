@@ -176,10 +176,7 @@ def find_fashion_mnist(root: Path | None = None) -> Path:
         if not missing:
             return folder
         reports.append(f"{folder} lacks {', '.join(missing) if len(missing) < len(FILE_NAMES) else 'all four files'}")
-    own = '; for images of your own set dataset = "files" in a --config' if root is not None else ""
-    raise InputError(
-        f"Fashion-MNIST not found: {'; '.join(reports)}; wanted {', '.join(FILE_NAMES)}; {HOW_TO_GET}{own}"
-    )
+    raise InputError(f"Fashion-MNIST not found: {'; '.join(reports)}; wanted {', '.join(FILE_NAMES)}; {HOW_TO_GET}")
 
 
 def load_fashion_mnist(root: Path | None = None) -> FashionMNIST:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from kind_edge.errors import InputError, UsageError
 from kind_edge.training.classifier import Classifier, embed, load_classifier, shipped_judge_folder, write_file
 from kind_edge.training.data import CLASS_NAMES, DATA_SHA256, IMAGE_SIDE, find_fashion_mnist, load_fashion_mnist
-from kind_edge.training.inception import Inception
+from kind_edge.training.inception import Inception, RealFeatures
 from kind_edge.training.metrics import (
     ClassAccuracy,
     Float64s,
@@ -59,22 +59,23 @@ class QualityReport:
     """What the judge says about a set of images. Every figure depends on `images`; compare equal numbers only.
 
     Fréchet distance, precision and recall are measured with `features`; accuracy and entropy always are the
-    classifier's.
+    classifier's, and None where it does not know the classes.
     """
 
     images: int
     frechet: float | None  # squared distance to the training images of `reference_classes`; None for a single image
     precision: float | None  # None where no data set is installed, or for three images or fewer
     recall: float | None  # likewise
-    class_accuracy: float | None  # None without labels
+    class_accuracy: float | None  # None without labels, too
     per_class_accuracy: dict[str, float]  # by class name, for the labels that occur
-    entropy_nats: float  # mean entropy of the prediction for one image: 0 certain .. 2.303 no idea
-    marginal_entropy_nats: float  # entropy of the mean prediction: 2.303 where all classes occur equally
+    entropy_nats: float | None  # mean entropy of the prediction for one image: 0 certain .. 2.303 no idea
+    marginal_entropy_nats: float | None  # of the mean prediction: 2.303 where all classes occur equally
     reference_classes: tuple[str, ...]
     real_images: int  # that precision and recall were measured against; 0 where they were not
-    judge_sha256: str
+    judge_sha256: str | None  # None where the classifier does not know the classes
     features: str  # "classifier", or "inception", whose Fréchet distance too is to `real_images` real images
     features_sha256: str  # the judge's, or that of Inception's weights
+    data_sha256: str  # of the data set that the real images are from
 
 
 class Judge:
@@ -88,6 +89,7 @@ class Judge:
         self._reference = reference
         self._data_root = data_root
         self._real: dict[tuple[int, ...], tuple[Float64s, Float64s]] = {}
+        self._real_to_inception: dict[tuple[str, tuple[int, ...]], RealFeatures] = {}
         self.judge_sha256 = judge_sha256
 
     @classmethod
@@ -110,6 +112,18 @@ class Judge:
                 raise
             found = None
         return cls(network, reference, _judge_sha256(record["sha256"], reference_sha256), found)
+
+    def prepare(self, classes: Sequence[int], inception: Inception | None = None) -> None:
+        """Look at the real images of these classes now, so that `score` wants for nothing.
+
+        Raises:
+            InputError: the data set is corrupt; or `inception` is given, and the data set is not installed.
+        """
+        chosen = _reference_classes(None, classes)
+        if inception is not None:
+            self._inception_features(chosen, inception)
+        elif self._data_root is not None:
+            self._real_features(chosen)
 
     def look(self, images: npt.ArrayLike) -> tuple[Float64s, Float64s]:
         """Features [n, 64] and class probabilities [n, 10] of images as `score` takes them, float64."""
@@ -170,6 +184,7 @@ class Judge:
             judge_sha256=self.judge_sha256,
             features="classifier",
             features_sha256=self.judge_sha256,
+            data_sha256=DATA_SHA256,
         )
 
     def _by_inception(
@@ -177,18 +192,16 @@ class Judge:
     ) -> QualityReport:
         """The report with Inception's figures; what real images look like to it is computed once and cached."""
         classes = tuple(CLASS_NAMES.index(name) for name in report.reference_classes)
-        key = f"{DATA_SHA256} train {REAL_IMAGES} of {classes}"
-        real = inception.real_features(lambda: self._real_images(classes)[..., None], key, NEIGHBOURS)
-        figures = inception.compare(pixels[..., None], real, NEIGHBOURS)
-        return dataclasses.replace(
-            report,
-            frechet=figures.frechet,
-            precision=figures.precision,
-            recall=figures.recall,
-            real_images=len(real.features),
-            features="inception",
-            features_sha256=figures.weights_sha256,
-        )
+        return with_inception(report, inception, pixels[..., None], self._inception_features(classes, inception))
+
+    def _inception_features(self, classes: tuple[int, ...], inception: Inception) -> RealFeatures:
+        known = inception.weights_sha256, classes
+        if known not in self._real_to_inception:
+            key = f"{DATA_SHA256} train {REAL_IMAGES} of {classes}"
+            self._real_to_inception[known] = inception.real_features(
+                lambda: [self._real_images(classes)[..., None]], key, NEIGHBOURS
+            )
+        return self._real_to_inception[known]
 
     def _frechet(self, features: Float64s, classes: tuple[int, ...]) -> float | None:
         if len(features) < 2:
@@ -205,8 +218,29 @@ class Judge:
     def _real_images(self, classes: tuple[int, ...]) -> npt.NDArray[np.uint8]:
         """REAL_IMAGES training images [n, 28, 28] of these classes, the same ones every time."""
         data = load_fashion_mnist(self._data_root)
-        order = np.random.default_rng(0).permutation(len(data.train_labels))
-        return data.train_images[order[np.isin(data.train_labels[order], classes)][:REAL_IMAGES]]
+        return data.train_images[reference_rows(data.train_labels, classes)]
+
+
+def reference_rows(labels: npt.NDArray[np.int64], classes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Where REAL_IMAGES images of these classes lie, or all if there are fewer: the same ones every time."""
+    order = np.random.default_rng(0).permutation(len(labels))
+    return order[np.isin(labels[order], classes)][:REAL_IMAGES]
+
+
+def with_inception(
+    report: QualityReport, inception: Inception, images: npt.NDArray[np.uint8], real: RealFeatures
+) -> QualityReport:
+    """The report with what Inception says of images uint8 [n, H, W, ch] beside `real` ones."""
+    figures = inception.compare(images, real, NEIGHBOURS)
+    return dataclasses.replace(
+        report,
+        frechet=figures.frechet,
+        precision=figures.precision,
+        recall=figures.recall,
+        real_images=len(real.features),
+        features="inception",
+        features_sha256=figures.weights_sha256,
+    )
 
 
 def to_pixels(images: npt.ArrayLike) -> npt.NDArray[np.uint8]:

@@ -16,7 +16,7 @@ import pickle
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,17 +105,20 @@ class Inception:
                 on_progress(min(start + BATCH, len(images)), len(images))
         return np.concatenate(parts)
 
-    def real_features(self, images: Callable[[], NDArray[np.uint8]], key: str, neighbours: int) -> RealFeatures:
+    def real_features(
+        self, blocks: Callable[[], Iterable[NDArray[np.uint8]]], key: str, neighbours: int
+    ) -> RealFeatures:
         """What the real images behind `key` look like, from the cache where it has them.
 
-        `key` names the images: data set and choice. A damaged cache file is computed anew.
+        `key` names the images: data set and choice. `blocks` gives them a part [m, H, W, ch] at a time, as all would
+        not fit into memory. A damaged cache file is computed anew.
         """
         parts = (str(CACHE_VERSION), self.weights_sha256, LAYER, key, str(neighbours))
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
         path = cache_folder().parent / "inception" / f"{name}.safetensors"
         found = _read_cache(path)
         if found is None:
-            features = self.embed(images())
+            features = np.concatenate([self.embed(block) for block in blocks()])
             found = RealFeatures(features, neighbour_radii_squared(features, neighbours), root_of(features))
             _write_cache(path, found)
         return found

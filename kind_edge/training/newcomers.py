@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kind_edge.errors import UsageError, unknown
+from kind_edge.errors import UsageError, nearest
 from kind_edge.model.checkpoint import Checkpoint, checkpoint_hash
 from kind_edge.model.diffusion import add_noise, draw_timesteps
 from kind_edge.model.dit import DiT, initialise
@@ -26,7 +26,10 @@ LABELS = "y_embed.weight"
 
 @dataclass(frozen=True)
 class Request:
-    """What is added to which checkpoint. `start`: None (random), "nearest", or the name of an old class."""
+    """What is added to which checkpoint. `start`: None (as nothing), the name of an old class, or "nearest".
+
+    An old class that is called "nearest" is meant by its name.
+    """
 
     source: Checkpoint
     classes: tuple[str, ...]
@@ -53,7 +56,10 @@ class Request:
                     "a new domain with --learngene-only"
                 )
         if self.start not in (None, NEAREST, *old):
-            raise unknown("class", str(self.start), [*old, NEAREST])
+            raise UsageError(
+                f"--from: unknown class {self.start!r}; did you mean: {nearest(str(self.start), old)}? Or give --from "
+                f"{NEAREST}: each new class starts with the old one that fits it best"
+            )
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -101,7 +107,7 @@ def begin(request: Request, config: TrainConfig, origins: Sequence[str] | None) 
 
 
 def origins_of(request: Request, data: TrainingData, seed: int = 0) -> tuple[str, ...] | None:
-    """The old class whose tailor each new class starts with; None for a random start.
+    """The old class whose tailor each new class starts with; None for tailors that start as nothing.
 
     The nearest is the one with which the model denoises some of the class's images best.
     """
@@ -111,12 +117,12 @@ def origins_of(request: Request, data: TrainingData, seed: int = 0) -> tuple[str
     if request.start in names:
         return (request.start,) * len(request.classes)
     model = request.source.model()
-    nearest = []
+    closest = []
     for label in range(len(request.classes)):
         x = data.batch((data.labels == label).nonzero().flatten()[:NEAREST_IMAGES])
         losses = [_denoising_loss(model, x, old, seed) for old in range(len(names))]
-        nearest.append(names[losses.index(min(losses))])
-    return tuple(nearest)
+        closest.append(names[losses.index(min(losses))])
+    return tuple(closest)
 
 
 @torch.no_grad()

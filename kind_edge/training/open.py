@@ -103,7 +103,13 @@ def _open_fashion_mnist(spec: ModelSpec, path: Path | None, only: Sequence[str] 
     for name, value in wanted.items():
         if getattr(spec, name) != value:
             raise UsageError(f"the model has {name} {getattr(spec, name)}, Fashion-MNIST has {value}")
-    split = fashion_mnist_split(load_fashion_mnist(path), HELDOUT_PER_CLASS)
+    try:
+        dataset = load_fashion_mnist(path)
+    except InputError as error:
+        if path is None or dataset_at(path) == "fashion-mnist":
+            raise
+        raise InputError(f'{error}; for images of your own set dataset = "files" in a --config') from error
+    split = fashion_mnist_split(dataset, HELDOUT_PER_CLASS)
     return split if only is None else split.of_classes(names)
 
 
@@ -111,7 +117,7 @@ def _known(wanted: Sequence[str], names: Sequence[str]) -> Sequence[str]:
     """`wanted`, each of which must be a class of the data."""
     for name in wanted:
         if name not in names:
-            raise unknown("class", name, names)
+            raise unknown("class of the data", name, names)
     return wanted
 
 

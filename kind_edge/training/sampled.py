@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from kind_edge.model.sampling import Denoiser, denoiser, sample
 from kind_edge.model.spec import ModelSpec, check_sampling, recommended
 from kind_edge.training.data import CLASS_NAMES, IMAGE_SIDE
 from kind_edge.training.evaluate import Judge, QualityReport
-from kind_edge.training.inception import Inception
 
 OnProgress = Callable[[int, int], None]
 BATCH = 50
@@ -53,10 +51,8 @@ def judged_labels(class_names: tuple[str, ...]) -> list[int]:
     if unknown:
         named = ", ".join(unknown[:3]) + (f" and {len(unknown) - 3} more" if len(unknown) > 3 else "")
         raise InputError(
-            f"the judge does not know the model's classes {named}; it knows {', '.join(CLASS_NAMES)}. If these are "
-            "other names for the same pictures, rename them in config.json (class_names); if they are other pictures, "
-            "look at them with kind-edge generate, and compare features of a network that knows them with "
-            "frechet_distance and precision_recall of kind_edge.training.metrics"
+            f"the judge does not know the model's classes {named}; it knows {', '.join(CLASS_NAMES)}. Give a model of "
+            "these, or measure this one against its own real images: kind-edge eval with --features inception --data"
         )
     return [CLASS_NAMES.index(name) for name in class_names]
 
@@ -128,16 +124,26 @@ def sample_checkpoint(
     sampler: str | None = None,
 ) -> Sampled:
     """Images of all classes in equal shares, at the checkpoint's recommended steps and guidance unless given."""
-    spec = checkpoint.spec
     sampling = sampling_of(checkpoint, steps, guidance, sampler)
-    check_sampling(spec, sampling.steps, sampling.guidance, sampling.sampler)
+    check_sampling(checkpoint.spec, sampling.steps, sampling.guidance, sampling.sampler)
     names = judged_labels(checkpoint.class_names)
-    check_judgeable(spec)
-    index = spread(images, spec.num_classes)
+    check_judgeable(checkpoint.spec)
+    index = spread(images, checkpoint.spec.num_classes)
+    return Sampled(draw_classes(checkpoint, index, seed, sampling, on_progress), np.array(names)[index])
+
+
+def draw_classes(
+    checkpoint: Checkpoint,
+    index: NDArray[np.int64],
+    seed: int,
+    sampling: Sampling,
+    on_progress: OnProgress | None = None,
+) -> NDArray[np.uint8]:
+    """Images uint8 [n, H, W, ch] of the checkpoint's classes `index` [n], through the gated model."""
+    spec = checkpoint.spec
     denoise = denoiser(checkpoint.model(), sampling.steps, sampling.guidance)
-    noise = draw_noise(spec, images, seed)
-    drawn = draw(denoise, noise, torch.from_numpy(index), spec.objective, sampling, on_progress)
-    return Sampled(drawn, np.array(names)[index])
+    noise = draw_noise(spec, len(index), seed)
+    return draw(denoise, noise, torch.from_numpy(index), spec.objective, sampling, on_progress)
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,6 @@ class Evaluation:
         return {**own, **dataclasses.asdict(self.sampling), "seed": self.seed, **dataclasses.asdict(self.quality)}
 
 
-def score(sampled: Sampled, data: Path | None = None, inception: Inception | None = None) -> QualityReport:
-    """What the shipped judge says of images, with Inception's features where it is given."""
-    return Judge.load(data_root=data).score(sampled.images, sampled.labels, inception=inception)
+def score(sampled: Sampled) -> QualityReport:
+    """What the shipped judge says of images."""
+    return Judge.load().score(sampled.images, sampled.labels)

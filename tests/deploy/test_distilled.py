@@ -214,6 +214,15 @@ def test_diffusers_has_no_place_for_a_span(make_checkpoint: MakeCheckpoint, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_diffusers_is_refused_before_any_work(distilled_folder: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    asked: dict[str, Any] = {"profile": "snapdragon8g3", "formats": ["diffusers"], "on_stage": stages.append}
+    with pytest.raises(UsageError, match="--formats diffusers: the model is distilled"):
+        pipeline.export(distilled_folder, **asked, output=tmp_path / "b")
+    assert stages == ["reading the model"]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def bundle(distilled_folder: Path, made_once: MadeOnce) -> Path:
     """Two classes, cut to 60 % of the dense model's work."""

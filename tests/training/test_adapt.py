@@ -185,6 +185,12 @@ def test_a_tailor_may_start_as_another(source: Path) -> None:
             assert torch.equal(tensor[:2], old[name][[2, 2]].float()), name
 
 
+def test_a_class_that_is_called_nearest_is_meant_by_its_name(source: Path) -> None:
+    named = dataclasses.replace(load_checkpoint(source), class_names=("sneaker", "bag", "coat", NEAREST))
+    nothing: Any = None  # no image is looked at
+    assert origins_of(Request(named, NEW, NEAREST), nothing) == (NEAREST, NEAREST)
+
+
 def test_what_a_tailor_has_learned_makes_it_the_nearest(
     tmp_path: Path, make_checkpoint_folder: Callable[..., Path]
 ) -> None:
@@ -218,11 +224,15 @@ def test_what_cannot_be_is_refused_before_any_work(
     same = tmp_path / "map.toml"
     same.write_text('bag = ["cat"]')
     refused: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
-        ("unknown class 'catt'; did you mean: cat", (source, images, ["catt"]), {}),
+        ("unknown class of the data 'catt'; did you mean: cat", (source, images, ["catt"]), {}),
         ("knows 'bag' already", (source, images, ["bag"]), {"class_map": same}),
         ("named twice", (source, images, ["cat", "cat"]), {}),
         ("at least one class", (source, images, []), {}),
-        ("unknown class 'cota'; did you mean: coat", (source, images, ["cat"]), {"start": "cota"}),
+        (
+            r"unknown class 'cota'; did you mean: coat\? Or give --from nearest",
+            (source, images, ["cat"]),
+            {"start": "cota"},
+        ),
         ("has no tailors", (plain, images, ["cat"]), {}),
         ("is distilled, .* adapt the model that it was distilled from", (few, images, ["cat"]), {}),
         ("the model has 2 channels", (colour, images, ["cat"]), {}),

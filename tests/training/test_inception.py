@@ -61,9 +61,9 @@ def test_what_real_images_look_like_is_computed_once(tmp_path: Path, monkeypatch
     pixels = np.random.default_rng(0).integers(0, 256, (12, 28, 28, 1), dtype=np.uint8)
     asked = []
 
-    def images() -> np.ndarray:
+    def images() -> list[np.ndarray]:
         asked.append(1)
-        return pixels[:6]
+        return [pixels[:2], pixels[2:6]]
 
     real = inception.real_features(images, "six", K)
     itself, other = inception.compare(pixels[:6], real, K), inception.compare(pixels[6:], real, K)
