@@ -27,7 +27,6 @@ from kind_edge.deploy.verify import VerifyReport, load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.checkpoint import checkpoint_hash, load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
-from kind_edge.model.spec import check_sampling
 from kind_edge.registry import Exporter, exporter
 from kind_edge.units import format_bytes
 
@@ -272,6 +271,7 @@ def evaluate(
     `class_map` name the real images, as `train` takes them; without, they are Fashion-MNIST's. All of it is opened
     before the first image is drawn.
     """
+    from kind_edge.model.spec import check_sampling
     from kind_edge.training.examiner import Subject, open_examiner
     from kind_edge.training.sampled import Evaluation, draw_classes, sampling_of, spread
 
