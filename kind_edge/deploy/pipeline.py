@@ -47,7 +47,6 @@ from kind_edge.model.checkpoint import (
     stored_dtype,
 )
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
-from kind_edge.model.spec import check_sampling
 from kind_edge.registry import Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
 
@@ -383,6 +382,7 @@ def evaluate(
     `class_map` name the real images, as `train` takes them; without, they are Fashion-MNIST's. All of it is opened
     before the first image is drawn.
     """
+    from kind_edge.model.spec import check_sampling
     from kind_edge.training.examiner import Subject, open_examiner
     from kind_edge.training.sampled import Evaluation, draw_classes, sampling_of, spread
 

@@ -104,6 +104,8 @@ def open_examiner(
     own = class_map is not None or (data is not None and dataset_at(data) == "files")
     if own and data is None:
         raise UsageError("--class-map says how the classes of --data are called; give that too, or leave it out")
+    if class_map is not None and data is not None and dataset_at(data) == "fashion-mnist":
+        raise UsageError(f"--class-map is for images of your own, and {data} holds Fashion-MNIST's files; leave it out")
     if data is not None and not data.exists() and "{" not in str(data):
         raise InputError(
             f"--data {data}: no such file or folder; want the images that the model was trained on: the folder of "

@@ -8,9 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from kind_edge.model.checkpoint import checkpoint_hash
+from kind_edge.training.inception import FEATURES, Inception
 
 
 def test_every_figure_comes_with_its_conditions(
@@ -56,3 +60,21 @@ def test_what_the_judge_does_not_know_is_refused_with_a_way_out(
     small = call("-q", "eval", tiny_folder, "--images", 10)
     assert small.code == 2
     assert "images of 8 x 8 pixels in 1 channels" in small.err
+
+
+def test_a_bundle_is_compared_with_images_of_its_classes_alone(
+    call: Callable[..., Any], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("bag", "cat", "sneaker"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for seed in range(9):
+            pixels = np.random.default_rng([seed, len(name)]).integers(0, 256, (12, 12), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{seed}.png")
+    monkeypatch.setattr(Inception, "load", lambda path: Inception(torch.nn.Identity(), str(path)))
+    monkeypatch.setattr(Inception, "embed", lambda _, images: np.resize(images, (len(images), FEATURES)) / 255.0)
+    given = ("--data", tmp_path / "data", "--features", "inception", "--weights", "w.pth")
+    values = call("-q", "eval", bundle, "--images", 8, *given, "--json").json()
+    wanted = {"kind": "bundle", "images": 8, "real_images": 18, "reference_classes": ["sneaker", "bag"]}
+    assert wanted.items() <= values.items()
+    assert values["frechet"] > 0

@@ -118,6 +118,8 @@ def test_nobody_to_judge_is_refused_with_what_to_give(
     assert looks == []
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "train-labels-idx1-ubyte.gz").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"--class-map is for images of your own"):
+        open_examiner(bag, tmp_path / "part", tmp_path / "map.toml", WEIGHTS)
     with pytest.raises(InputError, match=r"lacks train-images.*apt install dataset-fashion-mnist\)$"):
         open_examiner(bag, tmp_path / "part")
 
