@@ -101,6 +101,12 @@ def parse_share(text: str, flag: str = "value") -> float:
     return share
 
 
+def format_count(number: int, singular: str) -> str:
+    """1 -> "1 image", 3000 -> "3,000 images"."""
+    ending = "" if number == 1 else "es" if singular.endswith("s") else "s"
+    return f"{number:,} {singular}{ending}"
+
+
 def format_bytes(value: float, binary: bool = True) -> str:
     """4_718_592 -> "4.5 MiB"; with `binary` false "4.72 MB". Three significant digits."""
     names = ("B", "KiB", "MiB", "GiB", "TiB") if binary else ("B", "kB", "MB", "GB", "TB")

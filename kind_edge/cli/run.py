@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ BUG, INTERRUPTED, BROKEN_PIPE = KindEdgeError.exit_code, 130, 141
 """141 is what a shell reports of a program that SIGPIPE ended: the work may have been cut short with its output."""
 
 BUG_TEXT_WIDTH = 200
+FIRST_SPEAKS_S = 3.0
 
 _PARSING_ERROR: type = typer.BadParameter.__mro__[1]
 """The parent of all usage errors of whichever click typer stands on: newer ones bring their own."""
@@ -63,7 +65,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _report(error, Terminal(verbose=verbose))
     finally:
         logging.disable(logging.NOTSET)
-    if code == INTERRUPTED:
+    if code == INTERRUPTED and not _leave_it_to_the_first():
         Terminal().say_error("interrupted")
     return code if isinstance(code, int) else 0
 
@@ -80,6 +82,8 @@ def _report(error: Exception, terminal: Terminal) -> int:
     """Say what is wrong and return the exit code for it."""
     if isinstance(error, BrokenPipeError):
         return _broken_pipe()
+    if isinstance(error, UsageError | _PARSING_ERROR) and _leave_it_to_the_first():
+        return UsageError.exit_code
     if isinstance(error, _PARSING_ERROR):
         return _report_parsing(error, terminal)
     if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
@@ -98,6 +102,17 @@ def _report(error: Exception, terminal: Terminal) -> int:
         "please report it with your command line and what the same command prints with -v"
     )
     return BUG
+
+
+def _leave_it_to_the_first() -> bool:
+    """In a process that a launcher started beside the machine's first one, which was asked the same and says the same.
+
+    As soon as one process has ended the launcher ends the others, so the first is given time to speak.
+    """
+    beside = int(os.environ.get("WORLD_SIZE") or 1) > 1 and os.environ.get("LOCAL_RANK", "0") != "0"
+    if beside:
+        time.sleep(FIRST_SPEAKS_S)
+    return beside
 
 
 def _broken_pipe() -> int:

@@ -8,7 +8,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from kind_edge.units import format_bytes, format_params, format_share
+from kind_edge.units import format_bytes, format_count, format_params, format_share
 
 Cell = str | Text
 
@@ -71,6 +71,4 @@ def check(passed: bool) -> Text:
     return Text("✓", "green") if passed else Text("✗", "bold red")
 
 
-def count(number: int, singular: str) -> str:
-    """1 -> "1 image", 3 -> "3 images"."""
-    return f"{number:,} {singular}{'' if number == 1 else 's'}"
+count = format_count

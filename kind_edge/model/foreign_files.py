@@ -117,6 +117,10 @@ def _class_names(labels: Any, count: int) -> tuple[str, ...] | None:
 
 def _read_transformer(folder: Path) -> ForeignModel:
     config = _read_json(folder / "config.json")
+    if "_class_name" not in config and {"schema_version", "model", "class_names"} <= config.keys():
+        raise InputError(
+            f"{folder}: is a checkpoint of kind-edge already; give it to plan, export or adapt as it is, without import"
+        )
     if config.get("_class_name") not in DIFFUSERS_CLASSES:
         raise InputError(f"{folder}: a {config.get('_class_name')}, want a {DIFFUSERS_CLASSES[0]}")
     return ForeignModel(DIFFUSERS, from_diffusers(config, _diffusers_tensors(folder), str(folder)), None)

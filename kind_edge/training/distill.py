@@ -31,7 +31,7 @@ from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
-from kind_edge.training.distributed import Processes, check_division, join
+from kind_edge.training.distributed import Processes, check_division, first_process, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.sampled import check_judgeable, judged_labels, sample_checkpoint, score
 from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
@@ -97,7 +97,7 @@ def distill(
         InputError: the checkpoint cannot be read.
     """
     place = pick_device(device)
-    resume = is_begun(output, resume, on_note)
+    resume = is_begun(output, resume, on_note if first_process() else lambda _: None)
     teacher = load_checkpoint(checkpoint)
     advice = teacher.provenance.get("recommended", {})
     request = Request(teacher, float(advice.get("guidance", DEFAULT_GUIDANCE) if guidance is None else guidance))

@@ -30,9 +30,12 @@ from kind_edge.training.latents import Encoder, autoencoder_files, open_encoder
 from kind_edge.training.mapping import ClassMap, choose_classes, read_class_map
 from kind_edge.training.prepare import CHUNK, SCHEMA_VERSION, Prepared, Report, Work, describe, failures_file, prepare
 from kind_edge.training.sources import WANTED, Source, open_source
+from kind_edge.units import format_count
 
 HELDOUT_PER_CLASS = 50
 HELDOUT_SHARE = 0.1
+USUAL_SPREAD = (0.5, 2.0)
+"""Of latents in the network's scale: noise of 1 hides smaller ones, and does not cover larger ones."""
 FEWEST_PER_CLASS = 2
 """With one image a tailor could only learn it by heart, and nothing could ever be held out."""
 
@@ -70,7 +73,8 @@ def open_data(
     if only is not None:
         classes = {name: classes[name] for name in _known(only, list(classes))}
     items, labels = _chosen(source, classes)
-    report(f"data: {source.kind} {source.where}, {len(items)} images of {len(classes)} classes")
+    amount = f"{format_count(len(items), 'image')} of {format_count(len(classes), 'class')}"
+    report(f"data: {source.kind} {source.where}, {amount}")
     for note in source.notes:
         report(f"data: {note}")
     _check_classes(source, classes, labels, config.spec)
@@ -88,7 +92,7 @@ def open_data(
         work = _work(source, items, labels, config.spec, encoder, recipe)
         prepared = prepare(work, base / "prepared", sha256_of, report)
     _report_prepared(prepared, work, report)
-    _check_counts(prepared.labels, list(classes), source.where)
+    _check_counts(_labels_of_different(prepared), list(classes), source.where, "different images")
     return _split(prepared, work, tuple(classes), _facts(source, prepared, encoder, recipe), report)
 
 
@@ -139,17 +143,23 @@ def _check_model(spec: ModelSpec, autoencoder: Path | None) -> None:
 def _check_classes(source: Source, classes: ClassMap, labels: NDArray[np.int64], spec: ModelSpec) -> None:
     if len(classes) != spec.num_classes:
         raise UsageError(
-            f"{source.where} has {len(classes)} classes ({_some(list(classes))}), the model has num_classes "
-            f"{spec.num_classes}; set num_classes = {len(classes)}, or choose classes with --class-map"
+            f"{source.where} has {format_count(len(classes), 'class')} ({_some(list(classes))}), the model has "
+            f"num_classes {spec.num_classes}; set num_classes = {len(classes)}, or choose classes with --class-map"
         )
     _check_counts(labels, list(classes), source.where)
 
 
-def _check_counts(labels: NDArray[np.int64], names: Sequence[str], where: str) -> None:
+def _labels_of_different(prepared: Prepared) -> NDArray[np.int64]:
+    """Of every class's images without copies of one another: five copies of one image show as little as one does."""
+    pairs = set(zip(prepared.labels.tolist(), prepared.digests.tolist(), strict=True))
+    return np.array([label for label, _ in pairs], dtype=np.int64)
+
+
+def _check_counts(labels: NDArray[np.int64], names: Sequence[str], where: str, what: str = "images") -> None:
     counts = np.bincount(labels, minlength=len(names))
     empty = [name for name, count in zip(names, counts, strict=True) if count == 0]
     few = [f"{name} ({count})" for name, count in zip(names, counts, strict=True) if 0 < count < FEWEST_PER_CLASS]
-    for fault, those in (("no image of", empty), (f"fewer than {FEWEST_PER_CLASS} images of", few)):
+    for fault, those in (("no image of", empty), (f"fewer than {FEWEST_PER_CLASS} {what} of", few)):
         if those:
             raise InputError(f"{where}: {fault} {_some(those)}; add images, or leave the class out with --class-map")
 
@@ -203,7 +213,15 @@ def _work(
 def _report_prepared(prepared: Prepared, work: Work, report: Report) -> None:
     if work.encode is not None:
         spread = float(np.concatenate([shard[:CHUNK] for shard in prepared.shards]).astype(np.float32).std())
-        report(f"latents have a standard deviation of {spread:.2f}; the objective wants about 1")
+        low, high = USUAL_SPREAD
+        if low <= spread <= high:
+            report(f"latents have a standard deviation of {spread:.2f}; the objective wants about 1")
+        else:
+            report(
+                f"warning: latents have a standard deviation of {spread:.2g}, the objective wants about 1: images will "
+                "be poor; set scaling_factor in the autoencoder's config.json (multiply it by "
+                f"{1 / max(spread, 1e-6):.3g})"
+            )
     if prepared.enlarged:
         report(
             f"{prepared.enlarged} of {len(prepared.labels)} images are smaller than {work.size} x {work.size} pixels "
@@ -241,8 +259,8 @@ def _split(
 ) -> DataSplit:
     training, heldout = hold_out(prepared.labels, prepared.digests)
     copies = len(prepared.labels) - len(training) - len(heldout)
-    copied = f"; {copies} copies of them are left out of training" if copies else ""
-    report(f"training on {len(training)} images, {len(heldout)} are held out{copied}")
+    copied = f"; copies of these, left out of training: {copies}" if copies else ""
+    report(f"training on {format_count(len(training), 'image')}, {len(heldout)} held out{copied}")
     bare = [name for label, name in enumerate(names) if not (prepared.labels[heldout] == label).any()]
     if bare:
         report(f"none held out of {_some(bare)}: fewer than {round(1 / HELDOUT_SHARE)} different images")

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from kind_edge.errors import InputError, UsageError
 from kind_edge.training.pictures import Picture, UnreadablePictureError, decode
+from kind_edge.units import format_count
 
 SCHEMA_VERSION = 1
 """Also of how pixels are made and dealt to shards: a change there makes every prepared folder a stranger."""
@@ -191,9 +192,10 @@ def _make(work: Work, partial: Path, sha256_of: Callable[[Path], str], report: R
     items = sum(len(work.ranges[number]) for number in missing)
     _check_space(partial, items * work.item_bytes)
     if len(missing) < len(work.ranges):
-        report(f"{len(work.labels) - items} of {len(work.labels)} images are prepared already")
+        report(f"prepared already: {len(work.labels) - items} of {format_count(len(work.labels), 'image')}")
     what = "latents" if work.encode is not None else "pixels"
-    report(f"preparing {items} images ({' x '.join(map(str, work.shape))} {what}) in {partial.with_suffix('')}")
+    shape = " x ".join(map(str, work.shape))
+    report(f"preparing {format_count(items, 'image')} ({shape} {what}) in {partial.with_suffix('')}")
     whole = [number for number in range(len(work.ranges)) if number not in set(missing)]
     failures = list(work.broken) + [failure for number in whole for failure in _record(partial, number)["failures"]]
     began = reported = time.monotonic()

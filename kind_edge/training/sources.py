@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kind_edge.errors import InputError, UsageError
 from kind_edge.training.pictures import SUFFIXES
+from kind_edge.units import format_count
 
 WANTED = (
     "a folder with one sub-folder of images per class; WebDataset shards (a .tar, a folder of them, or a pattern such "
@@ -93,7 +94,7 @@ def _open_folder(path: Path) -> Source:
     classes = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     loose = sum(1 for entry in path.iterdir() if entry.is_file() and _is_image(entry.name))
     if not classes:
-        found = f"{loose} images and no sub-folder" if loose else "nothing that is known"
+        found = f"{format_count(loose, 'image')} and no sub-folder" if loose else "nothing that is known"
         raise InputError(f"--data {path}: holds {found}; want {WANTED}")
     if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
         raise InputError(
@@ -110,11 +111,11 @@ def _open_folder(path: Path) -> Source:
         others += rest
     if not files:
         raise InputError(
-            f"--data {path}: no image in any of {len(classes)} sub-folders; want files that end in "
+            f"--data {path}: no image in {format_count(len(classes), 'sub-folder')}; want files that end in "
             f"{', '.join('.' + suffix for suffix in sorted(SUFFIXES))}"
         )
-    notes = [f"{loose} images outside of the class folders are left out"] if loose else []
-    notes += [f"{others} other files are left out"] if others else []
+    notes = [f"left out: {format_count(loose, 'image')} outside of the class folders"] if loose else []
+    notes += [f"left out: {format_count(others, 'other file')}"] if others else []
 
     def name_of(item: int) -> str:
         return files[item].relative_to(path).as_posix()

@@ -28,7 +28,7 @@ from kind_edge.model.checkpoint import (
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import DataSplit, TrainingData
-from kind_edge.training.distributed import Processes, check_division, join
+from kind_edge.training.distributed import Processes, check_division, first_process, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.losses import Loss, NestedLoss
 from kind_edge.training.nested import calibrated, nested_config, start_nested
@@ -100,6 +100,7 @@ def train(
     """
     place = pick_device(device)
     check_division(config)
+    on_note = on_note if first_process() else lambda _: None
     resume = is_begun(output, resume, on_note)
     if resume:
         check_begun(config, output, on_note)

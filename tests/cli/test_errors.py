@@ -145,6 +145,21 @@ def test_the_boundary(
     assert ("Traceback" in with_traceback.err) == (code == 70)
 
 
+def test_of_several_processes_the_first_says_what_is_wrong(
+    call: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(run, "FIRST_SPEAKS_S", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    said = []
+    for rank in "012":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        answer = call("train", "--preset", "smoke", "-o", tmp_path / "run", "--device", "cpu")
+        assert answer.code == 2
+        said.append(answer.err)
+    assert "batch_size 40 cannot be divided by 3 processes x accumulation 1; choose a multiple of 3" in said[0]
+    assert said[1:] == ["", ""]
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     command = [sys.executable, "-m", "kind_edge.cli", "profiles", "show", "apple-a18", "--json"]
     reading, writing = os.pipe()

@@ -126,6 +126,12 @@ def test_a_damaged_folder_exits_4(call: Callable[..., Any], tmp_path: Path, file
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_of_our_own_needs_no_import(call: Callable[..., Any], checkpoint: Path, tmp_path: Path) -> None:
+    answer = call("-q", "import", checkpoint, "-o", tmp_path / "out", *RANKS)
+    assert (answer.code, answer.out) == (4, "")
+    assert f"{checkpoint}: is a checkpoint of kind-edge already; give it to plan" in answer.err
+
+
 def test_a_write_that_fails_leaves_nothing(
     call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def test_from_images_to_a_plan(
     said = capsys.readouterr().err
     assert f"data: image folder {root}, 41 images of 2 classes" in said
     assert "1 of 41 images (2.4%) could not be read and are left out: cat/broken.png (" in said
-    assert "training on 36 images, 4 are held out" in said
+    assert "training on 36 images, 4 held out" in said
 
     checkpoint = load_checkpoint(tmp_path / "run")
     assert checkpoint.class_names == ("fish", "pet")
@@ -175,11 +176,38 @@ def test_what_does_not_fit_is_refused_before_the_work(
     assert "no image of dog" in unreadable(root)
 
 
+def test_copies_of_one_image_are_one_image(make_folder: Callable[..., Path], make_config: Callable[..., Any]) -> None:
+    root = make_folder(cat=4, dog=5)
+    for path in (root / "dog").rglob("*.png"):
+        path.write_bytes((root / "dog/000.png").read_bytes())
+    with pytest.raises(InputError, match=r"fewer than 2 different images of dog \(1\)"):
+        open_data(make_config(2), root, device=CPU)
+
+
+def test_latents_far_from_the_scale_of_the_noise_are_a_warning(
+    make_folder: Callable[..., Path], make_config: Callable[..., Any], autoencoders: Path, tmp_path: Path
+) -> None:
+    root = make_folder(side=32, cat=3)
+    values = json.loads((autoencoders / "kl" / "config.json").read_text())
+    shutil.copytree(autoencoders / "kl", tmp_path / "kl")
+
+    def said_of(factor: float) -> str:
+        said: list[str] = []
+        (tmp_path / "kl" / "config.json").write_text(json.dumps({**values, "scaling_factor": factor}))
+        open_data(make_config(1, **LATENT), root, autoencoder=tmp_path / "kl", device=CPU, report=said.append)
+        return next(line for line in said if "standard deviation" in line)
+
+    warning = said_of(0.001)
+    assert warning.startswith("warning: latents have a standard deviation of 0.0")
+    advised = 0.001 * float(warning.partition("multiply it by ")[2].rstrip(")"))
+    assert said_of(advised).startswith("latents have a standard deviation of 1.00;")
+
+
 def test_a_class_that_cannot_be_read_is_refused(
     make_folder: Callable[..., Path], make_config: Callable[..., Any]
 ) -> None:
     root = make_folder(cat=40, dog=2)
     (root / "dog/000.png").write_bytes(b"broken")
     for _ in range(2):  # the second time from the cache
-        with pytest.raises(InputError, match=r"fewer than 2 images of dog \(1\)"):
+        with pytest.raises(InputError, match=r"fewer than 2 different images of dog \(1\)"):
             open_data(make_config(2), root, device=CPU)

@@ -92,7 +92,7 @@ def test_all_kinds_hold_the_same(kind: str, images: list[bytes], tmp_path: Path)
     assert all(path.is_file() for _, path in files)
     assert not any(str(tmp_path) in name for name, _ in files)  # a folder that moves keeps its cache
     if kind == "folder":
-        assert source.notes == ("1 images outside of the class folders are left out", "1 other files are left out")
+        assert source.notes == ("left out: 1 image outside of the class folders", "left out: 1 other file")
         cats = np.flatnonzero(source.labels == 0)
         assert {name.split("/")[0] for name, _ in source.files(cats)} == {"cat"}
 
@@ -122,9 +122,9 @@ def test_what_cannot_be_learned_from_is_refused(images: list[bytes], tmp_path: P
     empty.mkdir()
     assert "nothing that is known; want a folder with one sub-folder" in refusal(empty)
     (empty / "a.png").write_bytes(images[0])
-    assert "1 images and no sub-folder" in refusal(empty)
+    assert "1 image and no sub-folder" in refusal(empty)
     (empty / "cat").mkdir()
-    assert "no image in any of 1 sub-folders" in refusal(empty)
+    assert "no image in 1 sub-folder;" in refusal(empty)
     for part in ("train", "val"):
         write_folder(tmp_path / "parts" / part, images)
     assert "train, val are parts of a data set" in refusal(tmp_path / "parts")
