@@ -267,20 +267,15 @@ def text(records: Sequence[Record]) -> str:
     """How well plans are foreseen, and what whitening is worth."""
     models = sorted({record["checkpoint"]["model"] for record in records})
     own = {model: [record for record in records if record["checkpoint"]["model"] == model] for model in models}
-    header = ("model", "FLOPs", "plans", "predicted", "measured", "Spearman", "by FLOPs alone")
-    plans = markdown(header, [row for model in models for row in _plan_rows(model, own[model])])
-    header = (
-        "model",
-        f"whitened, {PERCENT} %",
-        "whitened SVD",
-        "plain SVD",
-        "plain / whitened",
-        "plain / whitened SVD",
-    )
+    columns = ("model", "FLOPs", "plans", "predicted", "measured", "ratio", "Spearman", "by FLOPs alone")
+    plans = markdown(columns, [row for model in models for row in _plan_rows(model, own[model])])
+    ratios = [f"plain / {way}" for way in WAYS.values()]
+    header = (f"model, {PERCENT} % of the active rank", *WAYS.values(), "plain SVD", *ratios)
     cuts = markdown(header, [row for model in models for row in _cut_rows(model, own[model])])
-    images = sorted({record["figures"]["images"] for record in records})
-    said = f"{', '.join(map(str, images))} held-out images, one noise and time each; " + "; ".join(
-        f"model {model}, weights {own[model][0]['checkpoint']['weights_sha256'][:12]}" for model in models
+    said = "; ".join(
+        f"{model}: {own[model][0]['figures']['images']} held-out images, one noise and time each, weights "
+        f"{own[model][0]['checkpoint']['weights_sha256'][:12]}"
+        for model in models
     )
     verdicts = "\n".join(_verdict(model, summary(own[model])) for model in models)
     return "\n\n".join([plans, cuts, paragraph(said + "."), verdicts])
@@ -319,8 +314,10 @@ def _verdict(model: str, figures: Mapping[str, float]) -> str:
     return paragraph(f"- `{model}`: {', '.join(parts)}.", "  ")
 
 
-def _correlations(rows: FloatArray) -> tuple[str, str]:
-    return f"{_spearman(rows[:, 1], rows[:, 2]):.3f}", f"{_spearman(-rows[:, 0], rows[:, 2]):.3f}"
+def _correlations(rows: FloatArray) -> tuple[str, ...]:
+    ratio = float(np.median(rows[:, 2] / rows[:, 1]))
+    own, flops = _spearman(rows[:, 1], rows[:, 2]), _spearman(-rows[:, 0], rows[:, 2])
+    return f"{ratio:.2f}", f"{own:.3f}", f"{flops:.3f}"
 
 
 def _range(values: FloatArray) -> str:

@@ -63,8 +63,8 @@ def publish(subject: Subject, output: Path) -> list[Record]:
     table, counts = plans.model.sensitivity, plans.model.checkpoint.provenance.get("quality_by_steps")
     if not counts:
         raise UsageError(
-            f"{subject.name}: its config.json has no quality_by_steps, of which the response is a multiple; a distilled "
-            "model has"
+            f"{subject.name}: its config.json states no quality_by_steps, which the response would be a multiple of; "
+            "that of a distilled model does"
         )
     records = run(subject, output)
     guidance = sampling_of(plans.model.checkpoint).guidance

@@ -58,7 +58,7 @@ def opened(tiny_folder: Path) -> tuple[Checkpoint, Calibration]:
 def source(opened: tuple[Checkpoint, Calibration]) -> MakeSource:
     """What is planned for: the tiny model, with its losses as they are measured, and a response where one is given."""
     checkpoint, calibration = opened
-    sensitivity = measure_sensitivity(checkpoint, "ab" * 32, calibration, chunks=1)
+    sensitivity = measure_sensitivity(checkpoint, "ab" * 32, calibration, images=4)
 
     @functools.cache
     def losses(form: Form, classes: tuple[str, ...]) -> LossModel:
