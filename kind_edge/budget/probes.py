@@ -106,7 +106,7 @@ def operator_table(latency_us: Latencies) -> OperatorTable:
         names = [_tailor_name(precision, batch, tokens, m, n, r) for r in (rank, 0)]
         each = (latency_us[names[0]] - latency_us[names[1]]) / pairs / 2
         tailor[precision, batch, tokens, m, n, rank] = tailor[precision, batch, tokens, n, m, rank] = max(each, least)
-    ends = {(b, t, w): latency_us[_ends_name(b, t, w)] for b, t, w in _block_points()}
+    ends: dict[Key, float] = {(b, t, w): latency_us[_ends_name(b, t, w)] for b, t, w in _block_points()}
     table = OperatorTable(product, tailor, {}, {}, ends)
     attention: dict[Key, float] = {}
     mlp: dict[Key, float] = {}

@@ -58,7 +58,7 @@ def opened(tiny_folder: Path) -> tuple[Checkpoint, Calibration]:
 def source(opened: tuple[Checkpoint, Calibration]) -> MakeSource:
     """What is planned for: the tiny model, with its losses as they are measured, and a response where one is given."""
     checkpoint, calibration = opened
-    sensitivity = measure_sensitivity(checkpoint, "ab" * 32, calibration, chunks=1)
+    sensitivity = measure_sensitivity(checkpoint, "ab" * 32, calibration, images=4)
 
     @functools.cache
     def losses(form: Form, classes: tuple[str, ...]) -> LossModel:
@@ -146,8 +146,10 @@ def test_forms(form: Any, classes: tuple[str, ...], sampling: Sampling, forms: t
 def test_evaluations_follow_guidance_and_form(plan: MakePlan) -> None:
     guided, unguided = plan(precision="fp32"), plan(precision="fp32", sampling=UNGUIDED)
     assert (guided.evaluations_per_step, unguided.evaluations_per_step) == (2, 1)
-    assert guided.sustained_image_latency_s == pytest.approx(2 * unguided.sustained_image_latency_s, rel=1e-5)
-    assert guided.evaluation_latency_s == pytest.approx(guided.sustained_image_latency_s / 8, rel=1e-5)
+    # A guided step is one call at batch 2: twice the work, but weights are read and operators started once.
+    assert 1 < guided.sustained_image_latency_s / unguided.sustained_image_latency_s <= 2
+    assert unguided.evaluation_latency_s == pytest.approx(unguided.sustained_image_latency_s / 4, rel=1e-5)
+    assert guided.time["evaluation_s"] == pytest.approx(guided.sustained_image_latency_s / 8, rel=1e-5)
     heun = plan(precision="fp32", sampling=Sampling("heun", 4, 1.0, 7))  # the table grows a little
     assert heun.sustained_image_latency_s == pytest.approx(7 / 4 * unguided.sustained_image_latency_s, rel=1e-2)
 
