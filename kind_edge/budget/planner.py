@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from kind_edge.budget.menu import build_problem
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.problem import (
     Candidate,
@@ -18,7 +19,6 @@ from kind_edge.budget.problem import (
     Request,
     Sampling,
     Source,
-    build_problem,
     limit_name,
 )
 from kind_edge.budget.profile import Precision
