@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from kind_edge.budget.latency import latency_source
+from kind_edge.budget.menu import build_problem
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.problem import (
     Candidate,
@@ -19,7 +20,6 @@ from kind_edge.budget.problem import (
     Request,
     Sampling,
     Source,
-    build_problem,
     limit_name,
 )
 from kind_edge.budget.profile import Precision

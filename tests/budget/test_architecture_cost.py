@@ -45,7 +45,8 @@ def test_auto_takes_the_fastest_unit() -> None:
 def planned(spec: ModelSpec, matrix: MatrixPlan) -> Plan:
     return Plan(
         "m", "0", DEVICE.name, "gpu", "switch", ("a",), "fp32", ("fp32",), "euler", 20, 1.5, 2, "baked", "whitened",
-        "none", 0, 0, 0, 0, 0.0, 0.0, 0.0, None, None, {}, (), {}, 0.0, {}, {shape.name: matrix for shape in spec.matrices()},
+        "none", 0, 0, 0, 0, 0.0, 0.0, 0.0, None, None, {}, (), {}, 0.0, {},
+        {shape.name: matrix for shape in spec.matrices()},
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 
 from kind_edge.budget.deployed import deployed_fixed_cost
 from kind_edge.budget.loss import LossModel, MatrixLoss
+from kind_edge.budget.menu import rank_levels
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import candidate_forms, candidates, make_plan
 from kind_edge.budget.problem import (
@@ -24,7 +25,6 @@ from kind_edge.budget.problem import (
     Request,
     Sampling,
     Source,
-    rank_levels,
 )
 from kind_edge.budget.profile import HOST, DeviceProfile, Precision, load_profile, profile_names
 from kind_edge.budget.response import Judged, Response
