@@ -31,7 +31,7 @@ from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
-from kind_edge.training.distributed import Processes, check_division, first_process, join
+from kind_edge.training.distributed import Processes, check_division, check_shared, first_process, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.sampled import check_judgeable, judged_labels, sample_checkpoint, score
 from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
@@ -103,7 +103,9 @@ def distill(
     request = Request(teacher, float(advice.get("guidance", DEFAULT_GUIDANCE) if guidance is None else guidance))
     config = distill_config(request, images)
     check_division(config)
-    return distill_to(request, config, output, join(place), resume=resume, on_progress=on_progress)
+    processes = join(place)
+    check_shared(processes, resume, output)
+    return distill_to(request, config, output, processes, resume=resume, on_progress=on_progress)
 
 
 def distill_to(

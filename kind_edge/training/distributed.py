@@ -16,6 +16,7 @@ import importlib.util
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +126,16 @@ def check_division(config: TrainConfig) -> None:
 
 def join(device: torch.device) -> Processes:
     return Together(device) if launched_processes() > 1 else Alone(device)
+
+
+def check_shared(processes: Processes, begun: bool, output: Path) -> None:
+    """Refuse a run that some processes would go on with and others begin: what they learn would not be one model."""
+    share = processes.mean_(torch.tensor([float(begun)], device=processes.device)).item()
+    if 0 < share < 1:
+        raise UsageError(
+            f"--resume: not every process finds the run in {output}; give an -o that all machines share, or copy "
+            "the folder to each"
+        )
 
 
 def local(tensor: Tensor) -> Tensor:

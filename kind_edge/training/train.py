@@ -28,7 +28,7 @@ from kind_edge.model.checkpoint import (
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import DataSplit, TrainingData
-from kind_edge.training.distributed import Processes, check_division, first_process, join
+from kind_edge.training.distributed import Processes, check_division, check_shared, first_process, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.losses import Loss, NestedLoss
 from kind_edge.training.nested import calibrated, nested_config, start_nested
@@ -105,6 +105,7 @@ def train(
     if resume:
         check_begun(config, output, on_note)
     processes = join(place)
+    check_shared(processes, resume, output)
     split = open_data(
         config, data, class_map=class_map, autoencoder=autoencoder, device=processes.device, report=on_note
     )

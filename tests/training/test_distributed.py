@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import read_metadata
 from kind_edge.training.config import preset
-from kind_edge.training.distributed import check_division
-from kind_edge.training.state import STATE
+from kind_edge.training.distributed import Alone, check_division
+from kind_edge.training.state import STATE, save_state, start
 from kind_edge.training.train import train
 
 SCRIPT = """
@@ -139,6 +139,19 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
         torch.testing.assert_close(
             got[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+def test_a_run_that_only_some_processes_find_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "begun").mkdir()
+    save_state(tmp_path / "begun", preset("smoke"), start(preset("smoke")))
+    for folder in ("begun", "not shared"):
+        processes = Alone(torch.device("cpu"))
+        monkeypatch.setattr(processes, "mean_", lambda begun: torch.full_like(begun, 0.5))  # one of two
+        monkeypatch.setattr("kind_edge.training.train.join", lambda _, made=processes: made)
+        with pytest.raises(UsageError, match="not every process finds the run in"):
+            train(preset("smoke"), tmp_path / folder, data=tmp_path / "nowhere", device="cpu", resume=True)
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused_before_any_work(
