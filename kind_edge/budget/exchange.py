@@ -14,11 +14,15 @@ import numpy as np
 
 from kind_edge.budget.tree import Floats, Integers, Mask, Tree
 
-_ROUNDING = 1e-13  # of the largest goal: sums of columns in another order differ by less
+_GRAIN = 1e-12  # of the largest goal
 
 
 class Exchanges:
-    """All single exchanges of a table's choices. A choice is given by its picks [G], the column of every group."""
+    """All single exchanges of a table's choices. A choice is given by its picks [G], the column of every group.
+
+    Goals are counted in grains: whole numbers, which add up exactly in any order. So every exchange that is made lowers
+    goal and ties for good, and they come to an end.
+    """
 
     def __init__(
         self,
@@ -28,7 +32,8 @@ class Exchanges:
         limits: Mapping[str, int],
         tie_breakers: Sequence[str] = (),
     ) -> None:
-        self._tree, self._goal, self._costs, self._limits = tree, goal, costs, limits
+        self._tree, self._costs, self._limits = tree, costs, limits
+        self._goal: Floats = np.rint(goal / (_GRAIN * (float(np.abs(goal).max()) or 1.0)))
         self._tie_breakers = tuple(tie_breakers)
 
     @cached_property
@@ -81,7 +86,6 @@ class Exchanges:
         """Goal and tie-breaking costs after each exchange less those before, [n] each."""
         tree, (goal, costs) = self._tree, self._best
         change = goal - tree.under(picks, self._goal)[picks][tree.group]
-        change[np.abs(change) < _ROUNDING * max(1.0, float(self._goal.max()))] = 0.0
         now = [tree.under(picks, self._costs[name])[picks][tree.group] for name in self._tie_breakers]
         ties = [costs[name] - before for name, before in zip(self._tie_breakers, now, strict=True)]
         return [change, *(tie.astype(np.float64) for tie in ties)]
