@@ -39,7 +39,7 @@ ARROWS = {
     "": ALL_BUT_EXPORTERS,  # kind_edge/__init__.py
 }
 """Room -> rooms it may import, besides itself and FREE."""
-EXCEPTIONS = {("kind_edge.deploy.pipeline", "training")}
+EXCEPTIONS = {("kind_edge.deploy.pipeline", "training"), ("kind_edge.deploy.evaluation", "training")}
 
 HEAVY_ALLOWED = {"kind_edge.budget.sensitivity": HEAVY, "kind_edge.budget.host": {"onnxruntime"}}
 HEAVY_ALLOWED |= {"kind_edge.budget.probe_graph": {"onnx"}, "kind_edge.budget.runner": {"onnxruntime"}}

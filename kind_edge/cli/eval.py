@@ -70,9 +70,9 @@ def evaluate(
     _check_features(features, weights)
     terminal = terminal_of(context)
     with terminal.counting("drawing") as count:
-        from kind_edge.deploy import pipeline
+        from kind_edge.deploy.evaluation import evaluate as judge
 
-        found = pipeline.evaluate(
+        found = judge(
             source,
             images,
             seed,

@@ -19,7 +19,8 @@ from typing import Any
 
 import _bench
 
-from kind_edge.deploy.pipeline import evaluate, export
+from kind_edge.deploy.evaluation import evaluate
+from kind_edge.deploy.pipeline import export
 from kind_edge.errors import GateError
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.training.evaluate import Judge

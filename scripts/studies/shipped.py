@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kind_edge.deploy.pipeline import evaluate
+from kind_edge.deploy.evaluation import evaluate
 from kind_edge.model.checkpoint import CONFIG, Checkpoint, load_checkpoint
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.evaluate import Judge

@@ -12,7 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from kind_edge.deploy.pipeline import evaluate, export
+from kind_edge.deploy.evaluation import evaluate
+from kind_edge.deploy.pipeline import export
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import shipped_models

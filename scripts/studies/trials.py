@@ -25,7 +25,7 @@ TWIN_GUIDANCE = (1.0, 1.5, 1.75)
 
 
 def judge(folder: Path, images: int, guidance: float) -> dict[str, Any]:
-    from kind_edge.deploy.pipeline import evaluate
+    from kind_edge.deploy.evaluation import evaluate
 
     return {"model": folder.name, **evaluate(folder, images, guidance=guidance).to_dict()}
 

@@ -18,6 +18,7 @@ from kind_edge.budget.cost import deployed_fixed_cost, model_cost
 from kind_edge.budget.image_time import Teacher, teacher_of
 from kind_edge.budget.plan import MatrixPlan, Plan, check_replayable
 from kind_edge.deploy import pipeline
+from kind_edge.deploy.evaluation import evaluate
 from kind_edge.deploy.manifest import Manifest, read_manifest
 from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.merge_check import check_merge
@@ -266,7 +267,7 @@ def test_a_bundle_says_that_guidance_is_inside(bundle: Path, distilled_folder: P
     }
     assert pipeline.verify(bundle, checkpoint=distilled_folder).passed
     with pytest.raises(UsageError, match="fixed in a bundle"):
-        pipeline.evaluate(bundle, steps=2)
+        evaluate(bundle, steps=2)
     values = json.loads((bundle / "manifest.json").read_text())
     values["sampler"] |= {"null_index": 2, "guidance": 1.75}
     with pytest.raises(InputError, match="guidance is inside the model"):
