@@ -1,8 +1,8 @@
 """Are predicted costs true? Latency of exported plans and peak memory, predicted and measured on this machine.
 
 The machine is calibrated first. No plan here is among what calibration runs: ranks of every matrix are drawn at random,
-matrices are dense, factored or int8 one by one, classes and forms differ. Both times are medians of
-single calls in the calmest of several short rounds, which go over all models in turn.
+matrices are dense, factored or int8 one by one, classes and forms differ. Both times are medians of single calls in the
+calmest of several short rounds, which go over all models in turn.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ def _exported(model: str, host: DeviceProfile, folder: Path) -> Iterator[Case]:
         table = sampler_table(chosen.sampler, spec.objective, chosen.steps)
         truncated = truncate(opened.checkpoint, chosen, opened.calibration)
         plain = fold(truncated, chosen, torch.from_numpy(table.timestep))
-        for file in exporter("onnx").export(plain, folder / str(index), PRECISIONS):
+        files = exporter("onnx").export(plain, folder / str(index), PRECISIONS)
+        for file in (each for each in files if each.entry["role"] == "denoiser"):
             request = Request(host, chosen.classes, Sampling("euler", chosen.steps, 1.0, len(table.timestep)))
             precisions = chosen.matrix_precisions(file.precision)
             matrices = {n: dataclasses.replace(m, precision=precisions[n]) for n, m in chosen.matrices.items()}
