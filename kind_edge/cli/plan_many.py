@@ -138,6 +138,9 @@ def _draw(pyplot: Any, curves: Sequence[Curve], axis: str, path: Path) -> None:
         losses = [100 * (point["predicted_loss_increase"] or 0.0) for point in curve.points]
         y = [point["predicted_frechet"] for point in curve.points] if known else losses
         plot.plot(x, y, marker="o", markersize=3.5, label=_classes(curve))
+    if known:  # no distance is 0, and good plans lie close together
+        plot.set_yscale("log")
+        plot.yaxis.set_major_formatter("{x:,g}")
     plot.set_xlabel(title)
     plot.set_ylabel("predicted Fréchet distance" if known else "predicted increase of the loss (%)")
     plot.grid(alpha=0.3)

@@ -71,7 +71,9 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
 def predicted_words(loss_increase: float | None, frechet: float | None) -> str:
     """ "loss +2.1 %, Fréchet distance 7.4"."""
     loss = f"loss +{format_share(loss_increase or 0.0)}"
-    return loss if frechet is None else f"{loss}, Fréchet distance {frechet:.3g}"
+    if frechet is None:
+        return loss
+    return f"{loss}, Fréchet distance {frechet:,.0f}" if frechet >= 1000 else f"{loss}, Fréchet distance {frechet:.3g}"
 
 
 def _price(plan: Plan, name: str, price: Mapping[str, float | None]) -> str:

@@ -45,10 +45,10 @@ def _print(terminal: Terminal, refusal: Refusal) -> None:
         return
     err.print(tables.heading("What would help", "each was solved; least given up first"))
     helps = [
-        (each.change, format_share(each.given_up), predicted_words(
+        (format_share(each.given_up), each.change, predicted_words(
             each.figures["predicted_loss_increase"], each.figures["predicted_frechet"]
         ))
         for each in refusal.relaxations
     ]  # fmt: skip
-    err.print(tables.figures(("", "given up", "predicted"), helps))
+    err.print(tables.figures(("given up", "", "predicted"), helps, left=(1, 2)))
     err.print()
