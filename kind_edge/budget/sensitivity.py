@@ -1,4 +1,4 @@
-"""What each matrix is worth for the kept classes: how much every rank raises the loss, or retains of output energy.
+"""What each matrix is worth for the kept classes: how much every rank raises the loss.
 
 The only module of `budget` that needs torch: it looks at weights.
 """
@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.loss import LossModel, MatrixLoss
-from kind_edge.budget.spectrum import Spectrum
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.spec import Form
 from kind_edge.model.truncation import SortedFactors, fold_matrix
 
-__all__ = ["LossModel", "MatrixLoss", "loss_model", "spectra"]
+__all__ = ["LossModel", "MatrixLoss", "loss_model"]
 
 
 def loss_model(
@@ -37,29 +36,7 @@ def loss_model(
     return LossModel(matrices, sensitivity.branches)
 
 
-def spectra(
-    checkpoint: Checkpoint, classes: list[int], form: Form, calibration: Calibration | None
-) -> dict[str, Spectrum]:
-    """The spectrum of every factored matrix, whitened where there is calibration.
-
-    Energies are shares of the whole model's: a matrix with little output loses little. (Held-out loss rises 1.5 x
-    as much when every matrix is normalised by itself.)
-    """
-    energies = {}
-    for shape in checkpoint.spec.matrices():
-        folded = fold_matrix(checkpoint, shape.name, classes, form, calibration)
-        tailor = np.mean([_retained(t) for t in folded.tailors], axis=0) if folded.tailors else np.zeros(1)
-        energies[shape.name] = (_retained(folded.shared), tailor)
-    total = sum(shared[-1] + tailor[-1] for shared, tailor in energies.values()) or 1.0
-    return {name: Spectrum(shared / total, tailor / total) for name, (shared, tailor) in energies.items()}
-
-
 def _lost(factors: SortedFactors) -> NDArray[np.float64]:
     """Output energy [R + 1] that goes when rank r is kept: all of it at 0, nothing at full rank."""
     energy: NDArray[np.float64] = factors.energy.numpy()
     return np.concatenate([np.cumsum(energy[::-1])[::-1], [0.0]])
-
-
-def _retained(factors: SortedFactors) -> NDArray[np.float64]:
-    energy: NDArray[np.float64] = factors.energy.numpy()
-    return np.concatenate([[0.0], np.cumsum(energy)])
