@@ -142,7 +142,7 @@ def test_from_the_command_line(
     assert values["frechet"] > 0
     assert looks == [(29, 16, 16, 3), (6, 16, 16, 3)]
     assert main(with_inception) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "to 29 training images of 2 classes" in shown
     assert "accuracy and entropy are left out: the judge knows Fashion-MNIST only" in shown
 
