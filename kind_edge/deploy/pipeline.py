@@ -16,7 +16,7 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.problem import Request
+from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
@@ -164,16 +164,18 @@ def export(
         stage("planning")
         device = load_profile(profile)
         request = make_request(opened.checkpoint, device, **choices)
-        plan = make_plan(make_source(opened), request)
+        source = make_source(opened)
+        plan = make_plan(source, request)
     else:
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         _check_replay(plan, opened, device.name, choices)
-        plan = as_replayed(plan, make_source(opened), device)
+        source = make_source(opened)
+        plan = as_replayed(plan, source, device)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, request, folder, exporters, stage)
+        plan, made = _fitted(opened, plan, source, request, folder, exporters, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
@@ -184,7 +186,13 @@ def export(
 
 
 def _fitted(
-    model: OpenedModel, plan: Plan, request: Request | None, folder: Path, exporters: Sequence[Exporter], stage: OnStage
+    model: OpenedModel,
+    plan: Plan,
+    source: Source,
+    request: Request | None,
+    folder: Path,
+    exporters: Sequence[Exporter],
+    stage: OnStage,
 ) -> tuple[Plan, _Made]:
     """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
     for attempt in range(_SIZE_ATTEMPTS):
@@ -200,7 +208,7 @@ def _fitted(
             )
         spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
-        plan = make_plan(make_source(model), request)
+        plan = make_plan(source, request)
     return plan, made
 
 

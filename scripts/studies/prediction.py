@@ -30,9 +30,11 @@ from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.diffusion import add_noise, draw_timesteps
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.model.sampling import step_span
+from kind_edge.model.sampling import denoiser, step_span
 from kind_edge.model.spec import ModelSpec, Ranks
 from kind_edge.model.truncation import FoldedMatrix, fold_matrix
+from kind_edge.training.evaluate import Judge
+from kind_edge.training.sampled import draw, draw_noise, judged_labels, sampling_of, spread
 from studies.anysize import Matrices, deployed_flops, timesteps_of, uniform
 from studies.statistics import in_percent, markdown, paragraph
 from studies.steps import teacher_of
@@ -334,3 +336,14 @@ def _rows(record: Record) -> FloatArray:
 
 def _spearman(a: FloatArray, b: FloatArray) -> float:
     return float(spearmanr(a, b).statistic)
+
+
+def frechet(study: Prediction, judge: Judge, network: DiT, images: int) -> float:
+    """Of images of all classes from noise that is the same for every plan."""
+    checkpoint = study.model.checkpoint
+    sampling, index = sampling_of(checkpoint), spread(images, checkpoint.spec.num_classes)
+    denoise = denoiser(network, sampling.steps, sampling.guidance)
+    noise = draw_noise(checkpoint.spec, images, 0)
+    labels = np.array(judged_labels(checkpoint.class_names))[index]
+    drawn = draw(denoise, noise, torch.from_numpy(index), checkpoint.spec.objective, sampling)
+    return float(judge.score(drawn, labels, neighbours=False).frechet or 0.0)

@@ -12,18 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.optimize import least_squares
 
 from kind_edge.budget.response import Judged, Response
 from kind_edge.deploy.sensitivity_file import SENSITIVITY
 from kind_edge.errors import UsageError
-from kind_edge.model.dit import DiT
-from kind_edge.model.sampling import denoiser
 from kind_edge.training.evaluate import Judge
-from kind_edge.training.sampled import draw, draw_noise, judged_labels, sampling_of, spread
+from kind_edge.training.sampled import sampling_of
 from studies.anysize import Matrices
-from studies.prediction import Prediction, cut_model, random_plans
+from studies.prediction import Prediction, cut_model, frechet, random_plans
 from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject, write_whole
 
@@ -32,8 +29,6 @@ IMAGES = 500
 SHARES = tuple(float(share) for share in np.linspace(0.62, 0.28, 18).round(3))
 """FLOPs of the plans, as shares of the dense model's."""
 HELD_OUT_EVERY = 3
-TARGET_ERROR = 0.15
-"""Median error of the distance, of plans that were held out, as a share."""
 
 
 def run(subject: Subject, output: Path) -> list[Record]:
@@ -45,7 +40,7 @@ def run(subject: Subject, output: Path) -> list[Record]:
     def judged(matrices: Matrices | None) -> dict[str, Any]:
         whole = plans.model.checkpoint
         network = whole.model() if matrices is None else cut_model(whole, plans.folded, matrices)
-        figures = {"frechet": _frechet(plans, judge, network)}
+        figures = {"frechet": frechet(plans, judge, network, IMAGES)}
         return figures if matrices is None else figures | {"predicted": plans.predicted.increase(matrices)}
 
     records = [store.run("whole", {"kind": "whole", **conditions}, lambda: judged(None))]
@@ -72,17 +67,6 @@ def publish(subject: Subject, output: Path) -> list[Record]:
     whole = dataclasses.replace(table, response=fitted(records, judged))
     write_whole(subject.folder / SENSITIVITY, whole.to_json())
     return records
-
-
-def _frechet(plans: Prediction, judge: Judge, network: DiT) -> float:
-    """Of images of all classes from noise that is the same for every plan."""
-    checkpoint = plans.model.checkpoint
-    sampling, index = sampling_of(checkpoint), spread(IMAGES, checkpoint.spec.num_classes)
-    denoise = denoiser(network, sampling.steps, sampling.guidance)
-    noise = draw_noise(checkpoint.spec, IMAGES, 0)
-    labels = np.array(judged_labels(checkpoint.class_names))[index]
-    drawn = draw(denoise, noise, torch.from_numpy(index), checkpoint.spec.objective, sampling)
-    return float(judge.score(drawn, labels, neighbours=False).frechet or 0.0)
 
 
 def fitted(records: Sequence[Record], table: tuple[Judged, ...] = ()) -> Response:

@@ -20,12 +20,10 @@ from kind_edge.budget.plan import MatrixPlan
 from kind_edge.deploy.merge import truncate
 from kind_edge.deploy.pipeline import plan as make_plan
 from kind_edge.model.dit import DiT
-from kind_edge.model.sampling import denoiser
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.evaluate import Judge
-from kind_edge.training.sampled import draw, draw_noise, judged_labels, sampling_of, spread
 from studies.anysize import Matrices
-from studies.prediction import PROFILE, FixedHeldout, Prediction, cut_model, folded_matrices
+from studies.prediction import PROFILE, FixedHeldout, Prediction, cut_model, folded_matrices, frechet
 from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject
 
@@ -79,7 +77,7 @@ def _measured(study: Prediction, judge: Judge, share: float) -> Callable[[], dic
             "increase": {way: _increase(study.heldout, own) for way, own in gains.items()},
             "ratio": ratio(gains["uniform"], gains["ours"]),
             "interval": interval(gains["uniform"], gains["ours"]),
-            "frechet": {way: frechet(study, judge, network) for way, network in networks.items()},
+            "frechet": {way: frechet(study, judge, network, IMAGES) for way, network in networks.items()},
         }
 
     return compute
@@ -137,16 +135,6 @@ def interval(uniform: Sequence[FloatArray], ours: Sequence[FloatArray]) -> list[
         pairs = ([own[i] for own, i in zip(gains, again, strict=True)] for gains in (uniform, ours))
         ratios.append(ratio(*pairs))
     return [float(bound) for bound in np.quantile(ratios, (0.025, 0.975))]
-
-
-def frechet(study: Prediction, judge: Judge, network: DiT) -> float:
-    checkpoint = study.model.checkpoint
-    sampling, index = sampling_of(checkpoint), spread(IMAGES, checkpoint.spec.num_classes)
-    denoise = denoiser(network, sampling.steps, sampling.guidance)
-    noise = draw_noise(checkpoint.spec, IMAGES, 0)
-    labels = np.array(judged_labels(checkpoint.class_names))[index]
-    drawn = draw(denoise, noise, torch.from_numpy(index), checkpoint.spec.objective, sampling)
-    return float(judge.score(drawn, labels, neighbours=False).frechet or 0.0)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
