@@ -28,14 +28,15 @@ _SCALE_BYTES = 4
 class DecoderCost:
     """One image: `flops` of convolutions, linears and attention; `activation_bytes_peak` in fp32.
 
-    What is known of a decoder that was given: `kernel_params` of its `params` can be stored in a byte each, with a
-    scale per each of their `kernel_outputs`; `operators` of its graph; `autoencoder_sha256`. An image is decoded in
+    What is known of a decoder that was given: `kernel_params` of its `params`, in so many `kernels`, can be stored in a
+    byte each, with a scale per each of their `kernel_outputs`; `operators` of its graph; `autoencoder_sha256`. An image is decoded in
     `tiles` x `tiles` overlapping pieces, and `whole` is the same decoder with one (None: this is it).
     """
 
     params: int
     flops: int
     activation_bytes_peak: int
+    kernels: int = 0
     kernel_params: int = 0
     kernel_outputs: int = 0
     operators: int = 0
@@ -51,6 +52,10 @@ class DecoderCost:
         if stored == "fp16":
             return 2 * self.params
         return 4 * (self.params - self.kernel_params) + self.kernel_params + _SCALE_BYTES * self.kernel_outputs
+
+    def graph_operators(self, precision: Precision) -> int:
+        """Of the graph of that file; a kernel in eight bits is widened by one, and has one more name."""
+        return self.operators + 2 * self.kernels * (decoder_precision(precision) == "int8-weights")
 
     def latency_s(self, profile: DeviceProfile, unit: Unit, precision: Precision, sustained: bool) -> float:
         """Of one image beside a model of that precision on that unit. Convolutions are bound by arithmetic.

@@ -61,6 +61,7 @@ def fixed_memory_bytes(cost: FixedCost, batch: int, decoder: DecoderCost) -> int
 
     Modulation tables, biases and positions are kept as they are; the decoder's weights are kept as its file has them.
     """
-    weights = branch_memory_bytes(cost) + decoder.weight_bytes(cost.precision) + decoder.operators * OPERATOR_BYTES
+    weights = branch_memory_bytes(cost) + decoder.weight_bytes(cost.precision)
+    weights += decoder.graph_operators(cost.precision) * OPERATOR_BYTES
     activations = max(batch * cost.activation_bytes_peak, decoder.activation_bytes_peak)
     return RUNTIME_BYTES + weights + round(ACTIVATION_COPIES * activations)

@@ -213,8 +213,9 @@ class Deployment:
     def fixed_costs(self) -> dict[str, int]:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, self.decoder
-        file_bytes = fixed.weight_bytes + decoder.weight_bytes(self.candidate.precision)
-        file_bytes += (fixed.operators + decoder.operators) * GRAPH_BYTES_PER_OPERATOR
+        precision = self.candidate.precision
+        file_bytes = fixed.weight_bytes + decoder.weight_bytes(precision)
+        file_bytes += (fixed.operators + decoder.graph_operators(precision)) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {

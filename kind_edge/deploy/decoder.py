@@ -28,6 +28,8 @@ _ACTIVATION_COPIES = 2
 """Of a convolution's output: the next operator's stands beside it. One more is its input."""
 _OPERATORS = {"GroupNorm": 5, "SiLU": 2}
 """Of a graph, for a layer of the module; others are one."""
+_AROUND, _LOOP = 20, 24
+"""Operators: scaling and clipping; cutting tiles and putting them together."""
 
 
 def decoder_costs(autoencoder: Autoencoder) -> tuple[DecoderCost, ...]:
@@ -48,9 +50,10 @@ def _costs(autoencoder: Autoencoder) -> Iterator[DecoderCost]:
             params=sum(parameter.numel() for parameter in empty.parameters()),
             flops=count**2 * flops,
             activation_bytes_peak=4 * widest,
+            kernels=len(kernels),
             kernel_params=sum(kernel.numel() for kernel in kernels),
             kernel_outputs=sum(len(kernel) for kernel in kernels),
-            operators=operators,
+            operators=operators + _AROUND + (_LOOP if count > 1 else 0),
             autoencoder_sha256=autoencoder.sha256,
             tiles=count,
         )

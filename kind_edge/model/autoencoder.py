@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ KINDS = ("AutoencoderKL", "AutoencoderTiny")
 SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """Keys of its configuration that say how an encoder's latents become the network's."""
 
+_REASON_CHARACTERS = 300
 _OVERLAP = 0.25
 """Of a tile, as diffusers has it."""
 
@@ -82,10 +84,7 @@ class LatentDecoder(nn.Module):
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
         config = autoencoder.config
-        factor, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
-        mean, std = config.get("latents_mean"), config.get("latents_std")
-        if mean is None or std is None:
-            mean, std = [shift], [1.0]
+        factor, (mean, std) = config.get("scaling_factor") or 1.0, latent_statistics(config)
         self.decoder, self.post_quant_conv = autoencoder.decoder, getattr(autoencoder, "post_quant_conv", None)
         self.register_buffer("scale", torch.tensor(std, dtype=torch.float32).view(1, -1, 1, 1) / factor)
         self.register_buffer("shift", torch.tensor(mean, dtype=torch.float32).view(1, -1, 1, 1))
@@ -119,7 +118,7 @@ def open_autoencoder(folder: Path, spec: ModelSpec, provenance: Mapping[str, Any
             wanted = int(empty.config.latent_channels)
             shape = LatentDecoder(empty).to("meta").eval()(latent).shape[1:] if wanted == spec.channels else None
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = textwrap.shorten(str(error), _REASON_CHARACTERS, placeholder=" ...")
         raise InputError(f"--autoencoder {folder}: config.json makes no {kind} ({reason}); copy it again") from error
     if shape is None:
         raise UsageError(
@@ -175,8 +174,8 @@ def load_autoencoder(folder: Path) -> Any:
             folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise InputError(f"--autoencoder {folder}: {kind} does not load ({text}); copy it again") from error
+        reason = textwrap.shorten(str(error), _REASON_CHARACTERS, placeholder=" ...")  # every tensor can be named in it
+        raise InputError(f"--autoencoder {folder}: {kind} does not load ({reason}); copy it again") from error
     return model.eval().requires_grad_(False)
 
 
@@ -185,13 +184,18 @@ def scaling_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: config[name] for name in SCALING if config.get(name) is not None}
 
 
-def scaling(config: Mapping[str, Any], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """From an encoder's latents to the network's scale, as diffusers' pipelines do it."""
-    factor, shift = config.get("scaling_factor") or 1.0, config.get("shift_factor") or 0.0
+def latent_statistics(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of an encoder's latents, of each channel or of all: what comes off before scaling."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
-        return lambda latents: (latents - shift) * factor
-    means, stds = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (mean, std))
+        return [float(config.get("shift_factor") or 0.0)], [1.0]
+    return list(mean), list(std)
+
+
+def scaling(config: Mapping[str, Any], device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From an encoder's latents to the network's scale, as diffusers' pipelines do it."""
+    factor = config.get("scaling_factor") or 1.0
+    means, stds = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in latent_statistics(config))
     return lambda latents: (latents - means) * factor / stds
 
 
