@@ -29,8 +29,8 @@ class DecoderCost:
     """One image: `flops` of convolutions, linears and attention; `activation_bytes_peak` in fp32.
 
     What is known of a decoder that was given: `kernel_params` of its `params`, in so many `kernels`, can be stored in a
-    byte each, with a scale per each of their `kernel_outputs`; `operators` of its graph; `autoencoder_sha256`. An image is decoded in
-    `tiles` x `tiles` overlapping pieces, and `whole` is the same decoder with one (None: this is it).
+    byte each, with a scale per each of their `kernel_outputs`; `operators` of its graph; `autoencoder_sha256`. An image
+    is decoded in `tiles` x `tiles` overlapping pieces, and `whole` is the same decoder with one (None: this is it).
     """
 
     params: int
