@@ -11,11 +11,14 @@ from typing import Any
 
 import onnx
 import torch
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from kind_edge.deploy.plain import PlainDiT
 
 OPSET = 20
+
+_NO_CLASS = 1 << 40
+"""Stands for the null class while torch exports: a value that no other constant has, so that none is shared with it."""
 
 
 def to_onnx(model: PlainDiT) -> onnx.ModelProto:
@@ -28,7 +31,7 @@ def to_onnx(model: PlainDiT) -> onnx.ModelProto:
     if model.switches:
         arguments["class_index"] = torch.zeros(2, dtype=torch.int64)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    with _quiet(), torch.no_grad():
+    with _quiet(), _marked(model), torch.no_grad():
         program = torch.onnx.export(
             model,
             tuple(arguments.values()),
@@ -40,7 +43,22 @@ def to_onnx(model: PlainDiT) -> onnx.ModelProto:
             external_data=False,
             verbose=False,
         )
-    return _cleaned(program.model_proto)
+    proto = _cleaned(program.model_proto)
+    for tensor in proto.graph.initializer:
+        if tensor.name == "null_index":
+            tensor.CopyFrom(numpy_helper.from_array(model.null_index.numpy(), tensor.name))
+    return proto
+
+
+@contextlib.contextmanager
+def _marked(model: PlainDiT) -> Iterator[None]:
+    """The graph may depend on how many classes are kept in the values of its constants alone, not in how it is made."""
+    kept = model.null_index.clone()
+    try:
+        model.null_index.fill_(_NO_CLASS)
+        yield
+    finally:
+        model.null_index.copy_(kept)
 
 
 def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:

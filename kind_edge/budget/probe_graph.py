@@ -174,8 +174,9 @@ class _Pick:
     def of(cls, graph: Graph, null_branch: bool) -> _Pick:
         index, opened = "class_index", None
         if null_branch:
-            index = graph.node("Clip", [index, *(graph.constant(np.array(v)) for v in (0, KEPT_CLASSES - 1))])
-            known = graph.node("Less", ["class_index", graph.constant(np.array(KEPT_CLASSES))])
+            known = graph.node("Less", [index, graph.constant(np.array(KEPT_CLASSES))])
+            first = graph.constant(np.array(0))
+            index = graph.node("Clip", [graph.node("Where", [known, index, first]), first])
             opened = graph.node("Reshape", [graph.node("Cast", [known], to=_FLOAT), graph.integers(-1, 1, 1)])
         return cls(graph.node("Reshape", [index, graph.integers(-1)]), opened)
 

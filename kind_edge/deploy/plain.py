@@ -29,9 +29,10 @@ class Pick(NamedTuple):
     open: Tensor | None = None
 
     @classmethod
-    def of(cls, class_index: Tensor, kept: int) -> Pick:
-        """Of indices in 0..K, where K is the null class."""
-        return cls(class_index.clamp(0, kept - 1), (class_index < kept).to(torch.float32).reshape(-1, 1, 1))
+    def of(cls, class_index: Tensor, null_index: Tensor) -> Pick:
+        """Of indices in 0..K, where K, `null_index` [], is the null class: it picks the first tailor, times zero."""
+        is_open = class_index < null_index
+        return cls(torch.where(is_open, class_index, 0).clamp(min=0), is_open.to(torch.float32).reshape(-1, 1, 1))
 
 
 class Thin(nn.Module):
@@ -146,6 +147,8 @@ class PlainDiT(nn.Module):
         self.spec, self.switches, self.modulation, self.origin = spec, switches, modulation, origin
         self.patch_embed, self.final = source.patch_embed, source.final.linear
         self.pos_embed = nn.Parameter(source.pos_embed.clone())
+        # A tensor, not a number: files of other classes of the same model differ in it and in the classes' own tables.
+        self.register_buffer("null_index", torch.tensor(spec.num_classes))
         self.blocks = nn.ModuleList(
             Block(*assemble(linears, i, spec), spec.mlp_norm_eps) if width else Nothing()
             for i, width in enumerate(self._widths())
@@ -167,7 +170,7 @@ class PlainDiT(nn.Module):
         """
         pick = None
         if class_index is not None:
-            pick = Pick(class_index) if self.spec.distilled else Pick.of(class_index, self.spec.num_classes)
+            pick = Pick(class_index) if self.spec.distilled else Pick.of(class_index, self.null_index)
         modulation = self.modulation(step, class_index)  # [B, L*6D + 2D]
         x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
         start = 0
