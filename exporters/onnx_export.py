@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kind_edge.deploy.ort import require_onnxruntime
-from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.session import open_session, runtime_errors
 from kind_edge.errors import InputError
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
@@ -33,6 +32,7 @@ class OnnxExporter:
     def export(self, model: PlainDiT, folder: Path, precisions: tuple[str, ...]) -> tuple[ExportedFile, ...]:
         import onnx
 
+        from kind_edge.deploy.sampler_table import sampler_table
         from kind_edge.exporters.onnx_graph import inputs_and_outputs, to_onnx
         from kind_edge.exporters.onnx_int8 import quantize_int8
         from kind_edge.exporters.onnx_sampler import to_sampler

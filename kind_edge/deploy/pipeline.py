@@ -23,6 +23,7 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.packs_bundle import write_core, write_packs
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
@@ -45,7 +46,7 @@ from kind_edge.model.checkpoint import (
     stored_dtype,
 )
 from kind_edge.model.shipped import DEFAULT_MODEL
-from kind_edge.registry import Exporter, exporter
+from kind_edge.registry import PACKS, Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
@@ -149,7 +150,8 @@ def export(
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats))]
+    packs = PACKS in formats
+    exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats)) if name != PACKS]
     heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work
@@ -163,6 +165,8 @@ def export(
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
         device = load_profile(profile)
+        if packs and choices.get("form", "auto") == "auto":
+            choices["form"] = "switch"
         request = make_request(opened.checkpoint, device, **choices)
         source = make_source(opened)
         plan = make_plan(source, request)
@@ -173,14 +177,16 @@ def export(
         _check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
+    if packs and plan.form != "switch":
+        raise UsageError(f"--formats packs: only --form switch keeps classes apart, this plan is {plan.form}")
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, exporters, stage)
+        plan, made = _fitted(opened, plan, source, request, folder, exporters, packs, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
-            made = _make(opened, plan, folder, exporters, stage, cut)
-        bundle = _finish(opened, plan, device, folder, destination, made, stage)
+            made = _make(opened, plan, folder, exporters, packs, stage, cut)
+        bundle = _finish(opened, plan, device, folder, destination, made, packs, stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
     return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
 
@@ -192,12 +198,13 @@ def _fitted(
     request: Request | None,
     folder: Path,
     exporters: Sequence[Exporter],
+    packs: bool,
     stage: OnStage,
 ) -> tuple[Plan, _Made]:
     """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
     for attempt in range(_SIZE_ATTEMPTS):
         stage("merging")
-        made = _make(model, plan, folder, exporters, stage, make_cut(model, plan))
+        made = _make(model, plan, folder, exporters, packs, stage, make_cut(model, plan))
         excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
         if excess <= 0:
             break
@@ -267,10 +274,18 @@ class _Made:
     model_bytes: int
     table: SamplerTable
     verification: VerifyReport
+    core: Mapping[str, Any] | None
+    """The manifest's section of class packs, where classes can be added and removed."""
 
 
 def _make(
-    model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Exporter], stage: OnStage, cut: Cut
+    model: OpenedModel,
+    plan: Plan,
+    folder: Path,
+    exporters: Sequence[Exporter],
+    packs: bool,
+    stage: OnStage,
+    cut: Cut,
 ) -> _Made:
     """Export and verify into `folder`; healed weights are in no other checkpoint, so they are kept there."""
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
@@ -286,8 +301,10 @@ def _make(
         for each in exporters
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
+    core = write_core(folder, entries, plan)
     stage("verifying")
-    reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan)
+    images = make_images(truncated, plan, every_class=packs)
+    reference = make_reference(truncated, plan.form, timesteps, own) | images
     assemble.save_reference(folder, reference)
     wanted = {"role": "denoiser", "precision": plan.precision}
     default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
@@ -296,7 +313,7 @@ def _make(
     )
     verification = verify_models(folder, manifest, reference).require()
     size = (folder / default_model).stat().st_size
-    return _Made(cut, entries, default_model, size, table, verification)
+    return _Made(cut, entries, default_model, size, table, verification, core)
 
 
 def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -305,7 +322,14 @@ def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str
 
 
 def _finish(
-    model: OpenedModel, plan: Plan, device: DeviceProfile, folder: Path, destination: Path, made: _Made, stage: OnStage
+    model: OpenedModel,
+    plan: Plan,
+    device: DeviceProfile,
+    folder: Path,
+    destination: Path,
+    made: _Made,
+    packs: bool,
+    stage: OnStage,
 ) -> Bundle:
     """Measure, draw the preview and write what the bundle says about itself."""
     spec = model.checkpoint.spec
@@ -313,6 +337,8 @@ def _finish(
     cut = made.cut
     values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
     values["quality"] = {each.name: each.to_dict() for each in cut.quality}
+    if made.core:
+        values["packs"] = dict(made.core)
     if cut.healing:
         values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
     stage("measuring")
@@ -328,6 +354,9 @@ def _finish(
     stage("drawing the preview")
     assemble.draw_preview(folder, assemble.manifest_of(values, folder))
     assemble.write_texts(folder, plan, values)
+    if packs:
+        stage("writing packs")
+        write_packs(folder, values, load_reference(folder))
     write_manifest(folder, values)
     sizes, parity = _sizes(folder), made.verification.parity
     known = (cut.quality, cut.merge_db, cut.healing)
@@ -360,6 +389,11 @@ def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Pat
     _check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     if _is_healed(raw):
+        if not (folder / HEALED).exists():
+            raise UsageError(
+                "--checkpoint: the healed weights are not in a bundle whose classes were changed; leave it out, and the "
+                "stored reference is used"
+            )
         truncated = load_checkpoint(folder / HEALED)
     else:
         truncated = truncate(model.checkpoint, stored, model.calibration)

@@ -1,0 +1,180 @@
+"""Class packs and bundles on disk: written beside an export, added to a bundle, removed from it. No PyTorch.
+
+Every change makes a whole new bundle, proves it, and takes the old one's place, or leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kind_edge.budget.plan import Plan
+from kind_edge.deploy import assemble
+from kind_edge.deploy.bundle import (
+    hash_files,
+    open_bundle,
+    verified_manifest,
+    write_manifest,
+    writing_bundle,
+    zip_bundle,
+)
+from kind_edge.deploy.manifest import MANIFEST_NAME, Manifest
+from kind_edge.deploy.packs import CORE_FILE, take_apart
+from kind_edge.deploy.packs_file import IMAGES, POINTS, ClassPack, pack_bytes, pack_names
+from kind_edge.deploy.packs_join import Joined, class_reference, core_of, join, read_packs
+from kind_edge.deploy.packs_recipe import joinable, make_core
+from kind_edge.deploy.parity import VerifyReport
+from kind_edge.deploy.verify import load_reference, verify_models
+from kind_edge.errors import UsageError
+
+PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
+_STAY = ("packs/", "web/", "android/", "onnx/decoder", "LICENSE")
+"""Beginnings of what does not depend on the classes; everything else of a bundle is made anew or left out."""
+
+OnStage = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What adding or removing made: the new bundle, its parity, and model files that could not come along."""
+
+    path: Path
+    manifest: Manifest
+    report: VerifyReport
+    left_out: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "bundle": str(self.path),
+            "classes": list(self.manifest.classes),
+            "core": self.manifest.raw["packs"]["core"],
+            "files": {name: entry.size_bytes for name, entry in self.manifest.files.items()},
+            "parity": self.report.parity,
+            "left_out": list(self.left_out),
+        }
+
+
+def change_bundle(
+    path: Path | str,
+    add: Sequence[Path | str] = (),
+    remove: Sequence[str] = (),
+    on_stage: OnStage = lambda _: None,
+) -> Changed:
+    """Add packs to a bundle (folder or `.zip`), or remove classes by name; the bundle is replaced when all is proven.
+
+    Raises `InputError` for a pack or a bundle that is damaged or does not fit, `UsageError` for a class that is not
+    there, `GateError` if a file of the new bundle misses its gate. Then the bundle is what it was.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        on_stage("reading the bundle")
+        folder = stack.enter_context(open_bundle(path))
+        manifest = verified_manifest(folder, str(path))
+        core = core_of(folder, manifest, str(path))
+        packs = read_packs(add, core, manifest.classes)
+        on_stage("joining")
+        joined = join(folder, manifest, core, load_reference(folder), packs, remove)
+        if not joined.classes:
+            raise UsageError(f"{path}: that would leave no class; the core alone is {CORE_BUNDLE}")
+        destination = path
+        if not path.is_dir():
+            destination = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kind-edge-")), "bundle")
+        with writing_bundle(destination) as new:
+            report = _fill(folder, new, manifest, joined, on_stage)
+        if destination != path:
+            zip_bundle(destination, path)
+        made = verified_manifest(destination, str(path))
+    left_out = tuple(name for name in manifest.models if name not in made.models)
+    return Changed(path, made, report, left_out)
+
+
+def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: OnStage) -> VerifyReport:
+    """Write all of a joined bundle into the folder `new`, and prove its model files."""
+    values = {**joined.values, "verification": None}
+    _copy_files(old, new, manifest, joined)
+    on_stage("verifying")
+    made = assemble.manifest_of(values, new)
+    report = verify_models(new, made, joined.reference).require()
+    merge_db = manifest.raw.get("verification", {}).get("merge_db")  # of the uncut model: no class joined since changes it
+    values["verification"] = {**report.to_dict(), "merge_db": merge_db}
+    on_stage("drawing the preview")
+    assemble.draw_preview(new, made)
+    assemble.write_texts(new, Plan.from_dict(values["plan"], f"{MANIFEST_NAME}: plan"), values)
+    write_manifest(new, values)
+    return report
+
+
+def _copy_files(old: Path, new: Path, manifest: Manifest, joined: Joined) -> None:
+    """The joined model files, their reference, and what stays as it is."""
+    for name, content in joined.models.items():
+        _write(new / name, content)
+    assemble.save_reference(new, joined.reference)
+    for name in manifest.files:
+        if name.startswith(_STAY) and name not in joined.models:
+            _write(new / name, (old / name).read_bytes())
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
+    """Write `packs/core.json` of a *switch* bundle's model files; returns the manifest's section, None without any."""
+    files = {
+        path: (str(entry["precision"]), (folder / path).read_bytes())
+        for path, entry in entries.items()
+        if joinable(path, entry)
+    }
+    if plan.form != "switch" or not files:
+        return None
+    inside = plan.inside_guidance
+    sampling = {"sampler": plan.sampler, "steps": plan.steps, "guidance": plan.guidance if inside is None else inside}
+    text, core = make_core(files, len(plan.classes), sampling)
+    _write(folder / CORE_FILE, text)
+    return {"core": core.sha256, "order": list(plan.classes)}
+
+
+def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str, NDArray[Any]]) -> None:
+    """Write a pack for every class, and the core as a bundle without classes; `values` are the bundle's manifest."""
+    manifest = assemble.manifest_of(values, folder)
+    core = core_of(folder, manifest, values["name"])
+    for pack, name in zip(
+        _class_packs(folder, manifest, reference), pack_names(manifest.classes).values(), strict=True
+    ):
+        _write(folder / PACKS_FOLDER / name, pack_bytes(pack, core))
+    bare = join(folder, manifest, core, reference, remove=manifest.classes)
+    with tempfile.TemporaryDirectory(prefix="kind-edge-") as temporary:
+        with writing_bundle(Path(temporary, "core")) as new:
+            for name in (CORE_FILE, *(name for name in hash_files(folder) if name.startswith(_STAY))):
+                if not name.startswith(f"{PACKS_FOLDER}/") or name == CORE_FILE:
+                    _write(new / name, (folder / name).read_bytes())
+            for name, content in bare.models.items():
+                _write(new / name, content)
+            assemble.save_reference(new, bare.reference)
+            write_manifest(new, bare.values)
+        zip_bundle(Path(temporary, "core"), folder / CORE_BUNDLE)
+
+
+def _class_packs(folder: Path, manifest: Manifest, reference: Mapping[str, NDArray[Any]]) -> Iterator[ClassPack]:
+    core = core_of(folder, manifest, manifest.name)
+    apart = [take_apart(core, path, (folder / path).read_bytes(), len(manifest.classes))[1] for path in core.files]
+    quality = manifest.raw.get("quality", {})
+    for index, name in enumerate(manifest.classes):
+        rows = {table: row for own in apart for table, row in own[index].items()}
+        source = manifest.raw["source"]["checkpoint_sha256"]
+        shown = _one_per_point(class_reference(reference, index))
+        yield ClassPack(name, core.sha256, source, rows, shown, quality.get(name))
+
+
+def _one_per_point(rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """One image per timestep: half the size, and every class and timestep is still there."""
+    _, first = np.unique(rows["step_index"], return_index=True)
+    return {name: rows[name][first] for name in POINTS} | {name: rows[name] for name in IMAGES}
