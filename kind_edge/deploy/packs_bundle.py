@@ -27,7 +27,7 @@ from kind_edge.deploy.bundle import (
 )
 from kind_edge.deploy.manifest import MANIFEST_NAME, Manifest
 from kind_edge.deploy.packs import CORE_FILE, take_apart
-from kind_edge.deploy.packs_file import IMAGES, POINTS, ClassPack, pack_bytes, pack_names
+from kind_edge.deploy.packs_file import IMAGES, PACK_SUFFIX, POINTS, ClassPack, pack_bytes, pack_names, read_pack
 from kind_edge.deploy.packs_join import Joined, class_reference, core_of, join, read_packs
 from kind_edge.deploy.packs_recipe import joinable, make_core
 from kind_edge.deploy.parity import VerifyReport
@@ -59,6 +59,44 @@ class Changed:
             "parity": self.report.parity,
             "left_out": list(self.left_out),
         }
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The classes of a bundle, or of a pack the only one; `row_bytes` of one class, `packs` bytes by file name."""
+
+    core_sha256: str
+    classes: tuple[str, ...]
+    row_bytes: int
+    file_row_bytes: Mapping[str, int]
+    size_bytes: int
+    is_pack: bool
+    packs: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "core": self.core_sha256,
+            "classes": list(self.classes),
+            "row_bytes": self.row_bytes,
+            "file_row_bytes": dict(self.file_row_bytes),
+            "bytes": self.size_bytes,
+            "packs": dict(self.packs),
+        }
+
+
+def list_source(path: Path | str) -> Listing:
+    """Of a pack by its suffix, else of a bundle."""
+    if Path(path).suffix == PACK_SUFFIX:
+        pack = read_pack(path)
+        size = Path(path).stat().st_size
+        return Listing(pack.core_sha256, (pack.class_name,), pack.row_bytes, {}, size, True, {})
+    with open_bundle(path) as folder:
+        manifest = verified_manifest(folder, str(path))
+        core = core_of(folder, manifest, str(path))
+    by_file = {file: sum(core.tables[name].row_bytes for name in core.tables_of(file)) for file in core.files}
+    sizes = {name: entry.size_bytes for name, entry in manifest.files.items()}
+    packs = {n: size for n, size in sizes.items() if n.startswith(f"{PACKS_FOLDER}/") and n.endswith(PACK_SUFFIX)}
+    return Listing(core.sha256, manifest.classes, core.row_bytes, by_file, sum(sizes.values()), False, packs)
 
 
 def change_bundle(
@@ -102,7 +140,9 @@ def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: On
     on_stage("verifying")
     made = assemble.manifest_of(values, new)
     report = verify_models(new, made, joined.reference).require()
-    merge_db = manifest.raw.get("verification", {}).get("merge_db")  # of the uncut model: no class joined since changes it
+    merge_db = manifest.raw.get("verification", {}).get(
+        "merge_db"
+    )  # of the uncut model: no class joined since changes it
     values["verification"] = {**report.to_dict(), "merge_db": merge_db}
     on_stage("drawing the preview")
     assemble.draw_preview(new, made)

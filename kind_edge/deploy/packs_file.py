@@ -120,12 +120,16 @@ def read_pack(path: Path | str) -> ClassPack:
     if not isinstance(told, dict) or not all(isinstance(told.get(key), str) for key in _KEYS):
         raise InputError(f"{path}: a safetensors file, but no class pack; want one from packs/ of a bundle")
     if told["kind_edge_pack"] != PACK_SCHEMA:
-        raise InputError(f"{path}: pack of version {told['kind_edge_pack']}, this kind-edge reads {PACK_SCHEMA}; update")
+        raise InputError(
+            f"{path}: pack of version {told['kind_edge_pack']}, this kind-edge reads {PACK_SCHEMA}; update"
+        )
     data = memoryview(content)[8 + size :]
     tensors = _tensors(header, data, str(path))
     end = tensors.pop(DIGEST, ("", (), memoryview(b"")))[2]
     if len(end) != DIGEST_BYTES or hashlib.sha256(content[:-DIGEST_BYTES]).digest() != end:
-        raise InputError(f"{path}: the pack is damaged: its bytes are not those that it was written with; copy it again")
+        raise InputError(
+            f"{path}: the pack is damaged: its bytes are not those that it was written with; copy it again"
+        )
     reference = {
         name.removeprefix(REFERENCE): np.frombuffer(view, _DTYPES[dtype]).reshape(shape)
         for name, (dtype, shape, view) in tensors.items()

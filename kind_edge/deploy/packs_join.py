@@ -66,7 +66,9 @@ def read_packs(files: Sequence[Path | str], core: Core, classes: Sequence[str]) 
         pack = read_pack(file)
         check_pack(pack, core, str(file))
         if pack.class_name in classes:
-            raise InputError(f"{file}: the bundle has {pack.class_name!r} already; take it out first: kind-edge pack remove")
+            raise InputError(
+                f"{file}: the bundle has {pack.class_name!r} already; take it out first: kind-edge pack remove"
+            )
         if any(pack.class_name == other.class_name for other in packs):
             raise InputError(f"{file}: {pack.class_name!r} is given twice; want every class once")
         packs.append(pack)
@@ -84,7 +86,8 @@ def join(
 ) -> Joined:
     """The bundle in `folder` with packs added and classes removed; `only` these of its model files, if given.
 
-    `reference` is that of the bundle; None leaves it out. Classes keep the order of the export, whatever order they come in; those that it did not know stand at the end.
+    `reference` is that of the bundle; None leaves it out. Classes keep the order of the export, whatever order they
+    come in; those that it did not know stand at the end.
     Raises `UsageError` for a class that is not there, `InputError` for files that are not the core's.
     """
     for name in remove:
@@ -118,7 +121,9 @@ def _values(
         values["sampler"]["null_index"] = len(classes)
     sources = {pack.class_name: pack.checkpoint_sha256 for pack in add}
     sources = {name: sha256 for name, sha256 in sources.items() if sha256 != values["source"]["checkpoint_sha256"]}
-    sources = {name: sha256 for name, sha256 in (values["packs"].get("sources", {}) | sources).items() if name in classes}
+    sources = {
+        name: sha256 for name, sha256 in (values["packs"].get("sources", {}) | sources).items() if name in classes
+    }
     values["packs"] = {"core": core.sha256, "order": order, **({"sources": sources} if sources else {})}
     quality = values.get("quality", {})
     quality |= {pack.class_name: dict(pack.quality) for pack in add if pack.quality is not None}

@@ -11,7 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kind_edge.budget.precision import PRECISIONS
-from kind_edge.deploy.packs import ITEM_BYTES, Core, CoreFile, Part, Table, bare_sha256, core_text, read_core, take_apart
+from kind_edge.deploy.packs import (
+    ITEM_BYTES,
+    Core,
+    CoreFile,
+    Part,
+    Table,
+    bare_sha256,
+    core_text,
+    read_core,
+    take_apart,
+)
 from kind_edge.errors import KindEdgeError
 
 _INNER = {("model", 7): "graph", ("graph", 1): "node", ("node", 5): "attribute", ("attribute", 6): "graph"}
@@ -102,7 +112,9 @@ def _message(data: memoryview, kind: str, count: int, precision: str, tables: di
         if each.wire != _BYTES or (inner is None and (kind, each.number) != _INITIALIZER):
             continue
         content = data[each.value : each.end]
-        found = _message(content, inner, count, precision, tables) if inner else _tensor(content, count, precision, tables)
+        found = (
+            _message(content, inner, count, precision, tables) if inner else _tensor(content, count, precision, tables)
+        )
         if found.any_own:
             parts.shared(each.tag_end - at)
             parts.own("message", found.found)
@@ -123,7 +135,9 @@ def _tensor(data: memoryview, count: int, precision: str, tables: dict[str, Tabl
         return parts
     size = 0 if raw is None else raw.end - raw.value
     if raw is None or (dims[:1] not in ([count], [count + 1]) if table else size != 8):
-        raise KindEdgeError(f"{name}, {dims}: want a table of {count} classes, or their number in 64 bits, as raw bytes")
+        raise KindEdgeError(
+            f"{name}, {dims}: want a table of {count} classes, or their number in 64 bits, as raw bytes"
+        )
     if table:
         first = next(f for f in fields if f.number == _DIMS)
         parts.shared(first.tag_end)

@@ -40,11 +40,7 @@ from kind_edge.deploy.request import (
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
-from kind_edge.model.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    stored_dtype,
-)
+from kind_edge.model.checkpoint import load_checkpoint, save_checkpoint, stored_dtype
 from kind_edge.model.shipped import DEFAULT_MODEL
 from kind_edge.registry import PACKS, Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
@@ -150,22 +146,21 @@ def export(
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    packs = PACKS in formats
-    exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats)) if name != PACKS]
+    wanted = _Formats.of(formats)
     heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
     opened = open_model(model, on_measure)
     request = None
-    for each in exporters:
+    for each in wanted.exporters:
         each.check(opened.checkpoint.spec)
     if plan is None:
         if profile is None:
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
         device = load_profile(profile)
-        if packs and choices.get("form", "auto") == "auto":
+        if wanted.packs and choices.get("form", "auto") == "auto":
             choices["form"] = "switch"
         request = make_request(opened.checkpoint, device, **choices)
         source = make_source(opened)
@@ -177,16 +172,16 @@ def export(
         _check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
-    if packs and plan.form != "switch":
+    if wanted.packs and plan.form != "switch":
         raise UsageError(f"--formats packs: only --form switch keeps classes apart, this plan is {plan.form}")
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, exporters, packs, stage)
+        plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
-            made = _make(opened, plan, folder, exporters, packs, stage, cut)
-        bundle = _finish(opened, plan, device, folder, destination, made, packs, stage)
+            made = _make(opened, plan, folder, wanted, stage, cut)
+        bundle = _finish(opened, plan, device, folder, destination, made, stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
     return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
 
@@ -197,14 +192,13 @@ def _fitted(
     source: Source,
     request: Request | None,
     folder: Path,
-    exporters: Sequence[Exporter],
-    packs: bool,
+    formats: _Formats,
     stage: OnStage,
 ) -> tuple[Plan, _Made]:
     """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
     for attempt in range(_SIZE_ATTEMPTS):
         stage("merging")
-        made = _make(model, plan, folder, exporters, packs, stage, make_cut(model, plan))
+        made = _make(model, plan, folder, formats, stage, make_cut(model, plan))
         excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
         if excess <= 0:
             break
@@ -265,6 +259,20 @@ def heal_cut(
 
 
 @dataclass(frozen=True)
+class _Formats:
+    """What is written beside the bundle's own files."""
+
+    exporters: tuple[Exporter, ...]
+    packs: bool
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> _Formats:
+        """ONNX is always among them."""
+        each = dict.fromkeys(("onnx", *names))
+        return cls(tuple(exporter(name) for name in each if name != PACKS), PACKS in each)
+
+
+@dataclass(frozen=True)
 class _Made:
     """The model files in the temporary folder, proven, before they are measured."""
 
@@ -276,17 +284,10 @@ class _Made:
     verification: VerifyReport
     core: Mapping[str, Any] | None
     """The manifest's section of class packs, where classes can be added and removed."""
+    packs: bool
 
 
-def _make(
-    model: OpenedModel,
-    plan: Plan,
-    folder: Path,
-    exporters: Sequence[Exporter],
-    packs: bool,
-    stage: OnStage,
-    cut: Cut,
-) -> _Made:
+def _make(model: OpenedModel, plan: Plan, folder: Path, formats: _Formats, stage: OnStage, cut: Cut) -> _Made:
     """Export and verify into `folder`; healed weights are in no other checkpoint, so they are kept there."""
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
     timesteps = torch.from_numpy(table.timestep)
@@ -298,12 +299,12 @@ def _make(
     stage("exporting")
     entries = {
         file.path: file.entry
-        for each in exporters
+        for each in formats.exporters
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
     core = write_core(folder, entries, plan)
     stage("verifying")
-    images = make_images(truncated, plan, every_class=packs)
+    images = make_images(truncated, plan, every_class=formats.packs)
     reference = make_reference(truncated, plan.form, timesteps, own) | images
     assemble.save_reference(folder, reference)
     wanted = {"role": "denoiser", "precision": plan.precision}
@@ -313,7 +314,7 @@ def _make(
     )
     verification = verify_models(folder, manifest, reference).require()
     size = (folder / default_model).stat().st_size
-    return _Made(cut, entries, default_model, size, table, verification, core)
+    return _Made(cut, entries, default_model, size, table, verification, core, formats.packs)
 
 
 def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -322,14 +323,7 @@ def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str
 
 
 def _finish(
-    model: OpenedModel,
-    plan: Plan,
-    device: DeviceProfile,
-    folder: Path,
-    destination: Path,
-    made: _Made,
-    packs: bool,
-    stage: OnStage,
+    model: OpenedModel, plan: Plan, device: DeviceProfile, folder: Path, destination: Path, made: _Made, stage: OnStage
 ) -> Bundle:
     """Measure, draw the preview and write what the bundle says about itself."""
     spec = model.checkpoint.spec
@@ -354,7 +348,7 @@ def _finish(
     stage("drawing the preview")
     assemble.draw_preview(folder, assemble.manifest_of(values, folder))
     assemble.write_texts(folder, plan, values)
-    if packs:
+    if made.packs:
         stage("writing packs")
         write_packs(folder, values, load_reference(folder))
     write_manifest(folder, values)
@@ -390,10 +384,7 @@ def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Pat
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     if _is_healed(raw):
         if not (folder / HEALED).exists():
-            raise UsageError(
-                "--checkpoint: the healed weights are not in a bundle whose classes were changed; leave it out, and the "
-                "stored reference is used"
-            )
+            raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
         truncated = truncate(model.checkpoint, stored, model.calibration)

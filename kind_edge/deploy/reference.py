@@ -92,18 +92,14 @@ def make_reference(
     }
 
 
-def make_images(
-    truncated: Checkpoint, plan: Plan, seed: int = 0, every_class: bool = False
-) -> dict[str, NDArray[Any]]:
-    """Images by the gated model through diffusers' scheduler: what a sampler must draw. Of ten classes, or of every one.
+def make_images(truncated: Checkpoint, plan: Plan, seed: int = 0, every_class: bool = False) -> dict[str, NDArray[Any]]:
+    """Images by the gated model through diffusers' scheduler: what a sampler must draw. Of ten classes or of all.
 
     Arrays: noise and image [n, ch, H, W], the image clipped to [0, 1]; image_class [n]. Without a switch there is one.
     """
     spec, kept = truncated.spec, len(truncated.class_names)
     most = kept if every_class else IMAGE_CLASSES
-    shown = (
-        np.unique(np.linspace(0, kept - 1, most).round().astype(np.int64)) if plan.form == "switch" else [0]
-    )
+    shown = np.unique(np.linspace(0, kept - 1, most).round().astype(np.int64)) if plan.form == "switch" else [0]
     shape = (len(shown), spec.channels, spec.image_size, spec.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     classes = torch.from_numpy(shown) if plan.form == "switch" else torch.full((1,), kept)
