@@ -206,12 +206,11 @@ def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str,
 def _class_packs(folder: Path, manifest: Manifest, reference: Mapping[str, NDArray[Any]]) -> Iterator[ClassPack]:
     core = core_of(folder, manifest, manifest.name)
     apart = [take_apart(core, path, (folder / path).read_bytes(), len(manifest.classes))[1] for path in core.files]
-    quality = manifest.raw.get("quality", {})
     for index, name in enumerate(manifest.classes):
         rows = {table: row for own in apart for table, row in own[index].items()}
         source = manifest.raw["source"]["checkpoint_sha256"]
         shown = _one_per_point(class_reference(reference, index))
-        yield ClassPack(name, core.sha256, source, rows, shown, quality.get(name))
+        yield ClassPack(name, core.sha256, source, rows, shown)
 
 
 def _one_per_point(rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

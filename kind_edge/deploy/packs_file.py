@@ -39,14 +39,13 @@ _MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class ClassPack:
-    """One class. `rows` by table; `reference` arrays of the class alone; `quality` on held-out images, if known."""
+    """One class. `rows` by table; `reference` arrays of the class alone."""
 
     class_name: str
     core_sha256: str
     checkpoint_sha256: str
     rows: Mapping[str, bytes]
     reference: Mapping[str, NDArray[Any]]
-    quality: Mapping[str, Any] | None = None
     sha256: str = ""
 
     @property
@@ -97,13 +96,12 @@ def pack_bytes(pack: ClassPack, core: Core) -> bytes:
 
 def _metadata(pack: ClassPack) -> dict[str, str]:
     """Texts alone, as safetensors has it."""
-    values = {
+    return {
         "kind_edge_pack": PACK_SCHEMA,
         "core": pack.core_sha256,
         "class": pack.class_name,
         "checkpoint_sha256": pack.checkpoint_sha256,
     }
-    return values | ({} if pack.quality is None else {"quality": json.dumps(pack.quality, sort_keys=True)})
 
 
 def read_pack(path: Path | str) -> ClassPack:
@@ -136,9 +134,8 @@ def read_pack(path: Path | str) -> ClassPack:
         if name.startswith(REFERENCE)
     }
     rows = {name: bytes(view) for name, (_, _, view) in tensors.items() if not name.startswith(REFERENCE)}
-    quality = parse_json(told["quality"].encode(), f"{path}: quality") if "quality" in told else None
     sha256 = hashlib.sha256(content).hexdigest()
-    return ClassPack(told["class"], told["core"], told["checkpoint_sha256"], rows, reference, quality, sha256)
+    return ClassPack(told["class"], told["core"], told["checkpoint_sha256"], rows, reference, sha256)
 
 
 def _tensors(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.budget.memory import held_bytes
 from kind_edge.deploy.manifest import Manifest
 from kind_edge.deploy.packs import CORE_FILE, Core, join_file, read_core, take_apart
 from kind_edge.deploy.packs_file import IMAGES, POINTS, ClassPack, check_pack, read_pack
@@ -125,8 +126,7 @@ def _values(
         name: sha256 for name, sha256 in (values["packs"].get("sources", {}) | sources).items() if name in classes
     }
     values["packs"] = {"core": core.sha256, "order": order, **({"sources": sources} if sources else {})}
-    quality = values.get("quality", {})
-    quality |= {pack.class_name: dict(pack.quality) for pack in add if pack.quality is not None}
+    quality = values.get("quality", {})  # of added classes nothing was measured here
     values["quality"] = {name: each for name, each in quality.items() if name in classes or name not in order}
     if classes:  # a core without classes has the plan that its ranks come from
         values["plan"] = _plan(values["plan"], core, manifest.default_model, classes)
@@ -137,12 +137,16 @@ def _plan(plan: dict[str, Any], core: Core, default_model: str, classes: list[st
     """The plan with other classes: every class has the same share of parameters and bytes."""
     if plan["classes"] == classes:
         return plan
-    more = len(classes) - len(plan["classes"])
     tables = [core.tables[name] for name in core.tables_of(default_model)]
-    row_bytes = sum(table.row_bytes for table in tables)
+    counts = (len(plan["classes"]), len(classes))
+    held = [sum(held_bytes(count * table.row_bytes) for table in tables) for count in counts]
     params = sum(math.prod(t.shape) for n, t in core.tables.items() if n in _weights(core, default_model))
-    costs = {"params": params, "weight_bytes": row_bytes, "peak_memory_bytes": row_bytes}
-    changed = {name: plan[name] + more * each for name, each in costs.items()}
+    more = {
+        "params": params * (counts[1] - counts[0]),
+        "weight_bytes": sum(table.row_bytes for table in tables) * (counts[1] - counts[0]),
+        "peak_memory_bytes": held[1] - held[0],
+    }
+    changed = {name: plan[name] + each for name, each in more.items()}
     return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -41,6 +42,7 @@ from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint, save_checkpoint, stored_dtype
+from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import DEFAULT_MODEL
 from kind_edge.registry import PACKS, Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
@@ -304,8 +306,9 @@ def _make(model: OpenedModel, plan: Plan, folder: Path, formats: _Formats, stage
     }
     core = write_core(folder, entries, plan)
     stage("verifying")
-    images = make_images(truncated, plan, every_class=formats.packs)
-    reference = make_reference(truncated, plan.form, timesteps, own) | images
+    with one_thread() if formats.packs else contextlib.nullcontext():  # it goes into the packs
+        images = make_images(truncated, plan, every_class=formats.packs)
+        reference = make_reference(truncated, plan.form, timesteps, own) | images
     assemble.save_reference(folder, reference)
     wanted = {"role": "denoiser", "precision": plan.precision}
     default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
