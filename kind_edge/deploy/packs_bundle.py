@@ -6,6 +6,7 @@ Every change makes a whole new bundle, proves it, and takes the old one's place,
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.budget.memory import held_bytes
 from kind_edge.budget.plan import Plan
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bundle import (
@@ -26,7 +28,7 @@ from kind_edge.deploy.bundle import (
     zip_bundle,
 )
 from kind_edge.deploy.manifest import MANIFEST_NAME, Manifest
-from kind_edge.deploy.packs import CORE_FILE, take_apart
+from kind_edge.deploy.packs import CORE_FILE, Core, take_apart
 from kind_edge.deploy.packs_file import IMAGES, PACK_SUFFIX, POINTS, ClassPack, pack_bytes, pack_names, read_pack
 from kind_edge.deploy.packs_join import Joined, class_reference, core_of, join, read_packs
 from kind_edge.deploy.packs_recipe import joinable, make_core
@@ -37,6 +39,13 @@ from kind_edge.errors import UsageError
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
 _STAY = ("packs/", "web/", "android/", "onnx/decoder", "LICENSE")
 """Beginnings of what does not depend on the classes; everything else of a bundle is made anew or left out."""
+
+_UNKNOWN_NOW: Mapping[str, Any] = {
+    "predicted_loss_increase": None, "predicted_frechet": None, "optimality_gap": None, "limits": {}, "binding": [],
+    "prices": {},
+}  # fmt: skip
+"""Of a plan for other classes than it was solved for."""
+
 
 OnStage = Callable[[str], None]
 
@@ -135,7 +144,9 @@ def change_bundle(
 
 def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: OnStage) -> VerifyReport:
     """Write all of a joined bundle into the folder `new`, and prove its model files."""
-    values = {**joined.values, "verification": None}
+    core = core_of(old, manifest, str(old))
+    plan = _plan(joined.values["plan"], core, manifest.default_model, joined.classes)
+    values = {**joined.values, "plan": plan, "verification": None}
     _copy_files(old, new, manifest, joined)
     on_stage("verifying")
     made = assemble.manifest_of(values, new)
@@ -146,7 +157,7 @@ def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: On
     values["verification"] = {**report.to_dict(), "merge_db": merge_db}
     on_stage("drawing the preview")
     assemble.draw_preview(new, made)
-    assemble.write_texts(new, Plan.from_dict(values["plan"], f"{MANIFEST_NAME}: plan"), values)
+    assemble.write_texts(new, Plan.from_dict(plan, f"{MANIFEST_NAME}: plan"), values)
     write_manifest(new, values)
     return report
 
@@ -164,6 +175,28 @@ def _copy_files(old: Path, new: Path, manifest: Manifest, joined: Joined) -> Non
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+
+
+def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list[str]) -> dict[str, Any]:
+    """The plan with other classes: every class has the same share of parameters and bytes."""
+    if plan["classes"] == classes:
+        return dict(plan)
+    tables = [core.tables[name] for name in core.tables_of(default_model)]
+    counts = (len(plan["classes"]), len(classes))
+    held = [sum(held_bytes(count * table.row_bytes) for table in tables) for count in counts]
+    params = sum(math.prod(t.shape) for n, t in core.tables.items() if n in _weights(core, default_model))
+    more = {
+        "params": params * (counts[1] - counts[0]),
+        "weight_bytes": sum(table.row_bytes for table in tables) * (counts[1] - counts[0]),
+        "peak_memory_bytes": held[1] - held[0],
+    }
+    changed = {name: plan[name] + each for name, each in more.items()}
+    return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes}
+
+
+def _weights(core: Core, path: str) -> set[str]:
+    """Tables of a file that hold weights, not the scales of quantized ones."""
+    return {name for name in core.tables_of(path) if not name.endswith(".scale")}
 
 
 def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ Symbols: K classes of the bundle.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kind_edge.budget.memory import held_bytes
 from kind_edge.deploy.manifest import Manifest
 from kind_edge.deploy.packs import CORE_FILE, Core, join_file, read_core, take_apart
 from kind_edge.deploy.packs_file import IMAGES, POINTS, ClassPack, check_pack, read_pack
 from kind_edge.errors import InputError, UsageError, unknown
 
-_UNKNOWN_NOW: Mapping[str, Any] = {
-    "predicted_loss_increase": None, "predicted_frechet": None, "optimality_gap": None, "limits": {}, "binding": [],
-    "prices": {},
-}  # fmt: skip
-"""Of a plan for other classes than it was solved for."""
-
 
 @dataclass(frozen=True)
 class Joined:
-    """`values`: the manifest but for its files and what is measured. `models`: content by path."""
+    """`values`: the manifest but for its files and what is measured; its plan is the one that the ranks come from.
+    `models`: content by path."""
 
     values: Mapping[str, Any]
     models: Mapping[str, bytes]
@@ -128,31 +121,7 @@ def _values(
     values["packs"] = {"core": core.sha256, "order": order, **({"sources": sources} if sources else {})}
     quality = values.get("quality", {})  # of added classes nothing was measured here
     values["quality"] = {name: each for name, each in quality.items() if name in classes or name not in order}
-    if classes:  # a core without classes has the plan that its ranks come from
-        values["plan"] = _plan(values["plan"], core, manifest.default_model, classes)
     return values
-
-
-def _plan(plan: dict[str, Any], core: Core, default_model: str, classes: list[str]) -> dict[str, Any]:
-    """The plan with other classes: every class has the same share of parameters and bytes."""
-    if plan["classes"] == classes:
-        return plan
-    tables = [core.tables[name] for name in core.tables_of(default_model)]
-    counts = (len(plan["classes"]), len(classes))
-    held = [sum(held_bytes(count * table.row_bytes) for table in tables) for count in counts]
-    params = sum(math.prod(t.shape) for n, t in core.tables.items() if n in _weights(core, default_model))
-    more = {
-        "params": params * (counts[1] - counts[0]),
-        "weight_bytes": sum(table.row_bytes for table in tables) * (counts[1] - counts[0]),
-        "peak_memory_bytes": held[1] - held[0],
-    }
-    changed = {name: plan[name] + each for name, each in more.items()}
-    return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes}
-
-
-def _weights(core: Core, path: str) -> set[str]:
-    """Tables of a file that hold weights, not the scales of quantized ones."""
-    return {name for name in core.tables_of(path) if not name.endswith(".scale")}
 
 
 def _reference(
