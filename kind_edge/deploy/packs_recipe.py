@@ -33,8 +33,8 @@ _TYPES = {1: "F32", 2: "U8", 3: "I8", 6: "I32", 7: "I64", 10: "F16", 16: "BF16"}
 """ONNX element types; narrower ones are counted in bytes."""
 _NUMBERS = ("null_index", "sampler.null")
 """Constants that hold K."""
-_TABLES = (".tailors.", "y_embed.")
-"""In the names of tables whose first axis is the class; the null class's row, if there is one, is the last."""
+_TABLES = {"tailors", "y_embed"}
+"""Words in the names of tables whose first axis is the class; the null class's row, if there is one, is the last."""
 
 
 @dataclass
@@ -130,7 +130,7 @@ def _tensor(data: memoryview, count: int, precision: str, tables: dict[str, Tabl
     dims = [_number(data, f) for f in fields if f.number == _DIMS]
     raw = next((f for f in fields if f.number == _RAW), None)
     parts, at = _Parts(), 0
-    table = any(mark in name for mark in _TABLES)
+    table = _is_table(name, dims)
     if not table and name not in _NUMBERS:
         return parts
     size = 0 if raw is None else raw.end - raw.value
@@ -157,6 +157,12 @@ def _tensor(data: memoryview, count: int, precision: str, tables: dict[str, Tabl
         parts.own("int64", int.from_bytes(data[raw.value : raw.end], "little") - count)
     parts.shared(len(data) - raw.end)
     return parts
+
+
+def _is_table(name: str, dims: list[int]) -> bool:
+    """Tailors and label embeddings; modulation, where it was baked for every class."""
+    words = name.split(".")
+    return (len(dims) > 1 and bool(_TABLES & {*words})) or (words[:2] == ["modulation", "table"] and len(dims) == 3)
 
 
 def _fields(data: memoryview) -> Iterator[_Field]:
