@@ -232,7 +232,7 @@ def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str,
             for name, content in bare.models.items():
                 _write(new / name, content)
             assemble.save_reference(new, bare.reference)
-            write_manifest(new, bare.values)
+            write_manifest(new, {key: value for key, value in bare.values.items() if key != "quality"})  # measured
         zip_bundle(Path(temporary, "core"), folder / CORE_BUNDLE)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,14 +31,17 @@ from kind_edge.deploy.packs import Core, CoreFile, Table, bare_sha256, join_file
 from kind_edge.deploy.packs_bundle import change_bundle
 from kind_edge.deploy.packs_file import pack_bytes, pack_names, read_pack
 from kind_edge.deploy.packs_join import core_of
+from kind_edge.deploy.packs_recipe import make_core
 from kind_edge.deploy.request import as_replayed, make_source, open_model
 from kind_edge.deploy.runtime import load_bundle
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.errors import GateError, InputError, UsageError
+from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.registry import exporter
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 DEVICE = "raspberry-pi-5"
+ROOT = Path(__file__).parents[2]
 CLASSES = ("sneaker", "bag", "coat", "shirt")
 MODELS = ("onnx/denoiser.onnx", "onnx/denoiser.int8.onnx", "onnx/sampler.onnx")
 
@@ -211,6 +216,77 @@ def test_a_pack_is_an_ordinary_safetensors_file(exported: Path) -> None:
     assert all(np.array_equal(tensors[f"verify/{name}"], array) for name, array in pack.reference.items())
     assert len(pack.reference["prediction"]) == 4  # one of every timestep
     assert pack.checkpoint_sha256 == read_manifest(exported).raw["source"]["checkpoint_sha256"]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
+def test_the_documented_javascript_adds_a_class(exported: Path, bundle: Path) -> None:
+    code = re.search(r"```js\n(.*?)```", (ROOT / "docs" / "packs.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    change_bundle(bundle, remove=["bag"])
+    script = bundle.parent / "join.cjs"
+    script.write_text(
+        code[1]
+        + """
+const fs = require("fs"), [folder, packed, ...paths] = process.argv.slice(2);
+const bytes = (path) => new Uint8Array(fs.readFileSync(path));
+const core = JSON.parse(fs.readFileSync(`${folder}/packs/core.json`)), added = readPack(bytes(packed));
+for (const path of paths) {
+  const { shared, rows } = takeApart(core, path, bytes(`${folder}/${path}`), 3);
+  fs.writeFileSync(`${folder}/${path}`, joinFile(core, path, shared, [rows[0], added.rows, ...rows.slice(1)]));
+}
+console.log(added.className, added.core);
+"""
+    )
+    command = ["node", str(script), str(bundle), str(pack_of(exported, "bag")), *MODELS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["bag", read_manifest(bundle).raw["packs"]["core"]]
+    assert models_of(bundle) == models_of(exported)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_rows_of_labels_belong_to_packs(
+    distilled: bool, make_checkpoint: Callable[..., Checkpoint], exported: Path, tmp_path: Path
+) -> None:
+    """Where modulation depends on the label, with the null class's row behind those of the classes, or without one."""
+    shape: dict[str, Any] = {"depth": 1, "label_embedding": True}
+    checkpoint = make_checkpoint(**shape, **({"step_counts": (1, 4), "inside_guidance": 1.5} if distilled else {}))
+    base = read_plan(exported / "plan.json")
+    plan = dataclasses.replace(
+        base, modulation="network", precisions=("fp32",), guidance=1.0 if distilled else 1.5,
+        inside_guidance=1.5 if distilled else None, evaluations_per_step=1 if distilled else 2,
+        matrices={name: dataclasses.replace(m, precision="fp32") for name, m in base.matrices.items() if ".0." in name},
+    )  # fmt: skip
+    files, cores = {}, {}
+    for classes in (CLASSES, CLASSES[2:3]):
+        own = dataclasses.replace(plan, classes=classes)
+        folder = tmp_path / str(len(classes))
+        timesteps = torch.from_numpy(sampler_table(own.sampler, "flow", own.steps).timestep)
+        exporter("onnx").export(fold(truncate(checkpoint, own, None), own, timesteps), folder, ("fp32",))
+        files[classes] = {name: (folder / name).read_bytes() for name in (MODELS[0],)}
+        cores[classes] = make_core({MODELS[0]: ("fp32", files[classes][MODELS[0]])}, len(classes), {})[1]
+        assert any(".y_embed." in name or "modulation.table" in name for name in cores[classes].tables)
+    core = cores[CLASSES]
+    assert core.sha256 == cores[CLASSES[2:3]].sha256
+    shared, rows = take_apart(core, MODELS[0], files[CLASSES][MODELS[0]], 4)
+    assert join_file(core, MODELS[0], shared, [rows[2]]) == files[CLASSES[2:3]][MODELS[0]]
+
+
+def test_another_process_writes_the_same_bytes(exported: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    """The same checkpoint, plan and tools: whatever the folder, the order of sets, and the number of threads."""
+    environment = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
+    plan = exported / "plan.json"
+    command = [sys.executable, "-P", "-m", "kind_edge.cli", "-q", "export", tiny_folder, "--plan", plan, "-o", "again"]
+    done = subprocess.run(
+        [*map(str, command), "--formats", "packs"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    compared = [name for name in content(exported) if name.startswith(("onnx/", "packs/"))]
+    assert len(compared) == len(MODELS) + len(CLASSES) + 2
+    again = content(tmp_path / "again")
+    assert [name for name in compared if again[name] != (exported / name).read_bytes()] == []
 
 
 def test_packs_have_names_that_any_system_can_hold() -> None:
