@@ -173,33 +173,52 @@ def baked_table_values(spec: ModelSpec, evaluations: int, labels: int = 1) -> in
 
 
 def deployed_fixed_cost(
-    spec: ModelSpec, num_classes_kept: int, evaluations: int, baked: bool, precision: Precision
+    spec: ModelSpec,
+    num_classes_kept: int,
+    evaluations: int,
+    baked: bool,
+    precision: Precision,
+    *,
+    switches: bool = True,
+    half_table: bool = False,
 ) -> FixedCost:
     """Everything but the block matrices, as one file holds and one evaluation runs it.
 
     `evaluations` is the number of different timesteps that the sampler visits; it and `num_classes_kept` size the baked
-    table (or, unbaked, the label embedding). In an int8 file only matrices of products are int8: the patch
-    convolution, tables and biases stay fp32.
+    table (or, unbaked, the label embedding); forms that do not switch have one label for all. In an int8 file only
+    matrices of products are int8: the patch convolution, tables and biases stay fp32, a `half_table` alone is fp16.
     """
-    groups = tuple(_groups(spec, num_classes_kept, evaluations, baked, precision))
+    labels = 0
+    if spec.label_embedding and switches:
+        labels = num_classes_kept + (not spec.distilled)  # distilled: no null class
+    if baked:
+        conditioning = _table(spec, evaluations, labels, "fp16" if half_table else precision)
+    else:
+        conditioning = _conditioning(spec, model_cost(spec, "exact"), labels, precision)
+    groups = (*conditioning, *_token_groups(spec, model_cost(spec, "exact"), precision))
     attentions, mlps = len(spec.branches("attn")), len(spec.branches("mlp"))
     parts = Parts(spec.tokens, spec.width, attentions, mlps, ends=True)
     return FixedCost(groups, peak_activation_bytes(spec, precision), precision, parts)
 
 
 def branch_fixed_cost(
-    spec: ModelSpec, kind: Branch, precision: Precision, num_classes_kept: int = 1, evaluations: int = 1
+    spec: ModelSpec,
+    kind: Branch,
+    precision: Precision,
+    num_classes_kept: int = 1,
+    evaluations: int = 1,
+    baked: bool = True,
+    **options: bool,
 ) -> FixedCost:
     """What of one block's branch vanishes, beside its matrices, from `deployed_fixed_cost` when it is dropped.
 
-    Normalisation, modulation with its part of the baked table (of the adaLN network where modulation depends on the
-    label), attention products, softmax or GELU, biases, gate and residual; by the same groups. `num_classes_kept` and
-    `evaluations` size the table, as there. All figures add up over any branches, but for the peak of activations,
-    which is 0: other blocks keep it.
+    Normalisation, modulation with its part of the baked table (or of the adaLN network), attention products, softmax
+    or GELU, biases, gate and residual; by the same groups, and with the same arguments. All figures add up over any
+    branches, but for the peak of activations, which is 0: other blocks keep it.
     """
     whole = dataclasses.replace(spec, dropped_branches=())  # a branch is like that of any other block
     with_it, without = (
-        deployed_fixed_cost(each, num_classes_kept, evaluations, not spec.label_embedding, precision).groups
+        deployed_fixed_cost(each, num_classes_kept, evaluations, baked, precision, **options).groups
         for each in (whole, whole.without_branches([f"blocks.0.{kind}"]))
     )
     pairs = zip(with_it, without, strict=True)
@@ -224,20 +243,12 @@ def peak_activation_bytes(spec: ModelSpec, precision: Precision, batch: int = 1)
     return batch * (max(attention, mlp) + row) * _VALUE_BYTES[precision]
 
 
-def _groups(
-    spec: ModelSpec, num_classes_kept: int, evaluations: int, baked: bool, precision: Precision
-) -> Iterator[OperatorGroup]:
-    whole = model_cost(spec, "exact")
-    row = baked_table_values(spec, 1)
-    labels = num_classes_kept + (not spec.distilled) if spec.label_embedding else 1  # distilled: no null class
-    if baked:
-        table = baked_table_values(spec, evaluations, labels)
-        values = _VALUE_BYTES[precision]
-        operators = 3 if labels == 1 else 7  # a gather (of pairs of indices), two operators that cut the row in vectors
-        yield OperatorGroup("table", "float", table, 0, table * values, row * values, row * values, operators)
-    else:
-        yield from _conditioning(spec, whole, labels if spec.label_embedding else 0, precision)
-    yield from _token_groups(spec, whole, precision)
+def _table(spec: ModelSpec, evaluations: int, labels: int, precision: Precision) -> Iterator[OperatorGroup]:
+    """A row per evaluation (and label), cut in vectors."""
+    row, table = baked_table_values(spec, 1), baked_table_values(spec, evaluations, max(labels, 1))
+    values = _VALUE_BYTES[precision]
+    operators = (7 if labels else 3) + (precision == "fp16")  # a gather (of pairs of indices), a cast, two that cut
+    yield OperatorGroup("table", "float", table, 0, table * values, row * values, row * values, operators)
 
 
 def _conditioning(spec: ModelSpec, whole: CostBreakdown, labels: int, precision: Precision) -> Iterator[OperatorGroup]:

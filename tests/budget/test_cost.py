@@ -176,12 +176,13 @@ def test_dropped_branches_take_their_cost_with_them(
     spec: ModelSpec, precision: Precision, evaluations: int, kept: int, data: st.DataObject
 ) -> None:
     dropped = data.draw(st.sets(st.sampled_from(spec.branches())), "dropped")
-    baked = not spec.label_embedding
+    baked = data.draw(st.booleans(), "baked")
+    options = {"switches": data.draw(st.booleans(), "switches"), "half_table": data.draw(st.booleans(), "half")}
     whole, rest = (
-        deployed_fixed_cost(each, kept, evaluations, baked, precision)
+        deployed_fixed_cost(each, kept, evaluations, baked, precision, **options)
         for each in (spec, spec.without_branches(dropped))
     )
-    of_kind = {kind: branch_fixed_cost(spec, kind, precision, kept, evaluations) for kind in BRANCHES}
+    of_kind = {kind: branch_fixed_cost(spec, kind, precision, kept, evaluations, baked, **options) for kind in BRANCHES}
     gone = [of_kind[kind] for kind in BRANCHES for name in dropped if name.endswith(kind)]
     for figure in SUMS:
         assert getattr(whole, figure) - getattr(rest, figure) == sum(getattr(each, figure) for each in gone), figure
