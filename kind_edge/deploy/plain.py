@@ -29,10 +29,9 @@ class Pick(NamedTuple):
     open: Tensor | None = None
 
     @classmethod
-    def of(cls, class_index: Tensor, null_index: Tensor) -> Pick:
-        """Of indices in 0..K, where K, `null_index` [], is the null class: it picks the first tailor, times zero."""
-        is_open = class_index < null_index
-        return cls(torch.where(is_open, class_index, 0).clamp(min=0), is_open.to(torch.float32).reshape(-1, 1, 1))
+    def of(cls, class_index: Tensor, kept: int) -> Pick:
+        """Of indices in 0..K, where K is the null class."""
+        return cls(class_index.clamp(0, kept - 1), (class_index < kept).to(torch.float32).reshape(-1, 1, 1))
 
 
 class Thin(nn.Module):
@@ -85,9 +84,10 @@ class PlainLinear(nn.Module):
 
 
 class ModulationTable(nn.Module):
-    """adaLN and timestep networks, evaluated once at the sampler's steps: table [S, L*6D + 2D].
+    """adaLN and timestep networks, evaluated once at the sampler's steps: table [S, L*6D + 2D], fp32 or fp16.
 
-    A dropped branch has no columns in it.
+    Where modulation depends on the label of a class that is switched, [labels, S, L*6D + 2D]: kept classes, then the
+    null class where there is one. A dropped branch has no columns in it.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -95,11 +95,13 @@ class ModulationTable(nn.Module):
         self.table = nn.Parameter(table)
 
     def forward(self, step_index: Tensor, class_index: Tensor | None) -> Tensor:
-        return self.table.index_select(0, step_index)
+        if self.table.ndim == 3:
+            return self.table[class_index, step_index.long()].float()
+        return self.table.index_select(0, step_index).float()
 
 
 class ModulationNetwork(nn.Module):
-    """The same networks kept as they are, for models whose modulation depends on the label too.
+    """The same networks kept as they are: smaller than a table of many steps and classes.
 
     A plan has one number of steps, so the span of a distilled model's steps is a constant: it lies in a bias.
     """
@@ -147,8 +149,6 @@ class PlainDiT(nn.Module):
         self.spec, self.switches, self.modulation, self.origin = spec, switches, modulation, origin
         self.patch_embed, self.final = source.patch_embed, source.final.linear
         self.pos_embed = nn.Parameter(source.pos_embed.clone())
-        # A tensor, not a number: files of other classes of the same model differ in it and in the classes' own tables.
-        self.register_buffer("null_index", torch.tensor(spec.num_classes))
         self.blocks = nn.ModuleList(
             Block(*assemble(linears, i, spec), spec.mlp_norm_eps) if width else Nothing()
             for i, width in enumerate(self._widths())
@@ -170,7 +170,7 @@ class PlainDiT(nn.Module):
         """
         pick = None
         if class_index is not None:
-            pick = Pick(class_index) if self.spec.distilled else Pick.of(class_index, self.null_index)
+            pick = Pick(class_index) if self.spec.distilled else Pick.of(class_index, self.spec.num_classes)
         modulation = self.modulation(step, class_index)  # [B, L*6D + 2D]
         x = patchify(self.patch_embed, self.pos_embed, sample)  # [B, N, D]
         start = 0

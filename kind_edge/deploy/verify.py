@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.deploy.manifest import Manifest, ModelEntry, TensorInfo
-from kind_edge.deploy.parity import FileParity, VerifyReport, gates_db, psnr_db, sqnr_db
+from kind_edge.deploy.parity import FileParity, VerifyReport, gate_db, gates_db, psnr_db, sqnr_db
 from kind_edge.errors import InputError
 from kind_edge.registry import Interpreter, exporter
 
@@ -115,9 +115,10 @@ def verify_sampler(folder: Path, entry: ModelEntry, reference: Reference, manife
 
 def _gate_db(entry: ModelEntry) -> float:
     gates = gates_db(entry.role)
-    if entry.precision not in gates:
-        raise InputError(f"{entry.path}: precision {entry.precision!r}, want one of {', '.join(gates)}")
-    return gates[entry.precision]
+    for precision in (entry.precision, entry.table_precision or entry.precision):
+        if precision not in gates:
+            raise InputError(f"{entry.path}: precision {precision!r}, want one of {', '.join(gates)}")
+    return gate_db(entry.role, entry.precision, entry.table_precision)
 
 
 def _sampler_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
