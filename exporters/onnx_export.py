@@ -1,4 +1,4 @@
-"""ONNX at opset 20: the denoiser in fp32 and in dynamic int8 (per channel), and the plan's own as a whole sampler."""
+"""ONNX at opset 23: the denoiser in fp32 and in dynamic int8 (per channel), and the plan's own as a whole sampler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from kind_edge.budget.precision import decoder_path, decoder_precision
 from kind_edge.deploy.ort import require_onnxruntime
-from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.session import open_session, runtime_errors
 from kind_edge.errors import InputError
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
@@ -35,6 +34,7 @@ class OnnxExporter:
     def export(self, model: PlainDiT, folder: Path, precisions: tuple[str, ...]) -> tuple[ExportedFile, ...]:
         import onnx
 
+        from kind_edge.deploy.sampler_table import sampler_table
         from kind_edge.exporters.onnx_decoder import to_decoders
         from kind_edge.exporters.onnx_graph import inputs_and_outputs, to_onnx
         from kind_edge.exporters.onnx_int8 import quantize_int8
@@ -49,6 +49,8 @@ class OnnxExporter:
             entry = {"role": role, "precision": precision, **inputs_and_outputs(proto)}
             if wide and precision != "fp32":
                 entry["fp32_matrices"] = wide
+            if model.origin.plan.modulation == "baked-fp16" and precision != "fp16" and role != "decoder":
+                entry["table_precision"] = "fp16"
             written.append(ExportedFile(path, precision, entry))
 
         graph, plan = to_onnx(model), model.origin.plan

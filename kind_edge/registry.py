@@ -21,7 +21,10 @@ _MODULES = {
     "diffusers": "kind_edge.exporters.diffusers_export",
 }
 
-FORMATS = tuple(_MODULES)
+PACKS = "packs"
+"""Asked for like a format, but no files of its own kind: the ONNX files cut into a core and a pack for every class."""
+
+FORMATS = (*_MODULES, PACKS)
 
 Arrays = Mapping[str, "NDArray[np.generic]"]
 Interpreter = Callable[[Arrays], "NDArray[np.float32]"]

@@ -8,7 +8,7 @@ and its tailors each have a rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,7 +28,7 @@ from kind_edge.budget.cost import (
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
-from kind_edge.budget.plan import MatrixPlan, Storage, dropped_branches
+from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
@@ -89,6 +89,7 @@ class Request:
     minimise: Objective = LOSS
     max_loss: float | None = None
     burst: bool = False
+    modulation: Modulation | Literal["auto"] = "auto"
     decoder: DecoderCost | None = None
 
 
@@ -128,6 +129,7 @@ class Candidate:
     form: Form
     precision: Precision
     unit: Unit
+    modulation: Modulation = "baked"
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,16 @@ class Deployment:
 
     @property
     def fixed(self) -> FixedCost:
-        """Everything but the block matrices; modulation is baked unless it depends on the label."""
+        """Everything but the block matrices."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
-        return deployed_fixed_cost(self.spec, kept, rows, not self.spec.label_embedding, self.candidate.precision)
+        baked = self.candidate.modulation != "network"
+        return deployed_fixed_cost(self.spec, kept, rows, baked, self.candidate.precision, **self._conditioning)
+
+    @property
+    def _conditioning(self) -> dict[str, bool]:
+        """What the table of modulation or the label embedding is like."""
+        half = self.candidate.modulation == "baked-fp16"
+        return {"switches": self.candidate.form == "switch", "half_table": half}
 
     @property
     def decoder(self) -> DecoderCost:
@@ -178,7 +187,8 @@ class Deployment:
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
-        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows)
+        baked = self.candidate.modulation != "network"
+        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows, baked, **self._conditioning)
         return self._costs(fixed, self._fixed_latency_s(fixed), branch_memory_bytes(fixed))
 
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
@@ -302,6 +312,17 @@ class Deployment:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
         limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
         return limits
+
+
+def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
+    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
+    if not source.decoders:
+        yield None
+    for decoder in source.decoders:
+        yield decoder
+        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
+        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
+            return
 
 
 def limit_name(cost: str) -> str:

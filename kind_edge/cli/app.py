@@ -16,6 +16,7 @@ from kind_edge.cli import (
     generate,
     import_model,
     inspect,
+    pack,
     plan,
     profiles,
     train,
@@ -64,4 +65,5 @@ app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.command("inspect")(inspect.inspect)
+app.add_typer(pack.app, name="pack")
 app.add_typer(profiles.app, name="profiles")

@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,19 +16,20 @@ from kind_edge._version import __version__
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.precision import decoder_path
-from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
 from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
 from kind_edge.deploy.runtime import LoadedBundle
-from kind_edge.deploy.sampler_table import SamplerTable
 from kind_edge.deploy.session import open_session
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.spec import ModelSpec
 from kind_edge.units import format_seconds
+
+if TYPE_CHECKING:
+    from kind_edge.deploy.sampler_table import SamplerTable
 
 LICENCE = "Apache-2.0"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
@@ -128,6 +129,9 @@ def predict_here_ms(
 
     One call of a denoiser is one evaluation, of a sampler or a decoder one image.
     """
+    # Here, because the rest of this file also serves bundles joined from packs, without SciPy and without PyTorch.
+    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+
     left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
     request = Request(load_profile(HOST), plan.classes, sampling, decoder=decoder)
@@ -142,7 +146,7 @@ def predict_here_ms(
             shape.name: dataclasses.replace(plan.matrices[shape.name], precision=precisions[shape.name])
             for shape in left.matrices()
         }
-        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
+        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu", plan.modulation))
         call_s = deployment.image_latency_s if entry["role"] == "sampler" else deployment.evaluation_latency_s
         predicted[path] = 1e3 * call_s(matrices, sustained=False)
     return predicted

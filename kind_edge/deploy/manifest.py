@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from kind_edge.budget.precision import decoder_path, decoder_precision
-from kind_edge.errors import InputError, nearest
+from kind_edge.errors import InputError, UsageError, nearest
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -32,7 +32,8 @@ class TensorInfo:
 class ModelEntry:
     """One model file of the bundle; `path` is relative to the bundle, with forward slashes.
 
-    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8.
+    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8. `table_precision`: of the
+    table of modulation, where it is not that of the file.
     """
 
     path: str
@@ -41,6 +42,7 @@ class ModelEntry:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     fp32_matrices: tuple[str, ...] = ()
+    table_precision: str | None = None
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -124,6 +126,11 @@ class Manifest:
     def switches(self) -> bool:
         """Whether a class index picks the class."""
         return any("class_index" in model.input_names() for model in self.models.values())
+
+    def require_classes(self, where: str) -> None:
+        """`UsageError` for the core of class packs, which draws nothing by itself."""
+        if not self.classes:
+            raise UsageError(f"{where}: a core without classes; add some: kind-edge pack add {where} FILE...")
 
     @classmethod
     def from_dict(cls, values: Any, where: str = MANIFEST_NAME) -> Manifest:
@@ -238,6 +245,7 @@ def _model(section: _Section, path: str) -> ModelEntry:
         inputs=section.sections("inputs", _tensor),
         outputs=section.sections("outputs", _tensor),
         fp32_matrices=section.items("fp32_matrices", str) if "fp32_matrices" in section.values else (),
+        table_precision=section.take("table_precision", str) if "table_precision" in section.values else None,
     )
 
 
@@ -269,7 +277,8 @@ def _sampler(section: _Section) -> Sampler:
 
 def _check(manifest: Manifest, where: str) -> None:
     """What no single key can say."""
-    if not manifest.classes or len(set(manifest.classes)) != len(manifest.classes):
+    # The core of class packs is a bundle without classes.
+    if (not manifest.classes and "packs" not in manifest.raw) or len(set(manifest.classes)) != len(manifest.classes):
         raise InputError(f"{where}: classes: got {list(manifest.classes)}, want at least one, each once")
     if manifest.default_model not in manifest.models:
         raise InputError(f"{where}: default_model {manifest.default_model!r} is not one of {sorted(manifest.models)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from kind_edge.budget.front import Curve, front
-from kind_edge.budget.plan import Plan, check_replayable
+from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.precision import decoder_path
 from kind_edge.budget.problem import Request, Source
@@ -23,12 +24,14 @@ from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
-from kind_edge.deploy.decoder import check_planned, decoder_facts, planned_decoder
+from kind_edge.deploy.decoder import decoder_facts, planned_decoder
 from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.packs_bundle import write_core, write_packs
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
+from kind_edge.deploy.replay import check_replay
 from kind_edge.deploy.request import (
     MINIMISED,
     Choices,
@@ -40,14 +43,11 @@ from kind_edge.deploy.request import (
 )
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import load_reference, verify_models
-from kind_edge.errors import GateError, InputError, UsageError
-from kind_edge.model.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    stored_dtype,
-)
+from kind_edge.errors import GateError, UsageError
+from kind_edge.model.checkpoint import load_checkpoint, save_checkpoint, stored_dtype
+from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import DEFAULT_MODEL
-from kind_edge.registry import Exporter, exporter
+from kind_edge.registry import PACKS, Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
@@ -156,20 +156,22 @@ def export(
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats))]
+    wanted = _Formats.of(formats)
     heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
     opened = open_model(model, on_measure, autoencoder)
     request = None
-    for each in exporters:
+    for each in wanted.exporters:
         each.check(opened.checkpoint.spec)
     if plan is None:
         if profile is None:
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
         device = load_profile(profile)
+        if wanted.packs and choices.get("form", "auto") == "auto":
+            choices["form"] = "switch"
         request = make_request(opened.checkpoint, device, **choices)
         source = make_source(opened)
         plan = make_plan(source, request)
@@ -177,16 +179,18 @@ def export(
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
-        _check_replay(plan, opened, device.name, choices)
+        check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
+    if wanted.packs and plan.form != "switch":
+        raise UsageError(f"--formats packs: only --form switch keeps classes apart, this plan is {plan.form}")
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, exporters, stage)
+        plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
-            made = _make(opened, plan, folder, exporters, stage, cut)
+            made = _make(opened, plan, folder, wanted, stage, cut)
         bundle = _finish(opened, plan, device, folder, destination, made, stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
     return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
@@ -198,13 +202,13 @@ def _fitted(
     source: Source,
     request: Request | None,
     folder: Path,
-    exporters: Sequence[Exporter],
+    formats: _Formats,
     stage: OnStage,
 ) -> tuple[Plan, _Made]:
     """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
     for attempt in range(_SIZE_ATTEMPTS):
         stage("merging")
-        made = _make(model, plan, folder, exporters, stage, make_cut(model, plan))
+        made = _make(model, plan, folder, formats, stage, make_cut(model, plan))
         excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
         if excess <= 0:
             break
@@ -223,22 +227,6 @@ def _sizes(folder: Path) -> dict[str, int]:
     """Bytes of every file below a folder, by path."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
-    """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
-    if asked := [name for name, value in choices.items() if value not in (None, "auto", False)]:
-        flags = ", ".join("--" + name.replace("_", "-") for name in asked)
-        raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
-    if profile != plan.profile:
-        raise UsageError(f"--profile {profile}: the plan was made for {plan.profile}; leave it out, or plan anew")
-    check_replayable(plan, model.checkpoint.spec)
-    if plan.checkpoint_sha256 != model.sha256:
-        raise InputError(
-            f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
-            f"this one is {model.sha256[:12]} ({model.name}); solve again"
-        )
-    check_planned(plan, model.autoencoder)
 
 
 def heal_cut(
@@ -266,6 +254,20 @@ def heal_cut(
 
 
 @dataclass(frozen=True)
+class _Formats:
+    """What is written beside the bundle's own files."""
+
+    exporters: tuple[Exporter, ...]
+    packs: bool
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> _Formats:
+        """ONNX is always among them."""
+        each = dict.fromkeys(("onnx", *names))
+        return cls(tuple(exporter(name) for name in each if name != PACKS), PACKS in each)
+
+
+@dataclass(frozen=True)
 class _Made:
     """The model files in the temporary folder, proven, before they are measured. `values` are those of the manifest,
     `model_bytes` what an app loads."""
@@ -275,11 +277,12 @@ class _Made:
     model_bytes: int
     table: SamplerTable
     verification: VerifyReport
+    core: Mapping[str, Any] | None
+    """The manifest's section of class packs, where classes can be added and removed."""
+    packs: bool
 
 
-def _make(
-    model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Exporter], stage: OnStage, cut: Cut
-) -> _Made:
+def _make(model: OpenedModel, plan: Plan, folder: Path, formats: _Formats, stage: OnStage, cut: Cut) -> _Made:
     """Export and verify into `folder`; healed weights are in no other checkpoint, so they are kept there."""
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
     timesteps = torch.from_numpy(table.timestep)
@@ -292,11 +295,14 @@ def _make(
     stage("exporting")
     entries = {
         file.path: file.entry
-        for each in exporters
+        for each in formats.exporters
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
+    core = write_core(folder, entries, plan)
     stage("verifying")
-    reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan, model.autoencoder)
+    with one_thread() if formats.packs else contextlib.nullcontext():  # it goes into the packs
+        images = make_images(truncated, plan, model.autoencoder, every_class=formats.packs)
+        reference = make_reference(truncated, plan.form, timesteps, own) | images
     assemble.save_reference(folder, reference)
     wanted = {"role": "denoiser", "precision": plan.precision}
     default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
@@ -305,7 +311,7 @@ def _make(
     verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
     loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
     size = sum((folder / file).stat().st_size for file in loaded)
-    return _Made(cut, values, size, table, verification)
+    return _Made(cut, values, size, table, verification, core, formats.packs)
 
 
 def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -321,6 +327,8 @@ def _finish(
     values, cut = dict(made.values), made.cut
     values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
     values["quality"] = {each.name: each.to_dict() for each in cut.quality}
+    if made.core:
+        values["packs"] = dict(made.core)
     if cut.healing:
         values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
     stage("measuring")
@@ -337,6 +345,9 @@ def _finish(
     stage("drawing the preview")
     assemble.draw_preview(folder, assemble.manifest_of(values, folder))
     assemble.write_texts(folder, plan, values)
+    if made.packs:
+        stage("writing packs")
+        write_packs(folder, values, load_reference(folder))
     write_manifest(folder, values)
     sizes, parity = _sizes(folder), made.verification.parity
     known = (cut.quality, cut.merge_db, cut.healing)
@@ -374,9 +385,11 @@ def _fresh_reference(
 ) -> Mapping[str, Any]:
     stored = Plan.from_dict(raw["plan"], "manifest.json: plan")
     model = open_model(checkpoint, autoencoder=autoencoder)
-    _check_replay(stored, model, stored.profile, {})
+    check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     if _is_healed(raw):
+        if not (folder / HEALED).exists():
+            raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
         truncated = truncate(model.checkpoint, stored, model.calibration)
