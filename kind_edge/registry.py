@@ -1,9 +1,9 @@
-"""Exporters by name, loaded on demand, and the protocol they keep. The only module that knows where they live."""
+"""Formats by name, loaded on demand, and the protocols they keep. The only module that knows where they live."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -21,7 +21,11 @@ _MODULES = {
     "diffusers": "kind_edge.exporters.diffusers_export",
 }
 
-FORMATS = tuple(_MODULES)
+_PACKAGERS = {
+    "web": "kind_edge.deploy.web",
+}
+
+FORMATS = (*_MODULES, *_PACKAGERS)
 
 Arrays = Mapping[str, "NDArray[np.generic]"]
 Interpreter = Callable[[Arrays], "NDArray[np.float32]"]
@@ -55,8 +59,29 @@ class Exporter(Protocol):
         """The format's reference interpreter on a written file."""
 
 
+class Packager(Protocol):
+    """What is made for an app of model files that are written, proven and measured."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """`UsageError` before any work for a model that it has no place for, or for tools that are missing."""
+
+    def write(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Write into the bundle at `folder`; `values` are its manifest's, but for the files."""
+
+
 def exporter(name: str) -> Exporter:
     """The exporter of that format; an unknown name is a `UsageError` with the nearest known ones."""
     if name not in _MODULES:
         raise unknown("format", name, FORMATS)
     return cast(Exporter, importlib.import_module(_MODULES[name]).EXPORTER)
+
+
+def packagers(formats: Sequence[str]) -> tuple[Packager, ...]:
+    """Those of the formats that package what the others wrote."""
+    names = [name for name in dict.fromkeys(formats) if name in _PACKAGERS]
+    return tuple(cast(Packager, importlib.import_module(_PACKAGERS[name]).PACKAGER) for name in names)
+
+
+def exporters(formats: Sequence[str]) -> tuple[Exporter, ...]:
+    """Those of the formats that write model files."""
+    return tuple(exporter(name) for name in dict.fromkeys(formats) if name not in _PACKAGERS)

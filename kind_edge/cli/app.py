@@ -18,6 +18,7 @@ from kind_edge.cli import (
     inspect,
     plan,
     profiles,
+    serve,
     train,
     verify,
 )
@@ -64,4 +65,5 @@ app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("serve")(serve.serve)
 app.add_typer(profiles.app, name="profiles")

@@ -45,7 +45,7 @@ from kind_edge.model.checkpoint import (
     stored_dtype,
 )
 from kind_edge.model.shipped import DEFAULT_MODEL
-from kind_edge.registry import Exporter, exporter
+from kind_edge.registry import Exporter, Packager, exporters, packagers
 from kind_edge.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
@@ -149,14 +149,14 @@ def export(
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    exporters = [exporter(name) for name in dict.fromkeys(("onnx", *formats))]
+    writers, finishers = exporters(("onnx", *formats)), packagers(formats)
     heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
     opened = open_model(model, on_measure)
     request = None
-    for each in exporters:
+    for each in (*writers, *finishers):
         each.check(opened.checkpoint.spec)
     if plan is None:
         if profile is None:
@@ -175,12 +175,12 @@ def export(
         plan = as_replayed(plan, source, device)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, exporters, stage)
+        plan, made = _fitted(opened, plan, source, request, folder, writers, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
-            made = _make(opened, plan, folder, exporters, stage, cut)
-        bundle = _finish(opened, plan, device, folder, destination, made, stage)
+            made = _make(opened, plan, folder, writers, stage, cut)
+        bundle = _finish(opened, plan, device, folder, destination, made, finishers, stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
     return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
 
@@ -305,7 +305,14 @@ def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str
 
 
 def _finish(
-    model: OpenedModel, plan: Plan, device: DeviceProfile, folder: Path, destination: Path, made: _Made, stage: OnStage
+    model: OpenedModel,
+    plan: Plan,
+    device: DeviceProfile,
+    folder: Path,
+    destination: Path,
+    made: _Made,
+    finishers: Sequence[Packager],
+    stage: OnStage,
 ) -> Bundle:
     """Measure, draw the preview and write what the bundle says about itself."""
     spec = model.checkpoint.spec
@@ -328,6 +335,9 @@ def _finish(
     stage("drawing the preview")
     assemble.draw_preview(folder, assemble.manifest_of(values, folder))
     assemble.write_texts(folder, plan, values)
+    for each in finishers:
+        stage("packaging for apps")
+        each.write(folder, values)
     write_manifest(folder, values)
     sizes, parity = _sizes(folder), made.verification.parity
     known = (cut.quality, cut.merge_db, cut.healing)
