@@ -18,6 +18,7 @@ from kind_edge.cli import (
     inspect,
     plan,
     profiles,
+    report,
     serve,
     train,
     verify,
@@ -65,5 +66,6 @@ app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.add_typer(profiles.app, name="profiles")

@@ -85,6 +85,24 @@ def graph_facts(path: Path, name: str | None = None) -> GraphFacts:
     )
 
 
+def bytes_by_part(path: Path) -> dict[str, int]:
+    """Where the bytes of an exported model lie, by the names that the exporter gives its constants."""
+    parts = dict.fromkeys(("shared matrices", "tailors", "modulation table", "embeddings, final layer", "graph"), 0)
+    for graph in _graphs(_load(path).graph):
+        for tensor in graph.initializer:
+            parts[_part_of(tensor.name)] += _tensor_bytes(tensor)
+    parts["graph"] = path.stat().st_size - sum(parts.values())
+    return {name: size for name, size in parts.items() if size > 0}
+
+
+def _part_of(name: str) -> str:
+    if ".tailors." in name:
+        return "tailors"
+    if name.startswith("blocks."):
+        return "shared matrices"
+    return "modulation table" if name.startswith("modulation.") else "embeddings, final layer"
+
+
 def _load(path: Path) -> Any:
     import onnx
     from google.protobuf.message import DecodeError

@@ -27,6 +27,8 @@ from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
+from kind_edge.deploy.report import REPORT, write_report
+from kind_edge.deploy.report_facts import draw_whole_model, report_facts
 from kind_edge.deploy.request import (
     MINIMISED,
     Choices,
@@ -156,7 +158,8 @@ def export(
     stage("reading the model")
     opened = open_model(model, on_measure)
     request = None
-    for each in (*writers, *finishers):
+    checked: list[Exporter | Packager] = [*writers, *finishers]
+    for each in checked:
         each.check(opened.checkpoint.spec)
     if plan is None:
         if profile is None:
@@ -180,7 +183,7 @@ def export(
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
             made = _make(opened, plan, folder, writers, stage, cut)
-        bundle = _finish(opened, plan, device, folder, destination, made, finishers, stage)
+        bundle = _finish(opened, plan, device, folder, destination, made, finishers, (source, request), stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
     return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
 
@@ -312,6 +315,7 @@ def _finish(
     destination: Path,
     made: _Made,
     finishers: Sequence[Packager],
+    asked: tuple[Source, Request | None],
     stage: OnStage,
 ) -> Bundle:
     """Measure, draw the preview and write what the bundle says about itself."""
@@ -334,10 +338,14 @@ def _finish(
     }
     stage("drawing the preview")
     assemble.draw_preview(folder, assemble.manifest_of(values, folder))
+    draw_whole_model(folder, model.checkpoint, plan)
     assemble.write_texts(folder, plan, values)
     for each in finishers:
         stage("packaging for apps")
         each.write(folder, values)
+    stage("writing the report")
+    values["report"] = report_facts(plan, *asked, device, folder / made.default_model, len(made.table.timestep))
+    write_report(folder, values, folder / REPORT)
     write_manifest(folder, values)
     sizes, parity = _sizes(folder), made.verification.parity
     known = (cut.quality, cut.merge_db, cut.healing)

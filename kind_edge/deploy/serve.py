@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 from kind_edge.deploy.web import FOLDER
 from kind_edge.errors import InputError, UsageError
@@ -38,7 +37,7 @@ def make_server(folder: Path, port: int) -> ThreadingHTTPServer:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    extensions_map: ClassVar = {**SimpleHTTPRequestHandler.extensions_map, **_TYPES}
+    extensions_map = {**SimpleHTTPRequestHandler.extensions_map, **_TYPES}  # noqa: RUF012
 
     def end_headers(self) -> None:
         for name, value in HEADERS.items():

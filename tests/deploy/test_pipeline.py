@@ -36,7 +36,8 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 DEVICE = "raspberry-pi-5"
 FP32, INT8 = "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"
 SAMPLER = "onnx/sampler.onnx"
-FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/reference.npz", FP32, INT8, SAMPLER}
+FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "report.html", "verify/full.png"}
+FILES |= {"verify/reference.npz", FP32, INT8, SAMPLER}
 
 
 def export_both(tiny_folder: Path, output: Path) -> None:
@@ -45,7 +46,7 @@ def export_both(tiny_folder: Path, output: Path) -> None:
     asked: dict[str, Any] = {"profile": DEVICE, "classes": ["shirt", "bag"], "max_flops": "60%"}
     bundle = pipeline.export(tiny_folder, **asked, output=output / "b", on_stage=stages.append)
     assert ", ".join(stages) == (
-        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview"
+        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview, writing the report"
     )
     (output / "export.json").write_text(json.dumps(bundle.to_dict()))
 
