@@ -22,6 +22,7 @@ _MODULES = {
 }
 
 _PACKAGERS = {
+    "android": "kind_edge.deploy.android",
     "web": "kind_edge.deploy.web",
 }
 
