@@ -14,8 +14,8 @@ from kind_edge.cli.app import app
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 _HEAD = """# The command line
 
-Made from the code by `scripts/reference`; `kind-edge VERB --help` prints the same. Exit codes: 0 done, 1 a check failed,
-2 wrong usage, 3 no plan fits, 4 unreadable input, 70 a bug of ours, 130 interrupted.
+Made from the code by `scripts/reference`; `kind-edge VERB --help` prints the same. Exit codes: 0 done, 1 a check
+failed, 2 wrong usage, 3 no plan fits, 4 unreadable input, 70 a bug of ours, 130 interrupted.
 """
 
 
