@@ -28,7 +28,7 @@ def to_onnx(model: PlainDiT) -> onnx.ModelProto:
     if model.switches:
         arguments["class_index"] = torch.zeros(2, dtype=torch.int64)
     batch = torch.export.Dim("batch", min=1, max=1024)
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.onnx.export(
             model,
             tuple(arguments.values()),
@@ -40,13 +40,13 @@ def to_onnx(model: PlainDiT) -> onnx.ModelProto:
             external_data=False,
             verbose=False,
         )
-    return _cleaned(program.model_proto)
+    return cleaned(program.model_proto, "denoiser")
 
 
-def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
+def cleaned(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
     """Without stack traces, paths and stale shapes, so that equal models give equal bytes; the batch is named."""
     del proto.metadata_props[:], proto.functions[:]
-    proto.graph.name, proto.producer_name, proto.producer_version, proto.doc_string = "denoiser", "kind-edge", "", ""
+    proto.graph.name, proto.producer_name, proto.producer_version, proto.doc_string = name, "kind-edge", "", ""
     del proto.graph.metadata_props[:], proto.graph.value_info[:]
     for node in proto.graph.node:
         node.doc_string = ""
@@ -71,7 +71,7 @@ def inputs_and_outputs(proto: onnx.ModelProto) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter talks on stdout and warns about its own internals; nobody here can act on that."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

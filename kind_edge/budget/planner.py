@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
 from kind_edge.budget.plan import MatrixPlan, Plan
@@ -65,11 +66,11 @@ class Problems:
     """The problems of a source, built once for each way."""
 
     source: Source
-    _built: dict[tuple[Sampling, Candidate], Problem] = field(default_factory=dict)
+    _built: dict[tuple[Sampling, Candidate, DecoderCost | None], Problem] = field(default_factory=dict)
 
     def of(self, way: Way, more: Mapping[str, float]) -> Problem:
         """The problem of a way with limits that are `more` (cost -> factor) times as large."""
-        key = (way.request.sampling, way.candidate)
+        key = (way.request.sampling, way.candidate, way.request.decoder)
         if key not in self._built:
             self._built[key] = build_problem(self.source, way.request, way.candidate)
         return with_more(self._built[key], more)
@@ -116,12 +117,17 @@ def candidates(request: Request) -> Iterator[Candidate]:
 def ways(source: Source, request: Request) -> list[Way]:
     """Every way that a request allows, those at its own sampling first; `UsageError` where there is none.
 
-    A file whose matrices may all be int8 or fp32 is fp32 where all are, unless its other networks are int8.
+    A file whose matrices may all be int8 or fp32 is fp32 where all are, unless something else of it is int8.
     """
     samplings = [request.sampling] if request.minimise != LOSS else [request.sampling, *request.others]
     settled = [dataclasses.replace(request, sampling=sampling, others=()) for sampling in samplings]
-    found = [Way(each, candidate) for each in settled for candidate in candidates(each)]
-    if request.precision == "auto" and not source.spec.label_embedding:
+    found = [
+        Way(dataclasses.replace(each, decoder=decoder), candidate)
+        for each in settled
+        for candidate in candidates(each)
+        for decoder in _decoders(source, each, candidate)
+    ]
+    if request.precision == "auto" and not _more_is_int8(source):
         mixed = {(way.candidate.form, way.candidate.unit) for way in found if way.candidate.precision == "int8"}
         found = [
             way
@@ -134,6 +140,17 @@ def ways(source: Source, request: Request) -> list[Way]:
             "there; kind-edge profiles show lists what it can run"
         )
     return found
+
+
+def _decoders(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
+    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
+    if not source.decoders:
+        yield None
+    for decoder in source.decoders:
+        yield decoder
+        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
+        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
+            return
 
 
 def make_plan(source: Source, request: Request) -> Plan:
@@ -208,10 +225,15 @@ def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], req
 
 
 def _is_another(source: Source, way: Way, solution: Solution) -> bool:
-    """Whether an int8 file turned out to have no int8 matrix; as its other networks were counted as int8, it is
-    not the fp32 file that it would be called."""
+    """Whether an int8 file turned out to have no int8 matrix; as other parts of it were counted as int8, it is not the
+    fp32 file that it would be called."""
     quantized = any(option.what == "int8" for option in solution.choice.values())
-    return way.candidate.precision == "int8" and not quantized and source.spec.label_embedding
+    return way.candidate.precision == "int8" and not quantized and _more_is_int8(source)
+
+
+def _more_is_int8(source: Source) -> bool:
+    """Whether an int8 model has more in eight bits than its block matrices: modulation networks, or a decoder."""
+    return source.spec.label_embedding or bool(source.decoders)
 
 
 def _by_hope(
@@ -291,6 +313,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     deployment, sampling = Deployment(spec, request, candidate), request.sampling
     totals = deployment.totals(matrices)
     increase = source.losses(candidate.form, request.classes).increase(matrices)
+    precision: Precision = "int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32"
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
     return Plan(
         model=source.name,
@@ -299,7 +322,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         unit=candidate.unit,
         form=candidate.form,
         classes=request.classes,
-        precision="int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32",
+        precision=precision,
         precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
         sampler=sampling.sampler,
         steps=sampling.steps,
@@ -329,6 +352,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         minimised=request.minimise,
         latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
         burst=request.burst,
+        decoder=deployment.decoder.to_dict(precision),
     )
 
 

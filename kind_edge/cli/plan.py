@@ -44,6 +44,7 @@ def plan(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
+    autoencoder: options.Autoencoder = None,
     max_latency: options.MaxLatency = None,
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
@@ -106,7 +107,7 @@ def plan(
     }  # fmt: skip
     if arch is not None:
         fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        fixed |= {"pareto": "" if pareto else None, "profiles": profiles}
+        fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "autoencoder": autoencoder}
         _refuse_with_arch(fixed | {"form": None if form == "auto" else form, "burst": burst or None})
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
@@ -119,6 +120,7 @@ def plan(
     choices: dict[str, Any] = {
         "classes": options.split_names(classes), "form": form, "precision": precision, "unit": unit, "steps": steps,
         "guidance": guidance, "sampler": sampler, **limits, "burst": burst,
+        "autoencoder": autoencoder,
     }  # fmt: skip
     if devices:
         plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices, output, as_json)

@@ -27,15 +27,15 @@ EXACT_DB = 400.0
 
 
 def gates_db(role: str) -> Mapping[str, float]:
-    """Gate by precision, of a denoiser or of a sampler."""
-    return IMAGE_GATES_DB if role == "sampler" else GATES_DB
+    """Gate by precision, of a denoiser, or of a sampler or decoder."""
+    return IMAGE_GATES_DB if role in ("sampler", "decoder") else GATES_DB
 
 
 @dataclass(frozen=True)
 class FileParity:
     """One artefact: its gate, its worst figure and that of every point, in dB, and everything that is wrong.
 
-    Of a denoiser SQNR by class and timestep, of a sampler PSNR by image.
+    Of a denoiser SQNR by class and timestep, of a sampler or decoder PSNR by image.
     """
 
     file: str
@@ -65,7 +65,7 @@ class VerifyReport:
 
     @property
     def parity(self) -> dict[str, float | None]:
-        """Worst SQNR (of a sampler PSNR) in dB by file."""
+        """Worst SQNR (of a sampler or decoder PSNR) in dB by file."""
         return {parity.file: parity.worst_db for parity in self.files}
 
     @property

@@ -16,12 +16,14 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
+from kind_edge.budget.precision import decoder_path
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
+from kind_edge.deploy.decoder import check_planned, decoder_facts, planned_decoder
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
@@ -97,16 +99,18 @@ def plan(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
+    autoencoder: str | Path | None = None,
     on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
     `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     request = make_request(opened.checkpoint, device, **choices)
     return make_plan(make_source(opened), request)
 
@@ -115,6 +119,7 @@ def pareto(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
+    autoencoder: str | Path | None = None,
     on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> tuple[Curve, ...]:
@@ -123,7 +128,7 @@ def pareto(
 
     Raises `NoPlanError` when not one point fits.
     """
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
     request = make_request(opened.checkpoint, load_profile(profile), **choices)
     return front(make_source(opened), request, axis)
@@ -136,6 +141,7 @@ def export(
     plan: Plan | None = None,
     output: str | Path | None = None,
     formats: Sequence[str] = ("onnx",),
+    autoencoder: str | Path | None = None,
     heal: str | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
@@ -147,6 +153,7 @@ def export(
 
     `heal` is a time such as "5m": for so long the cut model learns from the full one, once it is known that it can be
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
+    `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
     ONNX is always among the formats: what an app loads, what is measured and what draws the preview.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
@@ -156,7 +163,7 @@ def export(
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     request = None
     checked: list[Exporter | Packager] = [*writers, *finishers]
     for each in checked:
@@ -234,6 +241,7 @@ def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping
             f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
             f"this one is {model.sha256[:12]} ({model.name}); solve again"
         )
+    check_planned(plan, model.autoencoder)
 
 
 def heal_cut(
@@ -262,11 +270,11 @@ def heal_cut(
 
 @dataclass(frozen=True)
 class _Made:
-    """The model files in the temporary folder, proven, before they are measured."""
+    """The model files in the temporary folder, proven, before they are measured. `values` are those of the manifest,
+    `model_bytes` what an app loads."""
 
     cut: Cut
-    entries: Mapping[str, Mapping[str, Any]]
-    default_model: str
+    values: Mapping[str, Any]
     model_bytes: int
     table: SamplerTable
     verification: VerifyReport
@@ -283,6 +291,7 @@ def _make(
         save_checkpoint(folder / HEALED, truncated, stored_dtype(model.checkpoint))
     own = model.heldout.of_classes(class_indices(model.checkpoint, plan.classes)) if model.heldout else None
     plain = fold(truncated, plan, timesteps)
+    plain.origin = dataclasses.replace(plain.origin, autoencoder=model.autoencoder)
     stage("exporting")
     entries = {
         file.path: file.entry
@@ -290,16 +299,16 @@ def _make(
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
     stage("verifying")
-    reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan)
+    reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan, model.autoencoder)
     assemble.save_reference(folder, reference)
     wanted = {"role": "denoiser", "precision": plan.precision}
     default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
-    manifest = assemble.manifest_of(
-        assemble.describe(plan, model.checkpoint.spec, entries, default_model, table), folder
-    )
-    verification = verify_models(folder, manifest, reference).require()
-    size = (folder / default_model).stat().st_size
-    return _Made(cut, entries, default_model, size, table, verification)
+    decoder = decoder_facts(model.autoencoder, plan, reference["latent"]) if model.autoencoder else None
+    values = assemble.describe(plan, model.checkpoint.spec, entries, default_model, table, decoder)
+    verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
+    loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
+    size = sum((folder / file).stat().st_size for file in loaded)
+    return _Made(cut, values, size, table, verification)
 
 
 def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -320,16 +329,16 @@ def _finish(
 ) -> Bundle:
     """Measure, draw the preview and write what the bundle says about itself."""
     spec = model.checkpoint.spec
-    values = assemble.describe(plan, spec, made.entries, made.default_model, made.table)
-    cut = made.cut
+    values, cut = dict(made.values), made.cut
     values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
     values["quality"] = {each.name: each.to_dict() for each in cut.quality}
     if cut.healing:
         values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
     stage("measuring")
-    measured = _runnable(made.entries)
-    latency, image = assemble.measure(folder, values, list(measured), made.default_model)
-    predicted = assemble.predict_here_ms(plan, spec, measured, len(made.table.timestep))
+    measured = _runnable(values["models"])
+    latency, image = assemble.measure(folder, values, measured)
+    rows, decoder = len(made.table.timestep), planned_decoder(model.decoders, plan)
+    predicted = assemble.predict_here_ms(plan, spec, measured, rows, decoder)
     assemble.latency_gate(plan, device, image)
     values["latency"] = {
         "models": {name: report.to_dict() for name, report in latency.items()},
@@ -352,17 +361,23 @@ def _finish(
     return Bundle(destination, sizes, parity, latency, image, predicted, plan, *known)
 
 
-def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyReport:
+def verify(
+    bundle: str | Path, checkpoint: str | Path | None = None, autoencoder: str | Path | None = None
+) -> VerifyReport:
     """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
 
     The stored reference is used; with `checkpoint` it is computed anew from the gated model. Of a healed bundle that is
-    the healed checkpoint in it, and `checkpoint` must be the one that it was cut from.
+    the healed checkpoint in it, and `checkpoint` must be the one that it was cut from. Where there is a decoder, its
+    `autoencoder` must be given as well.
     """
     with open_bundle(bundle) as folder:
         manifest = verified_manifest(folder, str(bundle))
         reference, told = load_reference(folder), VerifyReport.reference
+        if autoencoder is not None and checkpoint is None:
+            raise UsageError("--autoencoder goes with --checkpoint: alone it has nothing to decode")
         if checkpoint is not None:
-            reference, told = _fresh_reference(manifest.raw, folder, checkpoint), f"the gated model of {checkpoint}"
+            reference = _fresh_reference(manifest.raw, folder, checkpoint, autoencoder)
+            told = f"the gated model of {checkpoint}"
             if _is_healed(manifest.raw):
                 told = f"the healed gated model in the bundle, cut from {checkpoint}"
         return dataclasses.replace(verify_models(folder, manifest, reference), reference=told).require()
@@ -372,9 +387,11 @@ def _is_healed(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("healing", {}).get("kept"))
 
 
-def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Path) -> Mapping[str, Any]:
+def _fresh_reference(
+    raw: Mapping[str, Any], folder: Path, checkpoint: str | Path, autoencoder: str | Path | None
+) -> Mapping[str, Any]:
     stored = Plan.from_dict(raw["plan"], "manifest.json: plan")
-    model = open_model(checkpoint)
+    model = open_model(checkpoint, autoencoder=autoencoder)
     _check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     if _is_healed(raw):
@@ -383,4 +400,4 @@ def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Pat
         truncated = truncate(model.checkpoint, stored, model.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
-    return points | make_images(truncated, stored, seed=1)
+    return points | make_images(truncated, stored, model.autoencoder, seed=1)
