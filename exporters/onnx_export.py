@@ -1,4 +1,4 @@
-"""ONNX at opset 20: the denoiser in fp32 and in dynamic int8 (per channel), and the plan's own as a whole sampler."""
+"""ONNX at opset 23: the denoiser in fp32 and in dynamic int8 (per channel), and the plan's own as a whole sampler."""
 
 from __future__ import annotations
 
@@ -49,6 +49,8 @@ class OnnxExporter:
             entry = {"role": role, "precision": precision, **inputs_and_outputs(proto)}
             if wide and precision != "fp32":
                 entry["fp32_matrices"] = wide
+            if model.origin.plan.modulation == "baked-fp16" and precision != "fp16":
+                entry["table_precision"] = "fp16"
             written.append(ExportedFile(path, precision, entry))
 
         graph, plan = to_onnx(model), model.origin.plan

@@ -45,7 +45,7 @@ EXCEPTIONS |= {
 }  # it is another front of the command line
 
 HEAVY_ALLOWED = {"kind_edge.budget.sensitivity": HEAVY, "kind_edge.budget.host": {"onnxruntime"}}
-HEAVY_ALLOWED |= {"kind_edge.budget.probe_graph": {"onnx"}, "kind_edge.budget.runner": {"onnxruntime"}}
+HEAVY_ALLOWED |= {"kind_edge.budget.onnx_writer": {"onnx"}, "kind_edge.budget.runner": {"onnxruntime"}}
 """In `budget`, who may import what of HEAVY."""
 MAX_LINES = 400
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.front import curve_points
 from kind_edge.budget.latency import matrix_latency_s
 from kind_edge.budget.plan import MatrixPlan, Plan, dropped_branches
@@ -15,11 +16,14 @@ from kind_edge.errors import NoPlanError
 FRONT_POINTS = 6
 
 
-def deployment_of(plan: Plan, source: Source, device: DeviceProfile, rows: int) -> Deployment:
+def deployment_of(
+    plan: Plan, source: Source, device: DeviceProfile, rows: int, decoder: DecoderCost | None
+) -> Deployment:
     """What the plan's costs are counted from; `rows` is how many times its sampler asks."""
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows, plan.inside_guidance)
-    request = Request(device, plan.classes, sampling, plan.form, unit=plan.unit, burst=plan.burst)
-    return Deployment(source.spec, request, Candidate(plan.form, plan.precision, plan.unit))  # type: ignore[arg-type]
+    request = Request(device, plan.classes, sampling, plan.form, unit=plan.unit, burst=plan.burst, decoder=decoder)
+    candidate = Candidate(plan.form, plan.precision, plan.unit, plan.modulation)  # type: ignore[arg-type]
+    return Deployment(source.spec, request, candidate)
 
 
 def seconds_by_part(deployment: Deployment, matrices: Mapping[str, MatrixPlan]) -> dict[str, float]:

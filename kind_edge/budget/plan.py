@@ -18,6 +18,8 @@ SCHEMA_VERSION = 2
 """1: kind-edge 0.1.0, whose plans maximised the layers' retained energy; still read, with nothing predicted."""
 
 Storage = Literal["dense", "factored", "dropped"]
+Modulation = Literal["baked", "baked-fp16", "network"]
+"""A table of rows per step (and label) in fp32 or fp16, or the networks that they come from."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Plan:
     steps: int
     guidance: float
     evaluations_per_step: int
-    modulation: Literal["baked", "network"]
+    modulation: Modulation
     truncation: Literal["whitened", "plain"]
     calibration: str
     params: int
@@ -109,6 +111,11 @@ class Plan:
     def null_branch(self) -> bool:
         """Whether the deployed model has a null class: not where one class is folded in, nor with guidance inside."""
         return self.form == "switch" and self.inside_guidance is None
+
+    @property
+    def baked(self) -> bool:
+        """Whether modulation comes from a table; the model is then asked for a step of the plan, not for a timestep."""
+        return self.modulation != "network"
 
     @property
     def dropped_branches(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
-from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.plan import MatrixPlan, Modulation, Plan
 from kind_edge.budget.problem import (
     Candidate,
     Deployment,
@@ -121,19 +121,16 @@ def ways(source: Source, request: Request) -> list[Way]:
     """
     samplings = [request.sampling] if request.minimise != LOSS else [request.sampling, *request.others]
     settled = [dataclasses.replace(request, sampling=sampling, others=()) for sampling in samplings]
-    found = [
+    each_way = [
         Way(dataclasses.replace(each, decoder=decoder), candidate)
         for each in settled
         for candidate in candidates(each)
         for decoder in _decoders(source, each, candidate)
     ]
-    if request.precision == "auto" and not _more_is_int8(source):
-        mixed = {(way.candidate.form, way.candidate.unit) for way in found if way.candidate.precision == "int8"}
-        found = [
-            way
-            for way in found
-            if way.candidate.precision == "int8" or (way.candidate.form, way.candidate.unit) not in mixed
-        ]
+    found = [modulated for way in each_way for modulated in _modulated(source, way)]
+    if request.precision == "auto" and not source.decoders:
+        mixed = {_but_precision(way) for way in found if way.candidate.precision == "int8" and _all_baked(way)}
+        found = [way for way in found if way.candidate.precision == "int8" or _but_precision(way) not in mixed]
     if not found:
         raise UsageError(
             f"--unit {request.unit}: profile {request.profile.name!r} cannot run --precision {request.precision} "
@@ -151,6 +148,38 @@ def _decoders(source: Source, request: Request, candidate: Candidate) -> Iterato
         deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
         if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
             return
+
+
+def _all_baked(way: Way) -> bool:
+    """Whether there is no network beside the blocks."""
+    return way.candidate.modulation != "network"
+
+
+def _but_precision(way: Way) -> tuple[Sampling, str, str, str]:
+    return way.request.sampling, way.candidate.form, way.candidate.unit, way.candidate.modulation
+
+
+def _modulated(source: Source, way: Way) -> Iterator[Way]:
+    """The way with baked modulation, with its networks, or with either, where neither is cheaper in everything.
+
+    A table grows with steps, and with classes where modulation depends on the label; the networks do not.
+    """
+    asked = way.request.modulation
+    kinds: tuple[Modulation, ...] = ("baked", "network") if asked == "auto" else (asked,)
+    choices = [Way(way.request, dataclasses.replace(way.candidate, modulation=kind)) for kind in kinds]
+    bare = source.spec.without_branches(source.spec.branches())  # all costs lie between those with and without branches
+    costs = [
+        [
+            cost
+            for spec in (source.spec, bare)
+            for cost in Deployment(spec, way.request, each.candidate).fixed_costs().values()
+        ]
+        for each in choices
+    ]
+    for choice, own in zip(choices, costs, strict=True):
+        others = [other for other in costs if other is not own]
+        if not any(all(a <= b for a, b in zip(other, own, strict=True)) and other != own for other in others):
+            yield choice
 
 
 def make_plan(source: Source, request: Request) -> Plan:
@@ -228,12 +257,8 @@ def _is_another(source: Source, way: Way, solution: Solution) -> bool:
     """Whether an int8 file turned out to have no int8 matrix; as other parts of it were counted as int8, it is not the
     fp32 file that it would be called."""
     quantized = any(option.what == "int8" for option in solution.choice.values())
-    return way.candidate.precision == "int8" and not quantized and _more_is_int8(source)
-
-
-def _more_is_int8(source: Source) -> bool:
-    """Whether an int8 model has more in eight bits than its block matrices: modulation networks, or a decoder."""
-    return source.spec.label_embedding or bool(source.decoders)
+    more_is_int8 = bool(source.decoders) or not _all_baked(way)
+    return way.candidate.precision == "int8" and not quantized and more_is_int8
 
 
 def _by_hope(
@@ -328,7 +353,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         steps=sampling.steps,
         guidance=sampling.guidance,
         evaluations_per_step=deployment.evaluations_per_step,
-        modulation="network" if spec.label_embedding else "baked",
+        modulation=candidate.modulation,
         truncation=source.truncation,
         calibration=source.calibration,
         params=deployment.params(matrices),

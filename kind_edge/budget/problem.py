@@ -28,7 +28,7 @@ from kind_edge.budget.cost import (
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
-from kind_edge.budget.plan import MatrixPlan, Storage, dropped_branches
+from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
@@ -90,6 +90,7 @@ class Request:
     max_loss: float | None = None
     burst: bool = False
     decoder: DecoderCost | None = None
+    modulation: Modulation | Literal["auto"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Candidate:
     form: Form
     precision: Precision
     unit: Unit
+    modulation: Modulation = "baked"
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,16 @@ class Deployment:
 
     @property
     def fixed(self) -> FixedCost:
-        """Everything but the block matrices; modulation is baked unless it depends on the label."""
+        """Everything but the block matrices."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
-        return deployed_fixed_cost(self.spec, kept, rows, not self.spec.label_embedding, self.candidate.precision)
+        baked = self.candidate.modulation != "network"
+        return deployed_fixed_cost(self.spec, kept, rows, baked, self.candidate.precision, **self._conditioning)
+
+    @property
+    def _conditioning(self) -> dict[str, bool]:
+        """What the table of modulation or the label embedding is like."""
+        half = self.candidate.modulation == "baked-fp16"
+        return {"switches": self.candidate.form == "switch", "half_table": half}
 
     @property
     def decoder(self) -> DecoderCost:
@@ -178,7 +187,8 @@ class Deployment:
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
-        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows)
+        baked = self.candidate.modulation != "network"
+        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows, baked, **self._conditioning)
         return self._costs(fixed, self._fixed_latency_s(fixed), branch_memory_bytes(fixed))
 
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:

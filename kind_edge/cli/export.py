@@ -43,6 +43,7 @@ def export(
     form: options.Form = "auto",
     precision: options.Precision = "auto",
     unit: options.Unit = "auto",
+    modulation: options.Modulation = "auto",
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
@@ -82,7 +83,7 @@ def export(
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
         "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
-        "burst": burst, "autoencoder": autoencoder,
+        "modulation": modulation, "burst": burst, "autoencoder": autoencoder,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
     with (
@@ -166,13 +167,14 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
 def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     """Size, parity and latency of every model file."""
     from kind_edge.deploy.manifest import read_manifest
-    from kind_edge.deploy.parity import gates_db
+    from kind_edge.deploy.parity import gate_db
 
     manifest = read_manifest(bundle.path)
     decoder = manifest.decoder_for(manifest.models[manifest.default_model])
     loaded = {manifest.default_model, decoder.path if decoder else ""}
     for file, worst_db in bundle.parity.items():
-        gate_db = gates_db(manifest.models[file].role)[manifest.models[file].precision]
+        entry = manifest.models[file]
+        wanted_db = gate_db(entry.role, entry.precision, entry.table_precision)
         report = bundle.latency.get(file)
         predicted_ms = bundle.predicted_here_ms.get(file)
         times_ms = (report.p50_ms, report.p90_ms, report.p99_ms, predicted_ms) if report else (None,) * 4
@@ -181,8 +183,8 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
             f"{'*' if file in loaded else ' '} {file}",
             tables.size(size),
             f"{worst_db:.1f} dB" if worst_db is not None else "none",
-            f"{gate_db:.0f} dB",
-            tables.check(worst_db is not None and worst_db >= gate_db),
+            f"{wanted_db:.0f} dB",
+            tables.check(worst_db is not None and worst_db >= wanted_db),
             *("" if value is None else milliseconds(value) for value in times_ms),
         )
 

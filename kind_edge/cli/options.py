@@ -15,6 +15,7 @@ from kind_edge.units import Kind, parse_duration, parse_quantity, parse_share
 FormChoice = Literal["auto", "switch", "single", "union"]
 PrecisionChoice = Literal["auto", "fp32", "int8"]
 UnitChoice = Literal["auto", "cpu", "gpu", "npu"]
+ModulationChoice = Literal["auto", "baked", "baked-fp16", "network"]
 MinimizeChoice = Literal["size", "latency", "flops", "memory"]
 SamplerChoice = Literal["euler", "heun", "dpmsolver++", "ddim"]
 
@@ -95,6 +96,14 @@ Form = Annotated[
 ]
 Precision = Annotated[PrecisionChoice, typer.Option("--precision", help="Of the weights.", rich_help_panel=CHOICES)]
 Unit = Annotated[UnitChoice, typer.Option("--unit", help="The compute unit of the device.", rich_help_panel=CHOICES)]
+Modulation = Annotated[
+    ModulationChoice,
+    typer.Option(
+        "--modulation",
+        help="A table of what each step (and class) does, or the networks that it comes from.",
+        rich_help_panel=CHOICES,
+    ),
+]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", min=1, metavar="N", help="Sampling steps of an image.", rich_help_panel=CHOICES),

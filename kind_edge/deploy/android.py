@@ -59,7 +59,8 @@ def _context(values: Mapping[str, Any]) -> dict[str, Any]:
     if sampler["inside_guidance"] is not None:
         words = f"guidance {sampler['inside_guidance']:g} inside the model"
     return {
-        **{key: values[key] for key in ("name", "licence", "classes", "image", "sampler", "tools", "default_model")},
+        **{key: values[key] for key in ("name", "licence", "classes", "sampler", "tools", "default_model")},
+        "image": values.get("latent", values["image"]),
         "inputs": [{"name": each["name"], "kotlin": _tensor(each["name"], each["dtype"])} for each in entry["inputs"]],
         "switches": "class_index" in names,
         "takes_timestep": "timestep" in names,

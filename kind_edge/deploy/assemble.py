@@ -142,7 +142,7 @@ def predict_here_ms(
             shape.name: dataclasses.replace(plan.matrices[shape.name], precision=precisions[shape.name])
             for shape in left.matrices()
         }
-        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
+        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu", plan.modulation))
         call_s = deployment.image_latency_s if entry["role"] == "sampler" else deployment.evaluation_latency_s
         predicted[path] = 1e3 * call_s(matrices, sustained=False)
     return predicted

@@ -18,6 +18,7 @@ _PRODUCTS = {
     "MatMul": "matmul", "MatMulInteger": "matmul", "QLinearMatMul": "matmul", "FusedMatMul": "matmul",
     "DynamicQuantizeMatMul": "matmul", "MatMulIntegerToFloat": "matmul", "MatMulNBits": "matmul",
     "Gemm": "gemm", "QGemm": "gemm",
+    "Attention": "attention", "MultiHeadAttention": "attention",
     "Conv": "conv", "ConvInteger": "conv", "QLinearConv": "conv", "FusedConv": "conv",
 }  # fmt: skip
 
@@ -182,6 +183,9 @@ def _macs(node: Any, shapes: Mapping[str, Shape]) -> int | None:
         return None if output is None or weight is None else math.prod(output) * math.prod(weight[1:])
     if output is None or first is None:
         return None
+    if kind == "attention":  # q K^T and its product with v: as many sums as there are keys, twice
+        keys = shapes.get(node.input[1])
+        return None if keys is None else math.prod(output) * keys[-2] + math.prod(first) * keys[-2]
     if kind == "gemm":
         return math.prod(output) * first[0 if _attribute(node, "transA") else 1]
     return math.prod(output) * first[-1]

@@ -32,7 +32,8 @@ class TensorInfo:
 class ModelEntry:
     """One model file of the bundle; `path` is relative to the bundle, with forward slashes.
 
-    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8.
+    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8. `table_precision`: of the
+    table of modulation, where it is not that of the file.
     """
 
     path: str
@@ -41,6 +42,7 @@ class ModelEntry:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     fp32_matrices: tuple[str, ...] = ()
+    table_precision: str | None = None
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -238,6 +240,7 @@ def _model(section: _Section, path: str) -> ModelEntry:
         inputs=section.sections("inputs", _tensor),
         outputs=section.sections("outputs", _tensor),
         fp32_matrices=section.items("fp32_matrices", str) if "fp32_matrices" in section.values else (),
+        table_precision=section.take("table_precision", str) if "table_precision" in section.values else None,
     )
 
 

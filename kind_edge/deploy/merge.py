@@ -138,22 +138,29 @@ def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
         if ts.shape[-1]:
             tailors = Tailors((tv * ts.unsqueeze(1)).float(), tu.mT.float().contiguous())
         linears[name] = PlainLinear(shared, tailors, t[f"{name}.bias"].float())
-    baked = plan.modulation == "baked"
-    span = step_span(spec, plan.steps, timesteps.float() if baked else torch.zeros(1))
+    span = step_span(spec, plan.steps, timesteps.float() if plan.baked else torch.zeros(1))
     if source.y_embed is not None and plan.form == "switch" and not plan.null_branch:
         source.y_embed = nn.Embedding.from_pretrained(source.y_embed.weight[:-1])
-    modulation = bake(source, timesteps, span) if baked else ModulationNetwork(source, span)
+    if plan.baked:
+        half = plan.modulation == "baked-fp16"
+        modulation: nn.Module = bake(source, timesteps, span, plan.form == "switch", half)
+    else:
+        modulation = ModulationNetwork(source, span)
     plain = PlainDiT(spec, source, linears, modulation, plan.form == "switch", Origin(truncated, plan, timesteps))
     return plain.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def bake(model: DiT, timesteps: Tensor, span: Tensor | None = None) -> ModulationTable:
+def bake(
+    model: DiT, timesteps: Tensor, span: Tensor | None = None, switches: bool = True, half: bool = False
+) -> ModulationTable:
     """One row of modulation values per timestep [S]: the adaLN and timestep networks are then not needed any more.
 
-    `span` [S] is what a distilled model takes.
+    `span` [S] is what a distilled model takes. With a label embedding there are such rows for each of its labels; where
+    nothing `switches`, for its last alone, which a folded model has in the place of the null label.
     """
-    if model.spec.label_embedding:
-        raise InputError("modulation depends on the label here; a table per step alone cannot hold it")
-    c = model.condition(timesteps.float(), torch.zeros(len(timesteps), dtype=torch.long), span)
-    return ModulationTable(torch.cat([layer(c) for layer in model.modulators()], -1))
+    labels = torch.arange(model.y_embed.num_embeddings if model.y_embed is not None else 1)
+    per_label = [model.condition(timesteps.float(), label.expand(len(timesteps)), span) for label in labels]
+    tables = torch.stack([torch.cat([layer(c) for layer in model.modulators()], -1) for c in per_label])
+    table = tables if model.y_embed is not None and switches else tables[-1]
+    return ModulationTable(table.half() if half else table)

@@ -31,6 +31,12 @@ def gates_db(role: str) -> Mapping[str, float]:
     return IMAGE_GATES_DB if role in ("sampler", "decoder") else GATES_DB
 
 
+def gate_db(role: str, precision: str, table_precision: str | None = None) -> float:
+    """The gate of a file whose table of modulation may be of a lower precision than the rest."""
+    gates = gates_db(role)
+    return min(gates[name] for name in (precision, table_precision or precision))
+
+
 @dataclass(frozen=True)
 class FileParity:
     """One artefact: its gate, its worst figure and that of every point, in dB, and everything that is wrong.

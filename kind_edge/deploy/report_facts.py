@@ -15,6 +15,7 @@ from kind_edge.budget.plan import Plan
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.deploy.assemble import PICTURE_CHANNELS, PREVIEW_IMAGES
+from kind_edge.deploy.decoder import planned_decoder
 from kind_edge.deploy.graph_facts import bytes_by_part
 from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.merge import class_indices
@@ -32,7 +33,7 @@ def report_facts(
     plan: Plan, source: Source, request: Request | None, device: DeviceProfile, default_model: Path, rows: int
 ) -> dict[str, Any]:
     """For the manifest's `report`. `request` None: the plan was replayed, and the front is that without limits."""
-    deployment = deployment_of(plan, source, device, rows)
+    deployment = deployment_of(plan, source, device, rows, planned_decoder(source.decoders, plan))
     return {
         "front": front_around(plan, source, request or deployment.request),
         "seconds": seconds_by_part(deployment, plan.matrices),

@@ -8,13 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.image_time import teacher_of
 from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.loss import LossModel
-from kind_edge.budget.plan import Plan
+from kind_edge.budget.plan import Modulation, Plan
 from kind_edge.budget.planner import Way, figures_of
 from kind_edge.budget.problem import LIMIT_NAMES, Candidate, Objective, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
@@ -110,6 +110,7 @@ class Choices(TypedDict, total=False):
     form: str
     precision: str
     unit: str
+    modulation: str
     steps: int | None
     guidance: float | None
     sampler: str | None
@@ -130,6 +131,7 @@ def make_request(
     form: str = "auto",
     precision: str = "auto",
     unit: str = "auto",
+    modulation: str = "auto",
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
@@ -144,6 +146,7 @@ def make_request(
     _known("--form", form, ("auto", *FORMS))
     _known("--precision", precision, ("auto", "fp32", "int8"))
     _known("--unit", unit, ("auto", "cpu", "gpu", "npu"))
+    _known("--modulation", modulation, ("auto", *get_args(Modulation)))
     if isinstance(classes, str):
         raise UsageError(f"classes: got the text {classes!r}, want a list of names such as [{classes!r}]")
     wanted = tuple(checkpoint.class_names if classes is None else classes)
@@ -166,6 +169,7 @@ def make_request(
         minimise=minimised,  # type: ignore[arg-type]
         max_loss=None if max_quality_loss is None else parse_share(max_quality_loss, "--max-quality-loss"),
         burst=burst,
+        modulation=modulation,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -240,7 +244,8 @@ def as_replayed(plan: Plan, source: Source, device: DeviceProfile) -> Plan:
     written = "auto" if len(plan.precisions) > 1 else plan.precisions[0]
     decoder = planned_decoder(source.decoders, plan)
     request = Request(device, plan.classes, sampling, plan.form, written, plan.unit, decoder=decoder)  # type: ignore[arg-type]
-    found = figures_of(source, Way(request, Candidate(plan.form, plan.precision, plan.unit)), plan.matrices)  # type: ignore[arg-type]
+    candidate = Candidate(plan.form, plan.precision, plan.unit, plan.modulation)  # type: ignore[arg-type]
+    found = figures_of(source, Way(request, candidate), plan.matrices)
     same = all(getattr(found, name) == getattr(plan, name) for name in ("flops", "params", "evaluations_per_step"))
     known = plan.predicted_loss_increase
     if same and known is not None and math.isclose(known, found.predicted_loss_increase or 0.0, abs_tol=1e-9):

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.deploy.manifest import Manifest, ModelEntry, TensorInfo
-from kind_edge.deploy.parity import FileParity, VerifyReport, gates_db, psnr_db, sqnr_db
+from kind_edge.deploy.parity import FileParity, VerifyReport, gate_db, gates_db, psnr_db, sqnr_db
 from kind_edge.errors import InputError
 from kind_edge.registry import Interpreter, exporter
 
@@ -120,9 +120,10 @@ def verify_images(folder: Path, entry: ModelEntry, reference: Reference, manifes
 
 def _gate_db(entry: ModelEntry) -> float:
     gates = gates_db(entry.role)
-    if entry.precision not in gates:
-        raise InputError(f"{entry.path}: precision {entry.precision!r}, want one of {', '.join(gates)}")
-    return gates[entry.precision]
+    for precision in (entry.precision, entry.table_precision or entry.precision):
+        if precision not in gates:
+            raise InputError(f"{entry.path}: precision {precision!r}, want one of {', '.join(gates)}")
+    return gate_db(entry.role, entry.precision, entry.table_precision)
 
 
 def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:

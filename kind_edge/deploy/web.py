@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FOLDER = "web"
 PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "kind-edge.d.ts"), "offline.js"
-_KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "sampler")
+_KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "latent", "sampler")
 """What the script needs of the bundle's manifest."""
 _ROLES = ("denoiser", "decoder")
 
@@ -62,7 +62,7 @@ def _manifest(values: Mapping[str, Any], models: Mapping[str, str], web: Path) -
     """The part of the bundle's manifest that the script reads, with the paths of this folder."""
     hashes = hash_files(web)
     written = {
-        **{key: values[key] for key in _KEYS},
+        **{key: values[key] for key in _KEYS if key in values},
         "models": {place: values["models"][path] for path, place in models.items()},
         "default_model": models[values["default_model"]],
         "files": {

@@ -53,6 +53,11 @@ class Model {
     this.name = manifest.name;
   }
 
+  /** What the network works on: pixels, or the latents that the decoder takes. */
+  get #shape() {
+    return this.#manifest.latent ?? this.#manifest.image;
+  }
+
   /** Whether a class can be chosen; otherwise all classes are merged into one. */
   get switches() {
     return this.#entry.inputs.some((each) => each.name === "class_index");
@@ -63,7 +68,7 @@ class Model {
     const index = this.#classIndex(className);
     const key = parseSeed(seed);
     if (!Number.isInteger(n) || n < 1) throw new KindEdgeError(`n: got ${n}, want at least 1 picture`);
-    const { channels, height, width } = this.#manifest.image;
+    const { channels, height, width } = this.#shape;
     const rows = this.#manifest.sampler.tables.timestep.length;
     const pictures = [];
     for (let i = 0; i < n; i++) {
@@ -115,7 +120,7 @@ class Model {
 
   /** One call of the network; a learned variance in its output is dropped. */
   async #predict(samples, row, classIndices) {
-    const { channels, height, width } = this.#manifest.image;
+    const { channels, height, width } = this.#shape;
     const batch = classIndices.length;
     const values = {
       sample: samples,
@@ -137,7 +142,7 @@ class Model {
   }
 
   async #decode(sample) {
-    const { channels, height, width } = this.#manifest.image;
+    const { channels, height, width } = this.#shape;
     if (!this.#decoder) return new Picture(width, height, channels, sample.map((x) => Math.min(1, Math.max(-1, x))));
     const feeds = { latent: this.#tensor(sample, "float32", [1, channels, height, width]) };
     const { data, dims } = (await this.#decoder.run(feeds)).image;
