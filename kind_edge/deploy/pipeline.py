@@ -353,7 +353,7 @@ def _finish(
         stage("packaging for apps")
         each.write(folder, values)
     stage("writing the report")
-    values["report"] = report_facts(plan, *asked, device, folder / made.default_model, len(made.table.timestep))
+    values["report"] = report_facts(plan, *asked, device, folder / values["default_model"], rows)
     write_report(folder, values, folder / REPORT)
     write_manifest(folder, values)
     sizes, parity = _sizes(folder), made.verification.parity
