@@ -14,6 +14,7 @@ import numpy as np
 
 from kind_edge._version import __version__
 from kind_edge.budget.plan import Plan
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
@@ -166,7 +167,7 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
-    once = _sampler_words(whole, values) if whole else ""
+    once = _sampler_words(whole, values) if whole else _static_words(entry)
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = "The model draws latents: pictures come from the decoder of the autoencoder it was trained with."
@@ -205,6 +206,16 @@ and, with {prediction}, compute
 
 `step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. Pixels are (x + 1) * 127.5,
 clipped to 0..255. An int8 model takes one image at a time: its activations share one range per call.
+"""
+
+
+def _static_words(entry: Mapping[str, Any]) -> str:
+    """Why a model for NPUs comes without a sampler."""
+    if not PRECISIONS[entry["precision"]].static:
+        return ""
+    return f"""
+The model is static, for NPUs: its batch is {entry["inputs"][0]["shape"][0]}, and class indices have 32 bits. A whole
+sampler is not in the bundle, as NPUs have no control flow: the loop below is the app's.
 """
 
 

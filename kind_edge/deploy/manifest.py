@@ -31,7 +31,8 @@ class TensorInfo:
 class ModelEntry:
     """One model file of the bundle; `path` is relative to the bundle, with forward slashes.
 
-    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8.
+    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8. `wide_operators`: matrices
+    or kinds of operators with more bits than the precision says, as rounding them was measured to cost most.
     """
 
     path: str
@@ -40,6 +41,13 @@ class ModelEntry:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     fp32_matrices: tuple[str, ...] = ()
+    wide_operators: tuple[str, ...] = ()
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch of a static file; None where it is free."""
+        first = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None
+        return first if isinstance(first, int) else None
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -225,6 +233,7 @@ def _model(section: _Section, path: str) -> ModelEntry:
         inputs=section.sections("inputs", _tensor),
         outputs=section.sections("outputs", _tensor),
         fp32_matrices=section.items("fp32_matrices", str) if "fp32_matrices" in section.values else (),
+        wide_operators=section.items("wide_operators", str) if "wide_operators" in section.values else (),
     )
 
 
