@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
-from kind_edge.budget.plan import MatrixPlan, Modulation, Plan
+from kind_edge.budget.plan import MatrixPlan, Modulation, Plan, file_precision
+from kind_edge.budget.precision import PRECISIONS, Precision, precisions_of
 from kind_edge.budget.problem import (
     Candidate,
     Deployment,
@@ -23,13 +24,12 @@ from kind_edge.budget.problem import (
     Source,
     limit_name,
 )
-from kind_edge.budget.profile import Precision
 from kind_edge.budget.solver import GAP, LOSS, Option, Problem, Solution, lower_bound, solve
 from kind_edge.errors import KindEdgeError, NoPlanError, UsageError
 from kind_edge.model.spec import Form
 
 PLANNED_PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
-"""What the exporters can write."""
+"""What is written where nothing else is asked for."""
 
 PRICED = 1.1
 """A price is what so much of a limit would buy."""
@@ -103,15 +103,24 @@ def candidate_forms(request: Request) -> tuple[Form, ...]:
 
 def candidates(request: Request) -> Iterator[Candidate]:
     """Every combination of form, precision and unit that the request and the device allow."""
-    precisions = PLANNED_PRECISIONS if request.precision == "auto" else (request.precision,)
     for form in candidate_forms(request):
-        for precision in precisions:
-            if precision not in PLANNED_PRECISIONS:
-                raise UsageError(f"--precision {precision}: cannot be written yet; choose auto, fp32 or int8")
+        for precision in _precisions(request):
             units = request.profile.units_for(precision)
             for unit in units if request.unit == "auto" else (request.unit,):
                 if unit in units:
                     yield Candidate(form, precision, unit)
+
+
+def _precisions(request: Request) -> tuple[Precision, ...]:
+    """What is asked for; where that is left open, what the unit is fast with. Other units than CPUs are taken with
+    their own precisions only where they are asked for."""
+    if request.precision != "auto":
+        return (request.precision,)
+    if request.unit == "gpu":
+        return ("fp16",) if request.profile.unit("gpu").has("fp16") else ("fp32",)
+    if request.unit == "npu":
+        return tuple(name for name in precisions_of("npu") if request.profile.unit("npu").has(name))
+    return PLANNED_PRECISIONS
 
 
 def ways(source: Source, request: Request) -> list[Way]:
@@ -166,6 +175,8 @@ def _modulated(source: Source, way: Way) -> Iterator[Way]:
     """
     asked = way.request.modulation
     kinds: tuple[Modulation, ...] = ("baked", "network") if asked == "auto" else (asked,)
+    if PRECISIONS[way.candidate.precision].static:
+        kinds = ("baked",)
     choices = [Way(way.request, dataclasses.replace(way.candidate, modulation=kind)) for kind in kinds]
     bare = source.spec.without_branches(source.spec.branches())  # all costs lie between those with and without branches
     costs = [
@@ -338,7 +349,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     deployment, sampling = Deployment(spec, request, candidate), request.sampling
     totals = deployment.totals(matrices)
     increase = source.losses(candidate.form, request.classes).increase(matrices)
-    precision: Precision = "int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32"
+    precision = file_precision(matrices)
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
     return Plan(
         model=source.name,
@@ -348,7 +359,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         form=candidate.form,
         classes=request.classes,
         precision=precision,
-        precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
+        precisions=_written(request, candidate),
         sampler=sampling.sampler,
         steps=sampling.steps,
         guidance=sampling.guidance,
@@ -379,6 +390,12 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         burst=request.burst,
         decoder=deployment.decoder.to_dict(precision),
     )
+
+
+def _written(request: Request, candidate: Candidate) -> tuple[Precision, ...]:
+    """fp32 and int8 side by side; what was asked for by name, or chosen for another unit than a CPU, alone."""
+    planned = candidate.precision in PLANNED_PRECISIONS and request.precision != "fp32"
+    return PLANNED_PRECISIONS if planned else (candidate.precision,)
 
 
 def _matrix_plan(name: str, candidate: Candidate, choice: Mapping[str, Option]) -> MatrixPlan:

@@ -13,7 +13,7 @@ from kind_edge.errors import UsageError, unknown
 from kind_edge.units import Kind, parse_duration, parse_quantity, parse_share
 
 FormChoice = Literal["auto", "switch", "single", "union"]
-PrecisionChoice = Literal["auto", "fp32", "int8"]
+PrecisionChoice = Literal["auto", "fp32", "fp16", "int8", "int8-qdq", "a16w8", "int8-weights", "int4"]
 UnitChoice = Literal["auto", "cpu", "gpu", "npu"]
 ModulationChoice = Literal["auto", "baked", "baked-fp16", "network"]
 MinimizeChoice = Literal["size", "latency", "flops", "memory"]

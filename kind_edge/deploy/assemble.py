@@ -15,7 +15,7 @@ import numpy as np
 from kind_edge._version import __version__
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.precision import decoder_path
+from kind_edge.budget.precision import PRECISIONS, decoder_path
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
@@ -194,7 +194,7 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
-    once = _sampler_words(whole, values) if whole else ""
+    once = _sampler_words(whole, values) if whole else _static_words(entry)
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = (
@@ -256,6 +256,16 @@ a latent: `{decoder_path(str(plan.decoder["precision"]))}` ({facts["autoencoder"
 
 def _shape(size: Mapping[str, Any]) -> str:
     return f"[n, {size['channels']}, {size['height']}, {size['width']}]"
+
+
+def _static_words(entry: Mapping[str, Any]) -> str:
+    """Why a model for NPUs comes without a sampler."""
+    if not PRECISIONS[entry["precision"]].static:
+        return ""
+    return f"""
+The model is static, for NPUs: its batch is {entry["inputs"][0]["shape"][0]}, and class indices have 32 bits. A whole
+sampler is not in the bundle, as NPUs have no control flow: the loop below is the app's.
+"""
 
 
 def _sampler_words(path: str, values: Mapping[str, Any]) -> str:

@@ -33,7 +33,8 @@ class ModelEntry:
     """One model file of the bundle; `path` is relative to the bundle, with forward slashes.
 
     `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8. `table_precision`: of the
-    table of modulation, where it is not that of the file.
+    table of modulation, where it is not that of the file. `wide_operators`: matrices or kinds of operators with more
+    bits than the precision says, as rounding them was measured to cost most.
     """
 
     path: str
@@ -43,6 +44,13 @@ class ModelEntry:
     outputs: tuple[TensorInfo, ...]
     fp32_matrices: tuple[str, ...] = ()
     table_precision: str | None = None
+    wide_operators: tuple[str, ...] = ()
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch of a static file; None where it is free."""
+        first = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None
+        return first if isinstance(first, int) else None
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -241,6 +249,7 @@ def _model(section: _Section, path: str) -> ModelEntry:
         outputs=section.sections("outputs", _tensor),
         fp32_matrices=section.items("fp32_matrices", str) if "fp32_matrices" in section.values else (),
         table_precision=section.take("table_precision", str) if "table_precision" in section.values else None,
+        wide_operators=section.items("wide_operators", str) if "wide_operators" in section.values else (),
     )
 
 

@@ -16,6 +16,7 @@ from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import Modulation, Plan
 from kind_edge.budget.planner import Way, figures_of
+from kind_edge.budget.precision import PRECISIONS, check_unit
 from kind_edge.budget.problem import LIMIT_NAMES, Candidate, Objective, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import loss_model
@@ -144,9 +145,10 @@ def make_request(
     if unknown_names := set(limits) - set(_LIMIT_KINDS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown_names))}")
     _known("--form", form, ("auto", *FORMS))
-    _known("--precision", precision, ("auto", "fp32", "int8"))
+    _known("--precision", precision, ("auto", *PRECISIONS))
     _known("--unit", unit, ("auto", "cpu", "gpu", "npu"))
     _known("--modulation", modulation, ("auto", *get_args(Modulation)))
+    check_unit(precision, unit)
     if isinstance(classes, str):
         raise UsageError(f"classes: got the text {classes!r}, want a list of names such as [{classes!r}]")
     wanted = tuple(checkpoint.class_names if classes is None else classes)

@@ -148,7 +148,9 @@ def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
 
 def _interface_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
     """Names, types and shapes of the inputs, as the bundle contract has them."""
-    known = {"sample": "float32", "step_index": "int32", "timestep": "float32", "class_index": "int64"}
+    static = entry.fixed_batch is not None  # as NPUs want it, class indices with it
+    known = {"sample": "float32", "step_index": "int32", "timestep": "float32"}
+    known["class_index"] = "int32" if static else "int64"
     names = entry.input_names()
     if names[:1] != ("sample",) or len({"step_index", "timestep"} & set(names)) != 1:
         yield f"inputs are {list(names)}, want sample, then step_index or timestep, then class_index if it switches"
@@ -175,12 +177,15 @@ def _output_failures(declared: TensorInfo, output: NDArray[Any], wanted: NDArray
 
 
 def _evaluate(run: Interpreter, entry: ModelEntry, reference: Reference) -> NDArray[Any]:
-    """All points; int8 one by one, because dynamic quantization has one range for a whole batch."""
-    inputs = {name: reference[name] for name in entry.input_names()}
+    """All points; int8 one by one, because dynamic quantization has one range for a whole batch.
+
+    A fixed batch is filled up with the last point.
+    """
+    inputs = {tensor.name: reference[tensor.name].astype(tensor.dtype) for tensor in entry.inputs}
     count = len(reference["sample"])
-    size = 1 if entry.precision == "int8" else count
-    parts = [run({name: array[at : at + size] for name, array in inputs.items()}) for at in range(0, count, size)]
-    return np.concatenate(parts)
+    size = entry.fixed_batch or (1 if entry.precision == "int8" else count)
+    rows = [np.minimum(np.arange(at, at + size), count - 1) for at in range(0, count, size)]
+    return np.concatenate([run({name: array[own] for name, array in inputs.items()}) for own in rows])[:count]
 
 
 def _points(output: NDArray[Any], reference: Reference, classes: tuple[str, ...]) -> Iterator[dict[str, Any]]:
