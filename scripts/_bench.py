@@ -3,6 +3,7 @@
 cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
 costs    calibrates this machine, then: latency and peak memory of plans, predicted against measured; five minutes
 export   how long the main command takes, stage by stage
+packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
@@ -132,7 +133,17 @@ def solver() -> dict[str, Any]:
     return parts()
 
 
-BENCHES = {"cost": cost, "costs": costs, "export": export_time, "solver": solver, "steps": steps, "training": training}
+def packs() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_packs import packs as sizes
+
+    return sizes()
+
+
+BENCHES = {
+    "cost": cost, "costs": costs, "export": export_time, "packs": packs, "solver": solver, "steps": steps,
+    "training": training,
+}  # fmt: skip
 
 
 def show(result: dict[str, Any]) -> None:

@@ -180,7 +180,7 @@ def _write(path: Path, content: bytes) -> None:
 def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list[str]) -> dict[str, Any]:
     """The plan with other classes: every class has the same share of parameters and bytes."""
     if plan["classes"] == classes:
-        return dict(plan)
+        return {**plan, "precisions": [core.precision]}
     tables = [core.tables[name] for name in core.tables_of(default_model)]
     counts = (len(plan["classes"]), len(classes))
     held = [sum(held_bytes(count * table.row_bytes) for table in tables) for count in counts]
@@ -191,7 +191,7 @@ def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list
         "peak_memory_bytes": held[1] - held[0],
     }
     changed = {name: plan[name] + each for name, each in more.items()}
-    return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes}
+    return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes, "precisions": [core.precision]}
 
 
 def _weights(core: Core, path: str) -> set[str]:
@@ -200,17 +200,20 @@ def _weights(core: Core, path: str) -> set[str]:
 
 
 def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
-    """Write `packs/core.json` of a *switch* bundle's model files; returns the manifest's section, None without any."""
+    """Write `packs/core.json` of the files that an app loads of a *switch* bundle, those of the plan's precision.
+
+    Returns the manifest's section; None where classes cannot be added or removed.
+    """
     files = {
-        path: (str(entry["precision"]), (folder / path).read_bytes())
+        path: (folder / path).read_bytes()
         for path, entry in entries.items()
-        if joinable(path, entry)
+        if entry["precision"] == plan.precision and joinable(path, entry)
     }
     if plan.form != "switch" or not files:
         return None
     inside = plan.inside_guidance
     sampling = {"sampler": plan.sampler, "steps": plan.steps, "guidance": plan.guidance if inside is None else inside}
-    text, core = make_core(files, len(plan.classes), sampling)
+    text, core = make_core(files, len(plan.classes), plan.precision, sampling)
     _write(folder / CORE_FILE, text)
     return {"core": core.sha256, "order": list(plan.classes)}
 

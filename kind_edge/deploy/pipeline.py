@@ -17,6 +17,7 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
@@ -174,8 +175,11 @@ def export(
         _check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
-    if wanted.packs and plan.form != "switch":
-        raise UsageError(f"--formats packs: only --form switch keeps classes apart, this plan is {plan.form}")
+    if wanted.packs and (plan.form != "switch" or PRECISIONS[plan.precision].static):  # type: ignore[index]
+        raise UsageError(
+            f"--formats packs: this plan is {plan.form} in {plan.precision}; only --form switch keeps classes apart, "
+            "and ranges that were calibrated (int8-qdq, a16w8) are not for others"
+        )
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
