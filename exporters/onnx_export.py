@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from kind_edge.budget.precision import PRECISIONS, decoder_path, decoder_precision, denoiser_path
 from kind_edge.deploy.ort import require_onnxruntime
-from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.session import open_session, runtime_errors
 from kind_edge.errors import InputError
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
@@ -35,6 +34,7 @@ class OnnxExporter:
     def export(self, model: PlainDiT, folder: Path, precisions: tuple[str, ...]) -> tuple[ExportedFile, ...]:
         import onnx
 
+        from kind_edge.deploy.sampler_table import sampler_table
         from kind_edge.exporters.onnx_decoder import to_decoders
         from kind_edge.exporters.onnx_graph import inputs_and_outputs
         from kind_edge.exporters.onnx_precisions import Precisions, Rounded

@@ -21,8 +21,11 @@ _MODULES = {
     "diffusers": "kind_edge.exporters.diffusers_export",
 }
 
+PACKS = "packs"
+
 _PACKAGERS = {
     "android": "kind_edge.deploy.android",
+    PACKS: "kind_edge.deploy.packs_bundle",
     "web": "kind_edge.deploy.web",
 }
 

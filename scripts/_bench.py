@@ -4,6 +4,7 @@ costs    calibrates this machine, then: latency, memory and file size of plans, 
          DiT-B/2; ten minutes
 export   how long the main command takes, stage by stage
 graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; ten minutes
+packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
@@ -91,10 +92,18 @@ def solver() -> dict[str, Any]:
     return parts()
 
 
+def packs() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_packs import packs as sizes
+
+    return sizes()
+
+
 BENCHES = {
     "costs": costs,
     "export": export_time,
     "graph": graph,
+    "packs": packs,
     "solver": solver,
     "steps": steps,
     "training": training,

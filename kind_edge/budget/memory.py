@@ -34,11 +34,15 @@ def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) 
     pieces = list(_pieces(layer))
     values = sum(pieces)
     for piece in pieces:
-        held = cost.weight_bytes * piece / values
-        total += round(held * (_HEAP_COPIES if held < _OWN_MAPPING_BYTES else 1.0))
+        total += held_bytes(cost.weight_bytes * piece / values)
     if layer.tailor_rank:
         total += round(_WIDENED_ALIVE * batch * 4 * layer.tailor_rank * (layer.inputs + layer.outputs))
     return total
+
+
+def held_bytes(stored_bytes: float) -> int:
+    """What one constant takes in memory."""
+    return round(stored_bytes * (_HEAP_COPIES if stored_bytes < _OWN_MAPPING_BYTES else 1.0))
 
 
 def _pieces(layer: Layer) -> Iterator[int]:

@@ -16,6 +16,7 @@ from kind_edge.cli import (
     generate,
     import_model,
     inspect,
+    pack,
     plan,
     profiles,
     report,
@@ -68,4 +69,5 @@ app.command("eval")(eval.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
+app.add_typer(pack.app, name="pack")
 app.add_typer(profiles.app, name="profiles")

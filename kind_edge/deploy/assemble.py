@@ -8,7 +8,7 @@ import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,12 +23,14 @@ from kind_edge.deploy.bundle import hash_files, write_manifest
 from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
 from kind_edge.deploy.runtime import LoadedBundle
-from kind_edge.deploy.sampler_table import SamplerTable
 from kind_edge.deploy.session import open_session
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.spec import ModelSpec
 from kind_edge.units import format_seconds
+
+if TYPE_CHECKING:
+    from kind_edge.deploy.sampler_table import SamplerTable
 
 LICENCE = "Apache-2.0"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
@@ -128,6 +130,8 @@ def predict_here_ms(
 
     One call of a denoiser is one evaluation, of a sampler or a decoder one image.
     """
+    # Here, because the rest of this file also serves bundles joined from packs, without SciPy and without PyTorch.
+
     left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
     request = Request(load_profile(HOST), plan.classes, sampling, decoder=decoder)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from kind_edge.budget.precision import decoder_path, decoder_precision
-from kind_edge.errors import InputError, nearest
+from kind_edge.errors import InputError, UsageError, nearest
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -134,6 +134,11 @@ class Manifest:
     def switches(self) -> bool:
         """Whether a class index picks the class."""
         return any("class_index" in model.input_names() for model in self.models.values())
+
+    def require_classes(self, where: str) -> None:
+        """`UsageError` for the core of class packs, which draws nothing by itself."""
+        if not self.classes:
+            raise UsageError(f"{where}: a core without classes; add some: kind-edge pack add {where} FILE...")
 
     @classmethod
     def from_dict(cls, values: Any, where: str = MANIFEST_NAME) -> Manifest:
@@ -281,7 +286,8 @@ def _sampler(section: _Section) -> Sampler:
 
 def _check(manifest: Manifest, where: str) -> None:
     """What no single key can say."""
-    if not manifest.classes or len(set(manifest.classes)) != len(manifest.classes):
+    # The core of class packs is a bundle without classes.
+    if (not manifest.classes and "packs" not in manifest.raw) or len(set(manifest.classes)) != len(manifest.classes):
         raise InputError(f"{where}: classes: got {list(manifest.classes)}, want at least one, each once")
     if manifest.default_model not in manifest.models:
         raise InputError(f"{where}: default_model {manifest.default_model!r} is not one of {sorted(manifest.models)}")

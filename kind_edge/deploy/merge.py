@@ -26,6 +26,7 @@ from kind_edge.errors import InputError, unknown
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.dit import DiT
+from kind_edge.model.one_thread import one_thread
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import ModelSpec, Ranks, branch_of
 from kind_edge.model.truncation import SortedFactors, fold_matrix
@@ -39,6 +40,7 @@ def class_indices(checkpoint: Checkpoint, classes: tuple[str, ...]) -> list[int]
     return [checkpoint.class_names.index(name) for name in classes]
 
 
+@one_thread()
 def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> Checkpoint:
     """The checkpoint with the plan's classes and ranks. `checkpoint` is not changed.
 
@@ -117,6 +119,7 @@ def _parts(factors: SortedFactors) -> dict[str, Tensor]:
     return {"U": factors.U, "s": factors.s, "V": factors.V}
 
 
+@one_thread()
 def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
     """The plain model of a truncated checkpoint, storage as planned; `timesteps` [S] are baked if the plan says so.
 

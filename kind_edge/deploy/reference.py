@@ -96,15 +96,20 @@ def make_reference(
 
 
 def make_images(
-    truncated: Checkpoint, plan: Plan, autoencoder: Autoencoder | None = None, seed: int = 0
+    truncated: Checkpoint,
+    plan: Plan,
+    autoencoder: Autoencoder | None = None,
+    seed: int = 0,
+    every_class: bool = False,
 ) -> dict[str, NDArray[Any]]:
-    """Images by the gated model through diffusers' scheduler: what a sampler must draw. Of ten classes at most.
+    """Images by the gated model through diffusers' scheduler: what a sampler must draw. Of ten classes or of all.
 
     Arrays: noise and image [n, ch, H, W], the image clipped to [0, 1]; image_class [n]. Without a switch there is one.
     With an autoencoder also latent [n, ch, h, w], and image [n, C, H, W] is what it makes of that, in the plan's tiles.
     """
     spec, kept = truncated.spec, len(truncated.class_names)
     most = IMAGE_CLASSES if autoencoder is None else DECODED_CLASSES
+    most = kept if every_class else most
     shown = np.unique(np.linspace(0, kept - 1, most).round().astype(np.int64)) if plan.form == "switch" else [0]
     shape = (len(shown), spec.channels, spec.image_size, spec.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

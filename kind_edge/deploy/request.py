@@ -31,6 +31,7 @@ from kind_edge.errors import UsageError, unknown
 from kind_edge.model.autoencoder import Autoencoder, open_autoencoder
 from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
+from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import find_model
 from kind_edge.model.spec import FORMS, SAMPLERS, Form, check_sampling, recommended
 from kind_edge.units import Kind, parse_quantity, parse_share
@@ -69,7 +70,10 @@ class OpenedModel:
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
-        return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
+        if self.stored_calibration is not None:
+            return self.stored_calibration
+        with one_thread():  # the factors follow from it
+            return calibrate_on_samples(self.checkpoint.model())
 
     @functools.cached_property
     def sensitivity(self) -> Sensitivity:

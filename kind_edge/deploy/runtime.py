@@ -5,8 +5,10 @@ Symbols: n images, ch x H x W the network's own input, K classes. One row of the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy.typing as npt
 from kind_edge.deploy.bundle import open_bundle, verified_manifest
 from kind_edge.deploy.manifest import Manifest, ModelEntry, read_manifest
 from kind_edge.deploy.noise import gaussian_noise
+from kind_edge.deploy.packs_join import core_of, join, read_packs
 from kind_edge.deploy.session import open_session
 from kind_edge.errors import InputError, UsageError, unknown
 
@@ -196,18 +199,22 @@ def load_bundle(
     threads: int | None = None,
     verify: bool = True,
     provider: str = "cpu",
+    packs: Sequence[Path | str] = (),
 ) -> LoadedBundle:
     """Open a bundle (folder or `.zip`) for generation.
 
     `model` is a precision ("fp32") or a file of the bundle; None takes the bundle's default, the plan's choice.
-    `threads` None leaves the number to ONNX Runtime. With `verify` every hash is checked first.
-    Raises `InputError` for a damaged bundle, `UsageError` for an unknown model or an unavailable provider.
+    `threads` None leaves the number to ONNX Runtime. With `verify` every hash is checked first. `packs` are files of
+    further classes, joined on the way: the bundle itself stays as it is.
+    Raises `InputError` for a damaged bundle or pack, `UsageError` for an unknown model or an unavailable provider.
     """
     with open_bundle(path) as folder:
         manifest = verified_manifest(folder, str(path)) if verify else read_manifest(folder)
         entry = choose_model(manifest, model)
-        _check_entry(entry, manifest, str(path))
-        session = open_session(folder / entry.path, threads, provider)
+        with _with_packs(folder, manifest, entry, packs, str(path)) as (place, manifest):
+            manifest.require_classes(str(path))
+            _check_entry(entry, manifest, str(path))
+            session = open_session(place / entry.path, threads, provider)
         beside = manifest.decoder_for(entry)
         decoder = open_session(folder / beside.path, threads, provider) if beside else None
     names = {tensor.name for tensor in session.get_inputs()}
@@ -216,6 +223,25 @@ def load_bundle(
             f"{path}: {entry.path}: its inputs are {sorted(names)}, the manifest says {sorted(entry.input_names())}"
         )
     return LoadedBundle(manifest, entry, session, decoder)
+
+
+@contextlib.contextmanager
+def _with_packs(
+    folder: Path, manifest: Manifest, entry: ModelEntry, packs: Sequence[Path | str], where: str
+) -> Iterator[tuple[Path, Manifest]]:
+    """A folder that holds the model with the packs' classes, and the manifest that goes with it."""
+    if not packs:
+        yield folder, manifest
+        return
+    core = core_of(folder, manifest, where)
+    if entry.path not in core.files:
+        raise UsageError(f"{where}: {entry.path} cannot take packs; those that can: {', '.join(core.files)}")
+    joined = join(folder, manifest, core, None, read_packs(packs, core, manifest.classes), only=[entry.path])
+    with tempfile.TemporaryDirectory(prefix="kind-edge-") as temporary:
+        place = Path(temporary, entry.path)
+        place.parent.mkdir(parents=True)
+        place.write_bytes(joined.models[entry.path])
+        yield Path(temporary), Manifest.from_dict({**joined.values, "files": manifest.raw["files"]}, where)
 
 
 def choose_model(manifest: Manifest, model: str | None = None) -> ModelEntry:

@@ -52,6 +52,7 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
 
     `InputError` if the reference lacks a class, the null class or a timestep: a gap must not pass for parity.
     """
+    manifest.require_classes("BUNDLE")
     sampler = manifest.sampler
     labels = 1
     if manifest.switches:

@@ -36,8 +36,9 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 DEVICE = "raspberry-pi-5"
 FP32, INT8 = "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"
 SAMPLER = "onnx/sampler.onnx"
+CORE = "packs/core.json"
 FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "report.html", "verify/full.png"}
-FILES |= {"verify/reference.npz", FP32, INT8, SAMPLER}
+FILES |= {"verify/reference.npz", FP32, INT8, SAMPLER, CORE}
 
 
 def export_both(tiny_folder: Path, output: Path) -> None:
@@ -279,8 +280,8 @@ def test_single_has_no_class_input_and_two_of_them_are_larger_than_a_switch(
 ) -> None:
     asked: dict[str, Any] = {"profile": DEVICE, "classes": ["bag"], "form": "single", "max_flops": "60%"}
     single = pipeline.export(tiny_folder, **asked, precision="fp32", output=tmp_path / "single")
-    assert files_of(single.path) == FILES - {INT8}
-    assert single.files == {name: (single.path / name).stat().st_size for name in FILES - {INT8}}
+    assert files_of(single.path) == FILES - {INT8, CORE}
+    assert single.files == {name: (single.path / name).stat().st_size for name in FILES - {INT8, CORE}}
     assert (single.plan.form, single.plan.guidance, single.plan.evaluations_per_step) == ("single", 1.0, 1)
     manifest = read_manifest(single.path)
     assert manifest.models[FP32].input_names() == ("sample", "step_index")
