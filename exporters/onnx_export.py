@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kind_edge.budget.precision import decoder_path, decoder_precision
 from kind_edge.deploy.ort import require_onnxruntime
 from kind_edge.deploy.session import open_session, runtime_errors
 from kind_edge.errors import InputError
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 class OnnxExporter:
     """Writes `onnx/denoiser.onnx`, from it `onnx/denoiser.int8.onnx`, and from the plan's own `onnx/sampler.onnx`.
 
-    A model of latents has no sampler: its images come from a decoder.
+    Of a model of latents also the decoders that go with these; where none was given there is no sampler either, as its
+    images come from a decoder.
     """
 
     name: str = "onnx"
@@ -33,6 +35,7 @@ class OnnxExporter:
         import onnx
 
         from kind_edge.deploy.sampler_table import sampler_table
+        from kind_edge.exporters.onnx_decoder import to_decoders
         from kind_edge.exporters.onnx_graph import inputs_and_outputs, to_onnx
         from kind_edge.exporters.onnx_int8 import quantize_int8
         from kind_edge.exporters.onnx_sampler import to_sampler
@@ -46,11 +49,12 @@ class OnnxExporter:
             entry = {"role": role, "precision": precision, **inputs_and_outputs(proto)}
             if wide and precision != "fp32":
                 entry["fp32_matrices"] = wide
-            if model.origin.plan.modulation == "baked-fp16" and precision != "fp16":
+            if model.origin.plan.modulation == "baked-fp16" and precision != "fp16" and role != "decoder":
                 entry["table_precision"] = "fp16"
             written.append(ExportedFile(path, precision, entry))
 
         graph, plan = to_onnx(model), model.origin.plan
+        decoders = to_decoders(model.origin, precisions)
         left = {shape.name for shape in model.spec.matrices()}
         for precision in precisions:
             stored = plan.matrix_precisions(precision)
@@ -58,10 +62,13 @@ class OnnxExporter:
             proto = graph if precision == "fp32" else quantize_int8(graph, wide)
             path = "onnx/denoiser.onnx" if precision == "fp32" else f"onnx/denoiser.{precision}.onnx"
             write(proto, path, "denoiser", precision, wide)
-            if precision == plan.precision and model.spec.pixels_per_latent == 1:
+            if precision == plan.precision and (model.spec.pixels_per_latent == 1 or decoders):
                 table = sampler_table(plan.sampler, model.spec.objective, plan.steps)
                 null_index = len(plan.classes) if plan.evaluations_per_step > 1 else None
-                write(to_sampler(proto, table, null_index), "onnx/sampler.onnx", "sampler", precision, wide)
+                sampler = to_sampler(proto, table, null_index, decoders.get(decoder_precision(precision)))
+                write(sampler, "onnx/sampler.onnx", "sampler", precision, wide)
+        for precision, decoder in decoders.items():
+            write(decoder, decoder_path(precision), "decoder", precision, [])
         return tuple(written)
 
     def open(self, path: Path) -> Interpreter:

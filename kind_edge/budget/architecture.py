@@ -23,7 +23,7 @@ from kind_edge.budget.cost import (
     model_cost,
     paper_table,
 )
-from kind_edge.budget.decoder import DecoderCost, decoder_cost
+from kind_edge.budget.decoder import NO_DECODER, DecoderCost, decoder_cost
 from kind_edge.budget.image_time import image_time
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.profile import DeviceProfile, Precision, Unit
@@ -155,7 +155,7 @@ def _paper_cost(
     return ArchitectureCost(
         arch, spec.num_classes, "paper", rank, profile.name, "gpu", "fp32", steps, per_step,
         row.params, row.flops, row.memory_bytes, row.memory_bytes, latency_s, latency_s,
-        image_time(steps, steps, per_step, row.latency_s / PAPER_EVALUATIONS, 0.0), DecoderCost(0, 0, 0), _names(spec),
+        image_time(steps, steps, per_step, row.latency_s / PAPER_EVALUATIONS, 0.0), NO_DECODER, _names(spec),
     )  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def _exact_cost(
                 + sum(matrix_latency_s(matrix, profile, unit, precision, lasting, per_step) for matrix in matrices)
             )
             / per_step,
-            decoder.flops / profile.throughput(unit, "fp32", lasting) if decoder.flops else 0.0,
+            decoder.latency_s(profile, unit, "fp32", lasting),
         )
         for lasting in (False, True)
     )

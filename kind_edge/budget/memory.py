@@ -63,8 +63,9 @@ def branch_memory_bytes(cost: FixedCost) -> int:
 def fixed_memory_bytes(cost: FixedCost, batch: int, decoder: DecoderCost) -> int:
     """The runtime, everything but the matrices, and the activations of `batch` rows; the decoder runs after the loop.
 
-    Modulation tables, biases and positions are kept as they are; the decoder's convolutions are packed, in one copy.
+    Modulation tables, biases and positions are kept as they are; the decoder's weights are kept as its file has them.
     """
-    weights = branch_memory_bytes(cost) + 4 * decoder.params
+    weights = branch_memory_bytes(cost) + decoder.weight_bytes(cost.precision)
+    weights += decoder.graph_operators(cost.precision) * OPERATOR_BYTES
     activations = max(batch * cost.activation_bytes_peak, decoder.activation_bytes_peak)
     return RUNTIME_BYTES + weights + round(ACTIVATION_COPIES * activations)

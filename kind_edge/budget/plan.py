@@ -66,6 +66,7 @@ class Plan:
     `guidance` is what the sampling loop does; a distilled model has its own, `inside_guidance`, in its prediction.
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
     teacher of a distilled model were cut like this; both are empty where nothing is known.
+    `decoder`: what turns latents into pixels, where it was given: its autoencoder, and what it adds to the figures.
     """
 
     model: str
@@ -104,6 +105,7 @@ class Plan:
     minimised: Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"] = "loss"
     latency_source: Literal["measured table", "roofline estimate"] = "roofline estimate"
     burst: bool = False
+    decoder: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
     def null_branch(self) -> bool:
@@ -165,7 +167,7 @@ class Plan:
 
 
 _LISTS = ("classes", "precisions", "binding")
-_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst")
+_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst", "decoder")
 """Fields that plans of kind-edge 0.1.0 do not have."""
 
 

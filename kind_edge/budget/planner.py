@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
 from kind_edge.budget.plan import MatrixPlan, Modulation, Plan
@@ -20,6 +21,7 @@ from kind_edge.budget.problem import (
     Request,
     Sampling,
     Source,
+    decoder_choices,
     limit_name,
 )
 from kind_edge.budget.profile import Precision
@@ -65,11 +67,11 @@ class Problems:
     """The problems of a source, built once for each way."""
 
     source: Source
-    _built: dict[tuple[Sampling, Candidate], Problem] = field(default_factory=dict)
+    _built: dict[tuple[Sampling, Candidate, DecoderCost | None], Problem] = field(default_factory=dict)
 
     def of(self, way: Way, more: Mapping[str, float]) -> Problem:
         """The problem of a way with limits that are `more` (cost -> factor) times as large."""
-        key = (way.request.sampling, way.candidate)
+        key = (way.request.sampling, way.candidate, way.request.decoder)
         if key not in self._built:
             self._built[key] = build_problem(self.source, way.request, way.candidate)
         return with_more(self._built[key], more)
@@ -116,13 +118,18 @@ def candidates(request: Request) -> Iterator[Candidate]:
 def ways(source: Source, request: Request) -> list[Way]:
     """Every way that a request allows, those at its own sampling first; `UsageError` where there is none.
 
-    A file whose matrices may all be int8 or fp32 is fp32 where all are, unless its other networks are int8.
+    A file whose matrices may all be int8 or fp32 is fp32 where all are, unless something else of it is int8.
     """
     samplings = [request.sampling] if request.minimise != LOSS else [request.sampling, *request.others]
     settled = [dataclasses.replace(request, sampling=sampling, others=()) for sampling in samplings]
-    each_way = [Way(each, candidate) for each in settled for candidate in candidates(each)]
+    each_way = [
+        Way(dataclasses.replace(each, decoder=decoder), candidate)
+        for each in settled
+        for candidate in candidates(each)
+        for decoder in decoder_choices(source, each, candidate)
+    ]
     found = [modulated for way in each_way for modulated in _modulated(source, way)]
-    if request.precision == "auto":
+    if request.precision == "auto" and not source.decoders:
         mixed = {_but_precision(way) for way in found if way.candidate.precision == "int8" and _all_baked(way)}
         found = [way for way in found if way.candidate.precision == "int8" or _but_precision(way) not in mixed]
     if not found:
@@ -237,10 +244,11 @@ def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], req
 
 
 def _is_another(source: Source, way: Way, solution: Solution) -> bool:
-    """Whether an int8 file turned out to have no int8 matrix; as its other networks were counted as int8, it is
-    not the fp32 file that it would be called."""
+    """Whether an int8 file turned out to have no int8 matrix; as other parts of it were counted as int8, it is not the
+    fp32 file that it would be called."""
     quantized = any(option.what == "int8" for option in solution.choice.values())
-    return way.candidate.precision == "int8" and not quantized and not _all_baked(way)
+    more = bool(source.decoders) or not _all_baked(way)
+    return way.candidate.precision == "int8" and not quantized and more
 
 
 def _by_hope(
@@ -320,6 +328,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     deployment, sampling = Deployment(spec, request, candidate), request.sampling
     totals = deployment.totals(matrices)
     increase = source.losses(candidate.form, request.classes).increase(matrices)
+    precision: Precision = "int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32"
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
     return Plan(
         model=source.name,
@@ -328,7 +337,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         unit=candidate.unit,
         form=candidate.form,
         classes=request.classes,
-        precision="int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32",
+        precision=precision,
         precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
         sampler=sampling.sampler,
         steps=sampling.steps,
@@ -358,6 +367,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         minimised=request.minimise,
         latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
         burst=request.burst,
+        decoder=deployment.decoder.to_dict(precision),
     )
 
 

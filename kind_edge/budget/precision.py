@@ -73,3 +73,17 @@ def precisions_of(unit: Unit) -> tuple[Precision, ...]:
 def denoiser_path(precision: str) -> str:
     """Where a denoiser lies in a bundle."""
     return "onnx/denoiser.onnx" if precision == "fp32" else f"onnx/denoiser.{precision}.onnx"
+
+
+def decoder_precision(precision: str) -> Precision:
+    """Of the decoder that is loaded beside a model of that precision.
+
+    Its convolutions keep their quality with weights of eight bits and activations in floating point, and are as fast.
+    With dynamic ranges they are several times slower in ONNX Runtime, and coarser.
+    """
+    return cast(Precision, precision) if precision in ("fp32", "fp16") else "int8-weights"
+
+
+def decoder_path(precision: str) -> str:
+    """Where a decoder lies in a bundle."""
+    return "onnx/decoder.onnx" if precision == "fp32" else f"onnx/decoder.{precision}.onnx"

@@ -8,7 +8,7 @@ and its tailors each have a rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -25,7 +25,7 @@ from kind_edge.budget.cost import (
     matrix_memory_bytes,
     model_cost,
 )
-from kind_edge.budget.decoder import decoder_cost
+from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
@@ -73,6 +73,7 @@ class Request:
     `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
     `max_loss`.
     `burst`: latency is limited as it is at first, not after minutes of load.
+    `decoder`: the one of a latent model, where it is known; else Stable Diffusion's is assumed.
     """
 
     profile: DeviceProfile
@@ -89,6 +90,7 @@ class Request:
     max_loss: float | None = None
     burst: bool = False
     modulation: Modulation | Literal["auto"] = "auto"
+    decoder: DecoderCost | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class Source:
     """What is planned for: the model, its identity, what cutting it costs, and whom it learned from.
 
     `losses` gives the predicted losses for a form and classes; `response` what they mean for pictures, where that has
-    been measured.
+    been measured. `decoders`: the given decoder of a latent model, whole and in ever more tiles; () if none was given.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Source:
     calibration: str
     teacher: Teacher | None = None
     response: Response | None = None
+    decoders: tuple[DecoderCost, ...] = ()
 
     def frechet(self, loss_increase: float, sampling: Sampling) -> float | None:
         """The predicted Fréchet distance; None where nothing was measured."""
@@ -154,6 +157,11 @@ class Deployment:
         """What the table of modulation or the label embedding is like."""
         half = self.candidate.modulation == "baked-fp16"
         return {"switches": self.candidate.form == "switch", "half_table": half}
+
+    @property
+    def decoder(self) -> DecoderCost:
+        """The one that was given, or is assumed; all zero for a pixel model."""
+        return self.request.decoder or decoder_cost(self.spec)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -214,8 +222,10 @@ class Deployment:
 
     def fixed_costs(self) -> dict[str, int]:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
-        fixed, decoder = self.fixed, decoder_cost(self.spec)
-        file_bytes = fixed.weight_bytes + fixed.operators * GRAPH_BYTES_PER_OPERATOR + 4 * decoder.params
+        fixed, decoder = self.fixed, self.decoder
+        precision = self.candidate.precision
+        file_bytes = fixed.weight_bytes + decoder.weight_bytes(precision)
+        file_bytes += (fixed.operators + decoder.graph_operators(precision)) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
@@ -226,9 +236,9 @@ class Deployment:
         }
 
     def decoder_latency_s(self, sustained: bool = True) -> float:
-        """Seconds of the fp32 decoder for one image; 0 for a pixel model. Convolutions are bound by arithmetic."""
-        flops = decoder_cost(self.spec).flops
-        return flops / self.request.profile.throughput(self.candidate.unit, "fp32", sustained) if flops else 0.0
+        """Seconds of the decoder for one image; 0 for a pixel model."""
+        candidate = self.candidate
+        return self.decoder.latency_s(self.request.profile, candidate.unit, candidate.precision, sustained)
 
     def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool, batch: int = 1) -> float:
         """Seconds of one call with these matrices and `batch` rows: one evaluation, or two of a guided step."""
@@ -278,14 +288,15 @@ class Deployment:
         sustained, batch = not self.request.burst, self.evaluations_per_step
         seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32", sustained, batch) for matrix in matrices)
         seconds += fixed_latency_s(fixed, profile, unit, sustained, batch)
-        decoder = decoder_cost(self.spec)
+        decoder = self.decoder.whole or self.decoder
+        decoder_s = decoder.latency_s(profile, unit, "fp32", sustained)
         memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
             "weight_bytes": 4 * (params + decoder.params),
             "peak_memory_bytes": memory_bytes + fixed_memory_bytes(fixed, batch, decoder),
-            "latency_ns": _ns(seconds * self.request.sampling.evaluations + self.decoder_latency_s(sustained)),
+            "latency_ns": _ns(seconds * self.request.sampling.evaluations + decoder_s),
         }
 
     def limits(self) -> dict[str, int]:
@@ -301,6 +312,17 @@ class Deployment:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
         limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
         return limits
+
+
+def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
+    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
+    if not source.decoders:
+        yield None
+    for decoder in source.decoders:
+        yield decoder
+        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
+        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
+            return
 
 
 def limit_name(cost: str) -> str:

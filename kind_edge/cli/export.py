@@ -47,6 +47,7 @@ def export(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
+    autoencoder: options.Autoencoder = None,
     max_latency: options.MaxLatency = None,
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
@@ -82,8 +83,7 @@ def export(
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
         "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
-        "modulation": modulation,
-        "burst": burst,
+        "modulation": modulation, "burst": burst, "autoencoder": autoencoder,
     }  # fmt: skip
     options.check_writable(output or Path("bundle"))
     with (
@@ -146,7 +146,8 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
 
     out, plan = terminal.out, bundle.plan
     print_plan(out, plan)
-    out.print(tables.heading("Model files", "the app loads the one marked *"))
+    marked = "those" if plan.decoder else "the one"
+    out.print(tables.heading("Model files", f"the app loads {marked} marked *"))
     headers = ("", "size", "parity", "gate", "", "p50", "p90", "p99", "predicted")
     out.print(tables.figures(headers, _model_rows(bundle)))
     out.print()
@@ -169,6 +170,8 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     from kind_edge.deploy.parity import gate_db
 
     manifest = read_manifest(bundle.path)
+    decoder = manifest.decoder_for(manifest.models[manifest.default_model])
+    loaded = {manifest.default_model, decoder.path if decoder else ""}
     for file, worst_db in bundle.parity.items():
         entry = manifest.models[file]
         wanted_db = gate_db(entry.role, entry.precision, entry.table_precision)
@@ -177,7 +180,7 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
         times_ms = (report.p50_ms, report.p90_ms, report.p99_ms, predicted_ms) if report else (None,) * 4
         size = sum(size for name, size in bundle.files.items() if name == file or name.startswith(f"{file}/"))
         yield (
-            f"{'*' if file == manifest.default_model else ' '} {file}",
+            f"{'*' if file in loaded else ' '} {file}",
             tables.size(size),
             f"{worst_db:.1f} dB" if worst_db is not None else "none",
             f"{wanted_db:.0f} dB",
@@ -192,6 +195,8 @@ def _conditions(bundle: Bundle) -> Iterator[tuple[str, Cell]]:
     yield "measured", conditions(next(iter(bundle.latency.values())))
     if any("sampler" in file for file in bundle.latency):
         yield "", "of the sampler one image: all steps, and its distance is PSNR"
+    if any("decoder" in file for file in bundle.latency):
+        yield "", "of a decoder one image, and its distance is PSNR"
     yield "image", f"{milliseconds(image.p50_ms)} here (p50 of {image.runs}), {milliseconds(image.p90_ms)} p90"
     if plan.profile != "host":
         first, lasting = format_seconds(plan.image_latency_s), format_seconds(plan.sustained_image_latency_s)

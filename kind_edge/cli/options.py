@@ -113,6 +113,15 @@ Guidance = Annotated[
     typer.Option("--guidance", metavar="W", help="Guidance weight; 1 is none.", rich_help_panel=CHOICES),
 ]
 Sampler = Annotated[SamplerChoice | None, typer.Option("--sampler", help="The sampler.", rich_help_panel=CHOICES)]
+Autoencoder = Annotated[
+    str | None,
+    typer.Option(
+        "--autoencoder",
+        metavar="DIR",
+        help="Of a latent model: the autoencoder (diffusers) whose decoder makes the pictures.",
+        rich_help_panel=CHOICES,
+    ),
+]
 MaxLatency = Annotated[
     str | None,
     typer.Option(

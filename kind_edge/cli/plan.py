@@ -45,6 +45,7 @@ def plan(
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
+    autoencoder: options.Autoencoder = None,
     max_latency: options.MaxLatency = None,
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
@@ -109,6 +110,7 @@ def plan(
         fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
         fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "burst": burst or None}
         chosen = {"form": form, "modulation": modulation}
+        fixed |= {"autoencoder": autoencoder}
         _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
@@ -122,6 +124,7 @@ def plan(
         "classes": options.split_names(classes), "form": form, "precision": precision, "unit": unit,
         "modulation": modulation, "steps": steps,
         "guidance": guidance, "sampler": sampler, **limits, "burst": burst,
+        "autoencoder": autoencoder,
     }  # fmt: skip
     if devices:
         plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices, output, as_json)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from kind_edge.budget.precision import decoder_path, decoder_precision
 from kind_edge.errors import InputError, UsageError, nearest
 
 SCHEMA_VERSION = 1
@@ -99,7 +100,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A validated manifest; `raw` is all of it as read (plan, verification, latency, tools, licence, source)."""
+    """A validated manifest; `raw` is all of it as read (plan, verification, latency, tools, licence, source).
+
+    `image` is what is drawn; `latent` what the loop works on, where a decoder stands between (None: the image itself).
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -109,6 +113,14 @@ class Manifest:
     sampler: Sampler
     files: Mapping[str, FileEntry]
     raw: Mapping[str, Any]
+    latent: ImageSize | None = None
+
+    def decoder_for(self, model: ModelEntry) -> ModelEntry | None:
+        """What ONNX Runtime turns the model's latents into pixels with; None where there is nothing to decode."""
+        if self.latent is None or model.role != "denoiser":
+            return None
+        wanted = decoder_path(decoder_precision(model.precision))
+        return self.models.get(wanted) or self.models.get(decoder_path("fp32"))
 
     @property
     def switches(self) -> bool:
@@ -141,6 +153,7 @@ class Manifest:
             sampler=_sampler(root.section("sampler")),
             files={path: _file(files.section(path)) for path in files.values},
             raw=root.values,
+            latent=_image(root.section("latent")) if "latent" in root.values else None,
         )
         _check(manifest, where)
         return manifest
@@ -276,6 +289,8 @@ def _check(manifest: Manifest, where: str) -> None:
         # A Core ML package is a folder: its files stand below the path.
         if path not in manifest.files and not any(name.startswith(f"{path}/") for name in manifest.files):
             raise InputError(f"{where}: models: {path!r} is not among the files")
+    if manifest.latent is not None and decoder_path("fp32") not in manifest.models:
+        raise InputError(f"{where}: latent: there is no {decoder_path('fp32')} among the models to decode it")
     null_index = manifest.sampler.null_index
     if null_index is not None and null_index != len(manifest.classes):
         raise InputError(

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.errors import GateError
 
-GATES_DB: Mapping[str, float] = {"fp32": 100.0, "fp16": 45.0, "int8": 25.0}
+GATES_DB: Mapping[str, float] = {name: traits.gate_db for name, traits in PRECISIONS.items()}
 """Of a denoiser's prediction, SQNR."""
-IMAGE_GATES_DB: Mapping[str, float] = {"fp32": 80.0, "fp16": 40.0, "int8": 25.0}
+IMAGE_GATES_DB: Mapping[str, float] = {name: traits.image_gate_db for name, traits in PRECISIONS.items()}
 """Of a sampler's image, PSNR: what every step adds has added up there. 80 dB are 1e-4 of an image's range."""
 MERGE_GATE_DB = 100.0
 EXACT_DB = 400.0
@@ -26,8 +27,8 @@ EXACT_DB = 400.0
 
 
 def gates_db(role: str) -> Mapping[str, float]:
-    """Gate by precision, of a denoiser or of a sampler."""
-    return IMAGE_GATES_DB if role == "sampler" else GATES_DB
+    """Gate by precision, of a denoiser, or of a sampler or decoder."""
+    return IMAGE_GATES_DB if role in ("sampler", "decoder") else GATES_DB
 
 
 def gate_db(role: str, precision: str, table_precision: str | None = None) -> float:
@@ -40,7 +41,7 @@ def gate_db(role: str, precision: str, table_precision: str | None = None) -> fl
 class FileParity:
     """One artefact: its gate, its worst figure and that of every point, in dB, and everything that is wrong.
 
-    Of a denoiser SQNR by class and timestep, of a sampler PSNR by image.
+    Of a denoiser SQNR by class and timestep, of a sampler or decoder PSNR by image.
     """
 
     file: str
@@ -70,7 +71,7 @@ class VerifyReport:
 
     @property
     def parity(self) -> dict[str, float | None]:
-        """Worst SQNR (of a sampler PSNR) in dB by file."""
+        """Worst SQNR (of a sampler or decoder PSNR) in dB by file."""
         return {parity.file: parity.worst_db for parity in self.files}
 
     @property

@@ -15,21 +15,23 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from kind_edge.budget.front import Curve, front
-from kind_edge.budget.plan import Plan, check_replayable
+from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.precision import PRECISIONS
+from kind_edge.budget.precision import decoder_path
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
+from kind_edge.deploy.decoder import decoder_facts, planned_decoder
 from kind_edge.deploy.merge import class_indices, fold, truncate
-from kind_edge.deploy.packs_bundle import write_core, write_packs
+from kind_edge.deploy.packs_bundle import check_packable, write_core, write_packs
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
+from kind_edge.deploy.replay import check_replay
 from kind_edge.deploy.request import (
     MINIMISED,
     Choices,
@@ -41,7 +43,7 @@ from kind_edge.deploy.request import (
 )
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import load_reference, verify_models
-from kind_edge.errors import GateError, InputError, UsageError
+from kind_edge.errors import GateError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint, save_checkpoint, stored_dtype
 from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import DEFAULT_MODEL
@@ -95,16 +97,18 @@ def plan(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
+    autoencoder: str | Path | None = None,
     on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
     `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     request = make_request(opened.checkpoint, device, **choices)
     return make_plan(make_source(opened), request)
 
@@ -113,6 +117,7 @@ def pareto(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
+    autoencoder: str | Path | None = None,
     on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> tuple[Curve, ...]:
@@ -121,7 +126,7 @@ def pareto(
 
     Raises `NoPlanError` when not one point fits.
     """
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
     request = make_request(opened.checkpoint, load_profile(profile), **choices)
     return front(make_source(opened), request, axis)
@@ -134,6 +139,7 @@ def export(
     plan: Plan | None = None,
     output: str | Path | None = None,
     formats: Sequence[str] = ("onnx",),
+    autoencoder: str | Path | None = None,
     heal: str | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
@@ -145,6 +151,7 @@ def export(
 
     `heal` is a time such as "5m": for so long the cut model learns from the full one, once it is known that it can be
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
+    `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
     ONNX is always among the formats: what an app loads, what is measured and what draws the preview.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
@@ -154,7 +161,7 @@ def export(
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     request = None
     for each in wanted.exporters:
         each.check(opened.checkpoint.spec)
@@ -172,14 +179,11 @@ def export(
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
-        _check_replay(plan, opened, device.name, choices)
+        check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
-    if wanted.packs and (plan.form != "switch" or PRECISIONS[plan.precision].static):  # type: ignore[index]
-        raise UsageError(
-            f"--formats packs: this plan is {plan.form} in {plan.precision}; only --form switch keeps classes apart, "
-            "and ranges that were calibrated (int8-qdq, a16w8) are not for others"
-        )
+    if wanted.packs:
+        check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
@@ -225,21 +229,6 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
-def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
-    """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
-    if asked := [name for name, value in choices.items() if value not in (None, "auto", False)]:
-        flags = ", ".join("--" + name.replace("_", "-") for name in asked)
-        raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
-    if profile != plan.profile:
-        raise UsageError(f"--profile {profile}: the plan was made for {plan.profile}; leave it out, or plan anew")
-    check_replayable(plan, model.checkpoint.spec)
-    if plan.checkpoint_sha256 != model.sha256:
-        raise InputError(
-            f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
-            f"this one is {model.sha256[:12]} ({model.name}); solve again"
-        )
-
-
 def heal_cut(
     model: OpenedModel,
     plan: Plan,
@@ -280,11 +269,11 @@ class _Formats:
 
 @dataclass(frozen=True)
 class _Made:
-    """The model files in the temporary folder, proven, before they are measured."""
+    """The model files in the temporary folder, proven, before they are measured. `values` are those of the manifest,
+    `model_bytes` what an app loads."""
 
     cut: Cut
-    entries: Mapping[str, Mapping[str, Any]]
-    default_model: str
+    values: Mapping[str, Any]
     model_bytes: int
     table: SamplerTable
     verification: VerifyReport
@@ -302,6 +291,7 @@ def _make(model: OpenedModel, plan: Plan, folder: Path, formats: _Formats, stage
         save_checkpoint(folder / HEALED, truncated, stored_dtype(model.checkpoint))
     own = model.heldout.of_classes(class_indices(model.checkpoint, plan.classes)) if model.heldout else None
     plain = fold(truncated, plan, timesteps)
+    plain.origin = dataclasses.replace(plain.origin, autoencoder=model.autoencoder)
     stage("exporting")
     entries = {
         file.path: file.entry
@@ -311,17 +301,17 @@ def _make(model: OpenedModel, plan: Plan, folder: Path, formats: _Formats, stage
     core = write_core(folder, entries, plan)
     stage("verifying")
     with one_thread() if formats.packs else contextlib.nullcontext():  # it goes into the packs
-        images = make_images(truncated, plan, every_class=formats.packs)
+        images = make_images(truncated, plan, model.autoencoder, every_class=formats.packs)
         reference = make_reference(truncated, plan.form, timesteps, own) | images
     assemble.save_reference(folder, reference)
     wanted = {"role": "denoiser", "precision": plan.precision}
     default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
-    manifest = assemble.manifest_of(
-        assemble.describe(plan, model.checkpoint.spec, entries, default_model, table), folder
-    )
-    verification = verify_models(folder, manifest, reference).require()
-    size = (folder / default_model).stat().st_size
-    return _Made(cut, entries, default_model, size, table, verification, core, formats.packs)
+    decoder = decoder_facts(model.autoencoder, plan, reference["latent"]) if model.autoencoder else None
+    values = assemble.describe(plan, model.checkpoint.spec, entries, default_model, table, decoder)
+    verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
+    loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
+    size = sum((folder / file).stat().st_size for file in loaded)
+    return _Made(cut, values, size, table, verification, core, formats.packs)
 
 
 def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -334,8 +324,7 @@ def _finish(
 ) -> Bundle:
     """Measure, draw the preview and write what the bundle says about itself."""
     spec = model.checkpoint.spec
-    values = assemble.describe(plan, spec, made.entries, made.default_model, made.table)
-    cut = made.cut
+    values, cut = dict(made.values), made.cut
     values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
     values["quality"] = {each.name: each.to_dict() for each in cut.quality}
     if made.core:
@@ -343,9 +332,10 @@ def _finish(
     if cut.healing:
         values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
     stage("measuring")
-    measured = _runnable(made.entries)
-    latency, image = assemble.measure(folder, values, list(measured), made.default_model)
-    predicted = assemble.predict_here_ms(plan, spec, measured, len(made.table.timestep))
+    measured = _runnable(values["models"])
+    latency, image = assemble.measure(folder, values, measured)
+    rows, decoder = len(made.table.timestep), planned_decoder(model.decoders, plan)
+    predicted = assemble.predict_here_ms(plan, spec, measured, rows, decoder)
     assemble.latency_gate(plan, device, image)
     values["latency"] = {
         "models": {name: report.to_dict() for name, report in latency.items()},
@@ -364,17 +354,23 @@ def _finish(
     return Bundle(destination, sizes, parity, latency, image, predicted, plan, *known)
 
 
-def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyReport:
+def verify(
+    bundle: str | Path, checkpoint: str | Path | None = None, autoencoder: str | Path | None = None
+) -> VerifyReport:
     """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
 
     The stored reference is used; with `checkpoint` it is computed anew from the gated model. Of a healed bundle that is
-    the healed checkpoint in it, and `checkpoint` must be the one that it was cut from.
+    the healed checkpoint in it, and `checkpoint` must be the one that it was cut from. Where there is a decoder, its
+    `autoencoder` must be given as well.
     """
     with open_bundle(bundle) as folder:
         manifest = verified_manifest(folder, str(bundle))
         reference, told = load_reference(folder), VerifyReport.reference
+        if autoencoder is not None and checkpoint is None:
+            raise UsageError("--autoencoder goes with --checkpoint: alone it has nothing to decode")
         if checkpoint is not None:
-            reference, told = _fresh_reference(manifest.raw, folder, checkpoint), f"the gated model of {checkpoint}"
+            reference = _fresh_reference(manifest.raw, folder, checkpoint, autoencoder)
+            told = f"the gated model of {checkpoint}"
             if _is_healed(manifest.raw):
                 told = f"the healed gated model in the bundle, cut from {checkpoint}"
         return dataclasses.replace(verify_models(folder, manifest, reference), reference=told).require()
@@ -384,10 +380,12 @@ def _is_healed(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("healing", {}).get("kept"))
 
 
-def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Path) -> Mapping[str, Any]:
+def _fresh_reference(
+    raw: Mapping[str, Any], folder: Path, checkpoint: str | Path, autoencoder: str | Path | None
+) -> Mapping[str, Any]:
     stored = Plan.from_dict(raw["plan"], "manifest.json: plan")
-    model = open_model(checkpoint)
-    _check_replay(stored, model, stored.profile, {})
+    model = open_model(checkpoint, autoencoder=autoencoder)
+    check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     if _is_healed(raw):
         if not (folder / HEALED).exists():
@@ -397,4 +395,4 @@ def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Pat
         truncated = truncate(model.checkpoint, stored, model.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
-    return points | make_images(truncated, stored, seed=1)
+    return points | make_images(truncated, stored, model.autoencoder, seed=1)

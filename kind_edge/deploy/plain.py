@@ -18,6 +18,7 @@ from kind_edge.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from kind_edge.budget.plan import Plan
+    from kind_edge.model.autoencoder import Autoencoder
     from kind_edge.model.checkpoint import Checkpoint
 
 
@@ -126,11 +127,15 @@ class ModulationNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Origin:
-    """What a plain model was folded from: for formats that need more than its graph. `timesteps` [S] are the plan's."""
+    """What a plain model was folded from: for formats that need more than its graph. `timesteps` [S] are the plan's.
+
+    `autoencoder`: what makes pictures of its latents, where one was given.
+    """
 
     truncated: Checkpoint
     plan: Plan
     timesteps: Tensor
+    autoencoder: Autoencoder | None = None
 
 
 class PlainDiT(nn.Module):

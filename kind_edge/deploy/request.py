@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, get_args
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.image_time import teacher_of
 from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.loss import LossModel
@@ -19,12 +20,14 @@ from kind_edge.budget.problem import LIMIT_NAMES, Candidate, Objective, Request,
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.solver import LOSS
+from kind_edge.deploy.decoder import decoder_costs, planned_decoder
 from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.probe import OnProgress, measure_sensitivity
 from kind_edge.deploy.reference import Heldout, load_heldout
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.sensitivity_file import find_sensitivity, keep_sensitivity
 from kind_edge.errors import UsageError, unknown
+from kind_edge.model.autoencoder import Autoencoder, open_autoencoder
 from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.one_thread import one_thread
@@ -47,7 +50,7 @@ _MOST_FEWER = 64
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A checkpoint with what lies beside it."""
+    """A checkpoint with what lies beside it, and the autoencoder of its latents where one was given."""
 
     name: str
     sha256: str
@@ -56,6 +59,12 @@ class OpenedModel:
     heldout: Heldout | None
     stored_sensitivity: Sensitivity | None = None
     on_measure: OnProgress | None = None
+    autoencoder: Autoencoder | None = None
+
+    @functools.cached_property
+    def decoders(self) -> tuple[DecoderCost, ...]:
+        """What the given autoencoder's decoder costs, whole and in tiles."""
+        return () if self.autoencoder is None else decoder_costs(self.autoencoder)
 
     @functools.cached_property
     def calibration(self) -> Calibration:
@@ -75,10 +84,12 @@ class OpenedModel:
         return measured
 
 
-def open_model(model: str | Path | OpenedModel, on_measure: OnProgress | None = None) -> OpenedModel:
+def open_model(
+    model: str | Path | OpenedModel, on_measure: OnProgress | None = None, autoencoder: str | Path | None = None
+) -> OpenedModel:
     """`on_measure` is told (done, total) where the model's sensitivity has to be measured first."""
     if isinstance(model, OpenedModel):
-        return model
+        return model if autoencoder is None else _with_autoencoder(model, Path(autoencoder))
     folder = find_model(model)
     checkpoint = load_checkpoint(folder)
     if not checkpoint.spec.factored:
@@ -87,7 +98,13 @@ def open_model(model: str | Path | OpenedModel, on_measure: OnProgress | None = 
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
     name, sha256 = folder.resolve().name, checkpoint_hash(folder)
     table = find_sensitivity(folder, sha256, checkpoint.spec)
-    return OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
+    opened = OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
+    return opened if autoencoder is None else _with_autoencoder(opened, Path(autoencoder))
+
+
+def _with_autoencoder(model: OpenedModel, folder: Path) -> OpenedModel:
+    checkpoint = model.checkpoint
+    return dataclasses.replace(model, autoencoder=open_autoencoder(folder, checkpoint.spec, checkpoint.provenance))
 
 
 class Choices(TypedDict, total=False):
@@ -216,6 +233,7 @@ def make_source(model: OpenedModel) -> Source:
     return Source(
         model.name, model.sha256, spec, lambda form, classes: losses(form, frozenset(classes)), "whitened",
         model.calibration.source, teacher, table.response,
+        model.decoders,
     )  # fmt: skip
 
 
@@ -228,7 +246,8 @@ def as_replayed(plan: Plan, source: Source, device: DeviceProfile) -> Plan:
     rows = len(sampler_table(plan.sampler, source.spec.objective, plan.steps).timestep)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows, plan.inside_guidance)
     written = "auto" if len(plan.precisions) > 1 else plan.precisions[0]
-    request = Request(device, plan.classes, sampling, plan.form, written, plan.unit)  # type: ignore[arg-type]
+    decoder = planned_decoder(source.decoders, plan)
+    request = Request(device, plan.classes, sampling, plan.form, written, plan.unit, decoder=decoder)  # type: ignore[arg-type]
     candidate = Candidate(plan.form, plan.precision, plan.unit, plan.modulation)  # type: ignore[arg-type]
     found = figures_of(source, Way(request, candidate), plan.matrices)
     same = all(getattr(found, name) == getattr(plan, name) for name in ("flops", "params", "evaluations_per_step"))

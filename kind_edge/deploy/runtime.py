@@ -45,6 +45,9 @@ _NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32,
 class LoadedBundle:
     """A bundle with one of its models opened: a denoiser (one evaluation per call) or a sampler (the whole loop).
 
+    Beside the denoiser of a latent model its `decoder` is open, which takes one image at a time: its activations are
+    large.
+
     The same seed gives the same images whatever `n` is and whichever other classes are asked for. With fp32 and fp16
     that holds up to the rounding of the matrix products, which may differ with the batch: a pixel may move by one of
     255 levels. int8 models quantize activations on the fly with one range for the whole batch, so images of a batch
@@ -55,6 +58,7 @@ class LoadedBundle:
     manifest: Manifest
     model: ModelEntry
     session: Any = dataclasses.field(repr=False)
+    decoder: Any = dataclasses.field(default=None, repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -68,8 +72,8 @@ class LoadedBundle:
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the loop works on."""
-        image = self.manifest.image
-        return image.channels, image.height, image.width
+        size = self.manifest.latent or self.manifest.image
+        return size.channels, size.height, size.width
 
     def generate(
         self,
@@ -94,7 +98,10 @@ class LoadedBundle:
         return to_pixels(images)
 
     def sample_float(self, noise: FloatArray, class_index: IndexArray, on_step: OnStep | None = None) -> FloatArray:
-        """The loop from noise [n, ch, H, W] and classes int64 [n] to images clipped to [-1, 1], [n, ch, H, W]."""
+        """The loop from noise [n, ch, H, W] and classes int64 [n] to images clipped to [-1, 1], [n, ch, H, W].
+
+        Latents are decoded: noise [n, ch, h, w] gives images [n, C, H, W].
+        """
         starts = range(0, len(noise), self.batch_images)
         rows = 1 if self.model.role == "sampler" else len(self.manifest.sampler.tables)
         done = 0
@@ -149,7 +156,12 @@ class LoadedBundle:
             direction = p * sample + q * self.guided_prediction(sample, row, class_index)
             sample, previous = a * sample + b * direction + c * previous, direction
             advance()
-        return sample
+        return self._decode(sample) if self.decoder is not None else sample
+
+    def _decode(self, latent: FloatArray) -> FloatArray:
+        """Latents [n, ch, h, w] to images in [-1, 1], [n, C, H, W]."""
+        parts = [self.decoder.run(["image"], {"latent": latent[at : at + 1]})[0] for at in range(len(latent))]
+        return np.concatenate(parts) * np.float32(2) - np.float32(1)  # the decoder's images are in [0, 1]
 
     def _run_sampler(self, noise: FloatArray, class_index: IndexArray, advance: Callable[[], None]) -> FloatArray:
         guidance = np.array(self.manifest.sampler.guidance)
@@ -203,12 +215,14 @@ def load_bundle(
             manifest.require_classes(str(path))
             _check_entry(entry, manifest, str(path))
             session = open_session(place / entry.path, threads, provider)
+        beside = manifest.decoder_for(entry)
+        decoder = open_session(folder / beside.path, threads, provider) if beside else None
     names = {tensor.name for tensor in session.get_inputs()}
     if names != set(entry.input_names()):
         raise InputError(
             f"{path}: {entry.path}: its inputs are {sorted(names)}, the manifest says {sorted(entry.input_names())}"
         )
-    return LoadedBundle(manifest, entry, session)
+    return LoadedBundle(manifest, entry, session, decoder)
 
 
 @contextlib.contextmanager
@@ -263,12 +277,13 @@ def _check_entry(entry: ModelEntry, manifest: Manifest, where: str) -> None:
                 f"{where}: {entry.path}: cannot feed input {tensor.name!r} of type {tensor.dtype}; "
                 f"a {entry.role} takes {', '.join(known)}"
             )
-    image = manifest.image
+    size = manifest.latent or manifest.image
     start = next((tensor for tensor in entry.inputs if tensor.name in ("sample", "noise")), None)
-    if not entry.outputs or start is None or start.shape[1:] != (image.channels, image.height, image.width):
+    if not entry.outputs or start is None or start.shape[1:] != (size.channels, size.height, size.width):
+        like = "latent" if manifest.latent else "image"
         raise InputError(
-            f"{where}: {entry.path}: want an output, and an input shaped like the image "
-            f"[batch, {image.channels}, {image.height}, {image.width}]; got {start.shape if start else 'none'}"
+            f"{where}: {entry.path}: want an output, and an input shaped like the {like} "
+            f"[batch, {size.channels}, {size.height}, {size.width}]; got {start.shape if start else 'none'}"
         )
     if entry.role == "denoiser" and manifest.sampler.guided and "class_index" not in entry.input_names():
         raise InputError(f"{where}: {entry.path}: guidance {manifest.sampler.guidance} needs an input class_index")

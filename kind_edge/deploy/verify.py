@@ -1,6 +1,6 @@
 """Does an artefact compute the same function? Layers: names, types, shapes, finiteness, then its distance in dB.
 
-Of a denoiser SQNR per class and timestep, of a sampler PSNR per image; the worst one counts.
+Of a denoiser SQNR per class and timestep, of a sampler or decoder PSNR per image; the worst one counts.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ TIMESTEPS = 5
 REFERENCE_ARRAYS = {"sample", "step_index", "timestep", "class_index", "prediction"}
 IMAGE_ARRAYS = {"noise", "image_class", "image"}
 """Whole images of the gated model; only what `kind-edge` 0.1.0 wrote is without."""
+LATENT_ARRAYS = IMAGE_ARRAYS | {"latent"}
+"""The same of a model of latents with its decoder: `image` is decoded from `latent`."""
+
+_OF_IMAGES = {"noise": "noise", "latent": "latent", "class_index": "image_class"}
+"""Inputs of samplers and decoders, and where the reference has them."""
 
 Reference = Mapping[str, NDArray[Any]]
 
@@ -34,8 +39,9 @@ def load_reference(folder: Path) -> Reference:
             reference = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot read the stored reference: {error}") from error
-    images = {name: reference[name] for name in IMAGE_ARRAYS & set(reference)}
-    for names, found in ((REFERENCE_ARRAYS, set(reference) - set(images)), (IMAGE_ARRAYS, set(images) or IMAGE_ARRAYS)):
+    images = {name: reference[name] for name in LATENT_ARRAYS & set(reference)}
+    whole = LATENT_ARRAYS if "latent" in images else IMAGE_ARRAYS
+    for names, found in ((REFERENCE_ARRAYS, set(reference) - set(images)), (whole, set(images) or whole)):
         if found != names or len({len(reference[name]) for name in found if name in reference}) > 1:
             raise InputError(f"{path}: want arrays of one length named {', '.join(sorted(names))}")
     return reference
@@ -57,8 +63,8 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
         raise InputError(f"{REFERENCE_FILE}: has {len(points)} points, want {labels} classes at {steps} timesteps each")
     return VerifyReport(
         tuple(
-            verify_sampler(folder, entry, reference, manifest)
-            if entry.role == "sampler"
+            verify_images(folder, entry, reference, manifest)
+            if entry.role in ("sampler", "decoder")
             else verify_model(folder, entry, reference, manifest.classes)
             for entry in manifest.models.values()
         )
@@ -85,15 +91,15 @@ def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes:
     return FileParity(entry.path, gate, worst, tuple(points), tuple(failures))
 
 
-def verify_sampler(folder: Path, entry: ModelEntry, reference: Reference, manifest: Manifest) -> FileParity:
-    """One sampler: its images, one call each, beside those that the gated model draws from the same noise."""
+def verify_images(folder: Path, entry: ModelEntry, reference: Reference, manifest: Manifest) -> FileParity:
+    """One sampler: its images, one call each, beside those that the gated model draws from the same noise; or one
+    decoder, from the same latents."""
     gate = _gate_db(entry)
-    failures = list(_sampler_failures(entry, reference))
+    failures = list(_image_failures(entry, reference))
     points: list[Mapping[str, Any]] = []
     if not failures:
         run = exporter(entry.path.split("/")[0]).open(folder / entry.path)
-        inputs = {"noise": reference["noise"], "class_index": reference["image_class"]}
-        inputs = {name: array for name, array in inputs.items() if name in entry.input_names()}
+        inputs = {name: reference[_OF_IMAGES[name]] for name in entry.input_names() if name in _OF_IMAGES}
         once = (
             {"guidance": np.array(manifest.sampler.guidance, np.float32)} if "guidance" in entry.input_names() else {}
         )
@@ -121,18 +127,18 @@ def _gate_db(entry: ModelEntry) -> float:
     return gate_db(entry.role, entry.precision, entry.table_precision)
 
 
-def _sampler_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
-    """Names, types and shapes of a sampler's inputs, as the bundle contract has them."""
-    if not set(reference) >= IMAGE_ARRAYS or not len(reference["image"]):
-        yield "the reference holds no images to compare a sampler's with; export again"
+def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
+    """Names, types and shapes of a sampler's or decoder's inputs, as the bundle contract has them."""
+    first = "latent" if entry.role == "decoder" else "noise"
+    if not set(reference) >= IMAGE_ARRAYS | {first} or not len(reference["image"]):
+        yield f"the reference holds no images to compare a {entry.role}'s with; export again"
         return
-    known: dict[str, tuple[str, list[int | str]]] = {
-        "noise": ("float32", ["batch", *reference["noise"].shape[1:]]),
-        "class_index": ("int64", ["batch"]),
-        "guidance": ("float32", []),
-    }
-    if entry.input_names()[:1] != ("noise",):
-        yield f"inputs are {list(entry.input_names())}, want noise, then class_index and guidance where it has them"
+    known: dict[str, tuple[str, list[int | str]]] = {first: ("float32", ["batch", *reference[first].shape[1:]])}
+    if entry.role == "sampler":
+        known |= {"class_index": ("int64", ["batch"]), "guidance": ("float32", [])}
+    if entry.input_names()[:1] != (first,):
+        rest = ", then class_index and guidance where it has them" if entry.role == "sampler" else " alone"
+        yield f"inputs are {list(entry.input_names())}, want {first}{rest}"
     for tensor in entry.inputs:
         if (tensor.dtype, list(tensor.shape)) != known.get(tensor.name):
             wanted = "{} {}".format(*known[tensor.name]) if tensor.name in known else "no such input"
