@@ -9,6 +9,10 @@ Symbols: B batch, ch x h x w latents, C x H x W pixels, n tiles along a side of 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +24,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kind_edge.budget.onnx_writer import OPSET
 from kind_edge.budget.precision import decoder_precision
-from kind_edge.exporters.onnx_torch import cleaned, quiet
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import Origin
@@ -46,7 +49,7 @@ def to_decoders(origin: Origin, precisions: Sequence[str]) -> dict[str, onnx.Mod
 def to_onnx_decoder(autoencoder: Autoencoder, size: int) -> onnx.ModelProto:
     """The decoder of size x size latents, dynamic batch: latent float32 [B, ch, s, s] -> image [B, C, s f, s f]."""
     latent = torch.zeros(2, int(autoencoder.config["latent_channels"]), size, size)
-    with quiet(), torch.no_grad():
+    with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             autoencoder.decoder,
             (latent,),
@@ -58,7 +61,37 @@ def to_onnx_decoder(autoencoder: Autoencoder, size: int) -> onnx.ModelProto:
             external_data=False,
             verbose=False,
         )
-    return _prefixed(cleaned(program.model_proto, "decoder"))
+    return _prefixed(_cleaned(program.model_proto))
+
+
+def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Without stack traces, paths and stale shapes, so that equal models give equal bytes; the batch is named."""
+    del proto.metadata_props[:], proto.functions[:]
+    proto.graph.name, proto.producer_name, proto.producer_version, proto.doc_string = "decoder", "kind-edge", "", ""
+    del proto.graph.metadata_props[:], proto.graph.value_info[:]
+    for node in proto.graph.node:
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for value in [*proto.graph.input, *proto.graph.output]:
+        del value.metadata_props[:]
+        value.type.tensor_type.shape.dim[0].dim_param = "batch"
+    for tensor in proto.graph.initializer:
+        del tensor.metadata_props[:]
+    return proto
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter talks on stdout and warns about its own internals; nobody here can act on that."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _prefixed(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -8,7 +8,7 @@ and its tailors each have a rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -90,8 +90,8 @@ class Request:
     minimise: Objective = LOSS
     max_loss: float | None = None
     burst: bool = False
-    decoder: DecoderCost | None = None
     modulation: Modulation | Literal["auto"] = "auto"
+    decoder: DecoderCost | None = None
 
 
 @dataclass(frozen=True)
@@ -318,6 +318,17 @@ class Deployment:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
         limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
         return limits
+
+
+def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
+    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
+    if not source.decoders:
+        yield None
+    for decoder in source.decoders:
+        yield decoder
+        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
+        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
+            return
 
 
 def limit_name(cost: str) -> str:

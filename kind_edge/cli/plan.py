@@ -111,6 +111,7 @@ def plan(
         fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "burst": burst or None}
         fixed |= {"autoencoder": autoencoder}
         chosen = {"form": form, "modulation": modulation}
+        fixed |= {"autoencoder": autoencoder}
         _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)

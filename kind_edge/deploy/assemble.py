@@ -16,7 +16,6 @@ from kind_edge._version import __version__
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.precision import PRECISIONS, decoder_path
-from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
@@ -131,6 +130,8 @@ def predict_here_ms(
     One call of a denoiser is one evaluation, of a sampler or a decoder one image.
     """
     # Here, because the rest of this file also serves bundles joined from packs, without SciPy and without PyTorch.
+
+    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling  # what packs do needs no SciPy
 
     left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.deploy.parity import psnr_db
-from kind_edge.errors import UsageError
 from kind_edge.model.autoencoder import Autoencoder, LatentDecoder
 
 if TYPE_CHECKING:
@@ -88,17 +87,6 @@ def _traced(decoder: LatentDecoder, channels: int, size: int) -> tuple[int, int,
 def planned_decoder(decoders: tuple[DecoderCost, ...], plan: Plan) -> DecoderCost | None:
     """The one in as many tiles as the plan says; None where it counts none that is known."""
     return next((each for each in decoders if each.tiles == plan.decoder.get("tiles")), None)
-
-
-def check_planned(plan: Plan, autoencoder: Autoencoder | None) -> None:
-    """`UsageError` unless the decoder that a stored plan counts is the one that is given."""
-    planned, given = plan.decoder.get("autoencoder_sha256"), autoencoder.sha256 if autoencoder else None
-    if planned == given:
-        return
-    if given is None:
-        raise UsageError("the plan counts the decoder of an autoencoder: give that too, with --autoencoder DIR")
-    what = "the decoder of another one" if planned else "no decoder that is known"
-    raise UsageError(f"--autoencoder: the plan counts {what}; make a plan with this --autoencoder")
 
 
 def tile_count(plan: Plan) -> int:

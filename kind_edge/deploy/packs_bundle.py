@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from kind_edge.budget.memory import held_bytes
 from kind_edge.budget.plan import Plan
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bundle import (
     hash_files,
@@ -216,6 +217,16 @@ class PacksPackager:
 PACKAGER = PacksPackager()
 
 
+def check_packable(plan: Plan) -> None:
+    """`UsageError` for a plan whose model files are not made of classes."""
+    traits = PRECISIONS.get(plan.precision)
+    if plan.form != "switch" or (traits and traits.static):
+        raise UsageError(
+            f"--formats packs: this plan is {plan.form} in {plan.precision}; only --form switch keeps classes apart, "
+            "and ranges that were calibrated (int8-qdq, a16w8) are not for others"
+        )
+
+
 def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
     """Write `packs/core.json` of the files that an app loads of a *switch* bundle, those of the plan's precision.
 
@@ -269,4 +280,4 @@ def _class_packs(folder: Path, manifest: Manifest, reference: Mapping[str, NDArr
 def _one_per_point(rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """One image per timestep: half the size, and every class and timestep is still there."""
     _, first = np.unique(rows["step_index"], return_index=True)
-    return {name: rows[name][first] for name in POINTS} | {name: rows[name] for name in IMAGES}
+    return {name: rows[name][first] for name in POINTS} | {name: rows[name] for name in IMAGES if name in rows}

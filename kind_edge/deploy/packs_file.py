@@ -30,7 +30,8 @@ PACK_SCHEMA = "1"
 DIGEST, DIGEST_BYTES = "sha256", 32
 REFERENCE = "verify/"
 POINTS = ("sample", "step_index", "timestep", "prediction")
-IMAGES = ("noise", "image")
+IMAGES = ("noise", "image", "latent")
+"""Of whole images; latents only where a decoder makes images of them."""
 _KEYS = ("kind_edge_pack", "core", "class", "checkpoint_sha256")
 _DTYPES = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64}
 """Of reference arrays; rows are bytes."""

@@ -153,5 +153,5 @@ def class_reference(stored: Mapping[str, NDArray[Any]], index: int) -> dict[str,
     """The reference rows of one class of a bundle."""
     rows = {name: stored[name][stored["class_index"] == index] for name in POINTS}
     if "image_class" in stored:
-        rows |= {name: stored[name][stored["image_class"] == index] for name in IMAGES}
+        rows |= {name: stored[name][stored["image_class"] == index] for name in IMAGES if name in stored}
     return rows

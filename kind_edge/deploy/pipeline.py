@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from kind_edge.budget.front import Curve, front
-from kind_edge.budget.plan import Plan, check_replayable
+from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.precision import PRECISIONS
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import load_profile, profile_names
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
-from kind_edge.deploy.decoder import check_planned
 from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
 from kind_edge.deploy.merge import class_indices, truncate
+from kind_edge.deploy.packs_bundle import check_packable
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.reference import make_images, make_reference
+from kind_edge.deploy.replay import check_replay
 from kind_edge.deploy.request import (
     MINIMISED,
     Choices,
@@ -37,7 +37,7 @@ from kind_edge.deploy.request import (
 )
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import load_reference, verify_models
-from kind_edge.errors import GateError, InputError, UsageError
+from kind_edge.errors import GateError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL
 from kind_edge.units import format_bytes, parse_duration
@@ -135,14 +135,11 @@ def export(
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
-        _check_replay(plan, opened, device.name, choices)
+        check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
-    if wanted.packs and (plan.form != "switch" or PRECISIONS[plan.precision].static):  # type: ignore[index]
-        raise UsageError(
-            f"--formats packs: this plan is {plan.form} in {plan.precision}; only --form switch keeps classes apart, "
-            "and ranges that were calibrated (int8-qdq, a16w8) are not for others"
-        )
+    if wanted.packs:
+        check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
@@ -182,22 +179,6 @@ def _fitted(
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
         plan = make_plan(source, request)
     return plan, made
-
-
-def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
-    """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
-    if asked := [name for name, value in choices.items() if value not in (None, "auto", False)]:
-        flags = ", ".join("--" + name.replace("_", "-") for name in asked)
-        raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
-    if profile != plan.profile:
-        raise UsageError(f"--profile {profile}: the plan was made for {plan.profile}; leave it out, or plan anew")
-    check_replayable(plan, model.checkpoint.spec)
-    if plan.checkpoint_sha256 != model.sha256:
-        raise InputError(
-            f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
-            f"this one is {model.sha256[:12]} ({model.name}); solve again"
-        )
-    check_planned(plan, model.autoencoder)
 
 
 def heal_cut(
@@ -255,7 +236,7 @@ def _fresh_reference(
 ) -> Mapping[str, Any]:
     stored = Plan.from_dict(raw["plan"], "manifest.json: plan")
     model = open_model(checkpoint, autoencoder=autoencoder)
-    _check_replay(stored, model, stored.profile, {})
+    check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     if _is_healed(raw):
         if not (folder / HEALED).exists():

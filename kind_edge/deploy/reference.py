@@ -108,8 +108,7 @@ def make_images(
     With an autoencoder also latent [n, ch, h, w], and image [n, C, H, W] is what it makes of that, in the plan's tiles.
     """
     spec, kept = truncated.spec, len(truncated.class_names)
-    most = IMAGE_CLASSES if autoencoder is None else DECODED_CLASSES
-    most = kept if every_class else most
+    most = kept if every_class else IMAGE_CLASSES if autoencoder is None else DECODED_CLASSES
     shown = np.unique(np.linspace(0, kept - 1, most).round().astype(np.int64)) if plan.form == "switch" else [0]
     shape = (len(shown), spec.channels, spec.image_size, spec.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -15,12 +15,13 @@ from kind_edge.budget.image_time import teacher_of
 from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import Modulation, Plan
-from kind_edge.budget.planner import Way, figures_of
+from kind_edge.budget.planner import figures_of
 from kind_edge.budget.precision import PRECISIONS, check_unit
 from kind_edge.budget.problem import LIMIT_NAMES, Candidate, Objective, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.solver import LOSS
+from kind_edge.budget.ways import Way
 from kind_edge.deploy.decoder import decoder_costs, planned_decoder
 from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.probe import OnProgress, measure_sensitivity

@@ -19,9 +19,10 @@ from kind_edge.budget.decoder import decoder_cost
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
-from kind_edge.deploy.decoder import check_planned, decoder_costs, decoder_facts, planned_decoder
+from kind_edge.deploy.decoder import decoder_costs, decoder_facts, planned_decoder
 from kind_edge.deploy.manifest import read_manifest
 from kind_edge.deploy.reference import make_images
+from kind_edge.deploy.replay import check_planned
 from kind_edge.deploy.request import as_replayed, make_request, make_source, open_model
 from kind_edge.deploy.runtime import load_bundle
 from kind_edge.deploy.verify import load_reference, verify_models
