@@ -106,9 +106,9 @@ def measure(
 ) -> tuple[dict[str, LatencyReport], LatencyReport]:
     """One call of every model file, and one whole image of the default model, on this machine."""
     write_manifest(folder, {**values, "files": _files(folder)})  # the measuring process opens the bundle by itself
-    slow = {"decoder", "sampler"} if "decoder" in values else set()  # seconds each
+    slow = ("decoder", "sampler") if "decoder" in values else ()  # seconds a call
     reports = {
-        path: bench_model(folder / path, **({"warmups": 1, "runs": 5} if entry["role"] in slow else {}))
+        path: bench_model(folder / path, warmups=1, runs=5) if entry["role"] in slow else bench_model(folder / path)
         for path, entry in entries.items()
     }
     return reports, bench_image(folder, values["default_model"])
