@@ -10,6 +10,7 @@ r rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from kind_edge.budget.onnx_writer import FLOAT, INT32, INT64, Floats, Graph, Val
 
 TAILORS = "tailors"
 """Names of the tables of tailors start like this."""
+
+_GATHERED_FLOATS = 2**18
+"""Of an image's tailors at once: what is gathered stays in the caches next to a core, and takes little memory."""
 
 
 class Affine(NamedTuple):
@@ -101,7 +105,7 @@ def write(model: Denoiser, fused_attention: bool = True) -> Any:
 
 @dataclass
 class Tailors:
-    """The tailors that the class index picks, of all layers: a table for each width and side, gathered once."""
+    """The tailors that the class index picks, of as many small layers at once as fit: a table per width and side."""
 
     graph: Graph
     linears: Mapping[str, Linear]
@@ -109,19 +113,28 @@ class Tailors:
     is_open: Value | None
     _factors: dict[str, Value] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        for name, parts in self.tables().items():
-            self._gather(name, parts)
-
     def tables(self) -> dict[str, dict[str, Floats]]:
         """What is gathered at once: name of a table -> factors by name, K x r x width."""
         tables: dict[str, dict[str, Floats]] = {}
+        group = floats = 0
         for name, layer in self.linears.items():
-            for side, rows in (("v", layer.tailor_v), ("u", layer.tailor_u)):
-                if rows is not None:
-                    what = f"{TAILORS}.{side}.{rows.shape[2]}" + (".int8" if layer.precision == "int8" else "")
-                    tables.setdefault(what, {})[f"{name}.{TAILORS}.{side}"] = rows
+            sides = {side: rows for side, rows in (("v", layer.tailor_v), ("u", layer.tailor_u)) if rows is not None}
+            own = sum(rows[0].size for rows in sides.values())
+            group, floats = (group + 1, own) if floats and floats + own > _GATHERED_FLOATS else (group, floats + own)
+            for side, rows in sides.items():
+                what = f"{TAILORS}.{group}.{side}.{rows.shape[2]}" + (".int8" if layer.precision == "int8" else "")
+                tables.setdefault(what, {})[f"{name}.{TAILORS}.{side}"] = rows
         return tables
+
+    def _factor(self, name: str) -> Value:
+        """A factor of what is gathered when its first is wanted."""
+        if name not in self._factors:
+            self._gather(*next((table, parts) for table, parts in self._tables.items() if name in parts))
+        return self._factors[name]
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, dict[str, Floats]]:
+        return self.tables()
 
     def _gather(self, name: str, parts: Mapping[str, Floats]) -> None:
         graph, table = self.graph, np.concatenate(list(parts.values()), 1)
@@ -133,7 +146,7 @@ class Tailors:
             picked = graph.node("Mul", [wide, scale])
         else:
             picked = graph.node("Gather", [graph.constant(table, name), self.index], axis=0)
-        if self.is_open is not None and f"{TAILORS}.v." in name:
+        if self.is_open is not None and ".v." in name:
             picked = graph.node("Mul", [picked, self.is_open])
         ranks = [rows.shape[1] for rows in parts.values()]
         names = graph.nodes("Split", [picked, graph.integers(*ranks)], list(parts), axis=1)
@@ -143,7 +156,7 @@ class Tailors:
         """y + (x V) U of a layer's tailor; y, where it has none."""
         if self.linears[name].tailor_v is None:
             return y
-        v, u = (self._factors[f"{name}.{TAILORS}.{side}"] for side in "vu")
+        v, u = (self._factor(f"{name}.{TAILORS}.{side}") for side in "vu")
         thin = self.graph.node("MatMul", [x, self.graph.node("Transpose", [v], perm=[0, 2, 1])])
         tailored = self.graph.node("MatMul", [thin, u])
         return tailored if y is None else self.graph.node("Add", [y, tailored])

@@ -211,8 +211,8 @@ def test_int8_leaves_no_large_matrix_in_floating_point(exported: Path) -> None:
     tables = {name: value for name, value in values.items() if name.startswith("tailors.") and value.ndim > 1}
     kinds = {name: str(value.dtype) for name, value in tables.items()}
     # A table for each side and width, of four matrices with tailors of rank 2 + 1 + 2 + 2; the last has 128 inputs.
-    assert kinds == {f"tailors.{table}.int8": "int8" for table in ("v.32", "v.128", "u.32")} | {
-        f"tailors.{table}.int8.scale": "float32" for table in ("v.32", "v.128", "u.32")
+    assert kinds == {f"tailors.0.{table}.int8": "int8" for table in ("v.32", "v.128", "u.32")} | {
+        f"tailors.0.{table}.int8.scale": "float32" for table in ("v.32", "v.128", "u.32")
     }
     shapes = {name: value.shape for name, value in tables.items() if name.endswith(".int8")}
     assert sorted(shapes.values()) == [(2, 2, 128), (2, 5, 32), (2, 7, 32)]
