@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.errors import GateError
 
-GATES_DB: Mapping[str, float] = {"fp32": 100.0, "fp16": 45.0, "int8": 25.0}
+GATES_DB: Mapping[str, float] = {name: traits.gate_db for name, traits in PRECISIONS.items()}
 """Of a denoiser's prediction, SQNR."""
-IMAGE_GATES_DB: Mapping[str, float] = {"fp32": 80.0, "fp16": 40.0, "int8": 25.0}
+IMAGE_GATES_DB: Mapping[str, float] = {name: traits.image_gate_db for name, traits in PRECISIONS.items()}
 """Of a sampler's image, PSNR: what every step adds has added up there. 80 dB are 1e-4 of an image's range."""
 MERGE_GATE_DB = 100.0
 EXACT_DB = 400.0
