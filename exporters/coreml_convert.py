@@ -93,13 +93,16 @@ def convert(module: Denoiser | Sampler, target: Target, sizes: tuple[int, ...] |
 
 
 def example_inputs(module: Denoiser | Sampler, batch: int) -> dict[str, torch.Tensor]:
-    """Zeros by input name, in the order of `module.forward`."""
+    """Zeros by input name, in the order of `module.forward`; each its own: one tensor given twice would become one
+    input used twice."""
     denoiser = module.denoiser if isinstance(module, Sampler) else module
     spec = denoiser.spec
-    image = torch.zeros(batch, spec.channels, spec.image_size, spec.image_size)
-    floats = {"timestep": torch.zeros(batch)}
-    integers = torch.zeros(batch, dtype=torch.int32)
-    return {name: image if at == 0 else floats.get(name, integers) for at, name in enumerate(module.input_names)}
+    image = (batch, spec.channels, spec.image_size, spec.image_size)
+    floats = {"sample": image, "noise": image, "timestep": (batch,)}
+    return {
+        name: torch.zeros(floats[name]) if name in floats else torch.zeros(batch, dtype=torch.int32)
+        for name in module.input_names
+    }
 
 
 def output_name(module: Denoiser | Sampler) -> str:

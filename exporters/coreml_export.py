@@ -94,6 +94,7 @@ class CoreMLExporter:
             layout = "channels" if plan.unit == "npu" else "tokens"
         if self.functions and not model.switches:
             raise UsageError("--coreml-function: this plan has its classes folded in; take --form switch")
+        sets = class_sets(self.functions, plan.classes, plan.null_branch)
         weights = weights_for(plan.precision, self.target) if self.weights == "auto" else self.weights
         denoiser = Denoiser(model, layout, mapped=bool(self.functions))
         guided = plan.evaluations_per_step == 2
@@ -106,7 +107,7 @@ class CoreMLExporter:
                 sizes = batches(self.target, self.batch, 1)
                 packages.append(("Sampler", sampler, convert(sampler, self.target, sizes)))
             return tuple(
-                self._write(model, folder, name, module, program, chosen, weights, layout)
+                self._write(model, folder, name, module, program, chosen, weights, layout, sets)
                 for name, module, program in packages
             )
         finally:
@@ -129,10 +130,9 @@ class CoreMLExporter:
         chosen: Weights | Mapping[str, int],
         weights: Weights,
         layout: Layout,
+        sets: Mapping[str, tuple[int, ...]],
     ) -> ExportedFile:
         """Compress, describe and save one package."""
-        plan = model.origin.plan
-        sets = class_sets(self.functions, plan.classes, plan.null_branch)
         compressed = compress(program, chosen, self.target, self.on_progress)
         described = _description(name, model, {**dict(self.functions)})
         path = f"{FOLDER}/{name}.mlpackage"

@@ -76,9 +76,8 @@ def add_functions(package: Path, sets: Mapping[str, Sequence[int]], folder: Path
 
 def _renumber(spec: Any, numbers: np.ndarray[Any, Any]) -> None:
     """Put these numbers into the constant `class_map`, in the type that it has."""
-    from coremltools.converters.mil.backend.mil.helper import create_immediate_value
-    from coremltools.converters.mil.mil.types import builtin_to_string, numpy_type_to_builtin_type
-    from coremltools.proto import MIL_pb2
+    from coremltools.converters.mil.backend.mil.helper import create_tensor_value, types_to_proto_primitive
+    from coremltools.converters.mil.mil.types import numpy_type_to_builtin_type
 
     program = spec.mlProgram.functions[MAIN]
     found = [
@@ -89,10 +88,8 @@ def _renumber(spec: Any, numbers: np.ndarray[Any, Any]) -> None:
     if len(found) != 1:
         raise KindEdgeError(f"the package has {len(found)} constants called class_map, want one")
     (constant,) = found
-    kinds = {
-        getattr(MIL_pb2, builtin_to_string(numpy_type_to_builtin_type(kind)).upper()): kind
-        for kind in (np.int32, np.int16, np.uint16, np.int8, np.uint8)
-    }
+    integers = (np.int32, np.int16, np.uint16, np.int8, np.uint8)
+    kinds = {types_to_proto_primitive(numpy_type_to_builtin_type(kind)): kind for kind in integers}
     values = numbers.astype(kinds[constant.outputs[0].type.tensorType.dataType])
-    constant.attributes["val"].CopyFrom(create_immediate_value(values))
+    constant.attributes["val"].CopyFrom(create_tensor_value(values))
     constant.outputs[0].type.tensorType.dimensions[0].constant.size = len(values)
