@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "onnx": "kind_edge.exporters.onnx_export",
     "diffusers": "kind_edge.exporters.diffusers_export",
+    "coreml": "kind_edge.exporters.coreml_export",
 }
 
 FORMATS = tuple(_MODULES)
@@ -55,8 +57,12 @@ class Exporter(Protocol):
         """The format's reference interpreter on a written file."""
 
 
-def exporter(name: str) -> Exporter:
-    """The exporter of that format; an unknown name is a `UsageError` with the nearest known ones."""
+def exporter(name: str, choices: Mapping[str, Any] | None = None) -> Exporter:
+    """The exporter of that format; an unknown name is a `UsageError` with the nearest known ones.
+
+    `choices` are fields of its own ("target" of coreml) that are not to have their defaults.
+    """
     if name not in _MODULES:
         raise unknown("format", name, FORMATS)
-    return cast(Exporter, importlib.import_module(_MODULES[name]).EXPORTER)
+    found = importlib.import_module(_MODULES[name]).EXPORTER
+    return cast(Exporter, dataclasses.replace(found, **choices) if choices else found)

@@ -19,6 +19,7 @@ from typing import Any
 
 from kind_edge.budget import runner
 from kind_edge.budget.operator_table import OperatorTable
+from kind_edge.budget.precision import ARITHMETICS
 from kind_edge.budget.probes import (
     Probe,
     activation_bytes_per_s,
@@ -28,7 +29,7 @@ from kind_edge.budget.probes import (
     operator_us,
     throughput_flops_per_s,
 )
-from kind_edge.budget.profile import PRECISIONS, ComputeUnit, DeviceProfile, Figure
+from kind_edge.budget.profile import ComputeUnit, DeviceProfile, Figure
 from kind_edge.errors import GateError, InputError, UsageError
 
 RUNNER_TIMEOUT_S = 1800.0
@@ -104,8 +105,8 @@ def measured_profile(name: str, measured: Measured, with_table: bool = True) -> 
     table = OperatorTable(**vars(operator_table(latency_us)) | {"source": source}) if with_table else None
     cpu = ComputeUnit(
         name="cpu",
-        peak_flops_per_s={p: Figure(rates[p], "M", source) for p in PRECISIONS},
-        efficiency=dict.fromkeys(PRECISIONS, whole),
+        peak_flops_per_s={p: Figure(rates[p], "M", source) for p in ARITHMETICS},
+        efficiency=dict.fromkeys(ARITHMETICS, whole),
         sustained_share=Figure(_DEVICE_SHARE, "E", "derived: usual for passively cooled devices"),
         overhead_us=Figure(operator_us(latency_us), "M", source),
         table=table,

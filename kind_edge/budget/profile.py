@@ -14,21 +14,16 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from kind_edge.budget.operator_table import OperatorTable
+from kind_edge.budget.precision import PRECISIONS, Arithmetic, Precision, Unit
 from kind_edge.errors import InputError, UsageError, unknown
 
 Mark = Literal["P", "3P", "M", "E", "G"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
-Unit = Literal["cpu", "gpu", "npu"]
 UNITS: tuple[Unit, ...] = get_args(Unit)
-Precision = Literal["fp32", "fp16", "int8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-Artefact = Literal["onnx", "onnx-qdq", "coreml"]
+Artefact = Literal["onnx", "coreml"]
 ARTEFACT_UNITS: Mapping[tuple[Artefact, Precision], tuple[Unit, ...]] = {
-    ("onnx", "fp32"): ("cpu", "gpu"),
-    ("onnx", "fp16"): ("cpu", "gpu"),
-    ("onnx", "int8"): ("cpu",),  # dynamic quantization: activation scales are found at run time, CPU kernels only
-    ("onnx-qdq", "int8"): ("npu", "cpu"),
+    **{("onnx", name): tuple(traits.units) for name, traits in PRECISIONS.items()},
     ("coreml", "fp32"): ("gpu", "cpu"),
     ("coreml", "fp16"): ("npu", "gpu", "cpu"),
     ("coreml", "int8"): ("npu", "gpu", "cpu"),  # int8 weights, widened to fp16 where activations are not quantized
@@ -53,30 +48,36 @@ class Figure:
 
 @dataclass(frozen=True)
 class ComputeUnit:
-    """CPU, GPU or NPU of a device: peak FLOP/s (or integer OP/s) and the share of it that a DiT reaches, by precision.
+    """CPU, GPU or NPU of a device: peak FLOP/s (or integer OP/s) and the share of it that a DiT reaches, by arithmetic.
 
     `sustained_share`: speed after minutes of load over speed at first; `overhead_us`: what starting one operator costs.
     `table`: what the operators of our models really take, where that was measured.
     """
 
     name: Unit
-    peak_flops_per_s: Mapping[Precision, Figure]
-    efficiency: Mapping[Precision, Figure]
+    peak_flops_per_s: Mapping[Arithmetic, Figure]
+    efficiency: Mapping[Arithmetic, Figure]
     sustained_share: Figure
     overhead_us: Figure
     table: OperatorTable | None = None
 
+    def has(self, precision: Precision) -> bool:
+        """Whether there is a figure for a precision."""
+        return PRECISIONS[precision].arithmetic(self.name) in self.peak_flops_per_s
+
     def peak(self, precision: Precision) -> Figure:
         """Nominal peak in FLOP/s; `UsageError` where the profile neither holds nor derives one."""
-        if precision not in self.peak_flops_per_s:
+        arithmetic = PRECISIONS[precision].arithmetic(self.name)
+        if arithmetic not in self.peak_flops_per_s:
             known = ", ".join(self.peak_flops_per_s)
-            raise UsageError(f"--unit {self.name}: the profile has no {precision} figure for it; it has: {known}")
-        return self.peak_flops_per_s[precision]
+            raise UsageError(f"--unit {self.name}: the profile has no {arithmetic} figure for it; it has: {known}")
+        return self.peak_flops_per_s[arithmetic]
 
     def throughput(self, precision: Precision, sustained: bool) -> float:
         """FLOP/s that a DiT gets: peak x efficiency (x sustained share)."""
         share = self.sustained_share.value if sustained else 1.0
-        return self.peak(precision).value * self.efficiency[precision].value * share
+        peak, efficiency = self.peak(precision), self.efficiency[PRECISIONS[precision].arithmetic(self.name)]
+        return peak.value * efficiency.value * share
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class DeviceProfile:
         able = ARTEFACT_UNITS[artefact, precision]
         reached = any(provider.startswith(NPU_PROVIDERS) for provider in self.execution_providers)
         usable = [self.units[name] for name in able if name in self.units and (name != "npu" or reached)]
-        found = tuple(unit.name for unit in usable if precision in unit.peak_flops_per_s)
+        found = tuple(unit.name for unit in usable if unit.has(precision))
         if not found:
             raise UsageError(
                 f"--precision {precision}: {artefact} runs it on {' or '.join(able)}, "

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kind_edge.budget.operator_table import KINDS, Key, OperatorTable
-from kind_edge.budget.profile import MARKS, PRECISIONS, UNITS, ComputeUnit, DeviceProfile, Figure, Precision, Unit
+from kind_edge.budget.precision import ARITHMETICS, Arithmetic, Unit
+from kind_edge.budget.profile import MARKS, UNITS, ComputeUnit, DeviceProfile, Figure
 from kind_edge.errors import InputError, nearest
 
 T = TypeVar("T")
@@ -101,8 +102,8 @@ def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> Co
     peaks_table = _optional_table(table, "peak_gflops", where)
     efficiency_table = _optional_table(table, "efficiency", where)
     for inner, key in ((peaks_table, "peak_gflops"), (efficiency_table, "efficiency")):
-        _check_keys(inner, PRECISIONS, f"{where}.{key}")
-    given = {p: _figure(peaks_table, p, f"{where}.peak_gflops", 1e9) for p in PRECISIONS}
+        _check_keys(inner, ARITHMETICS, f"{where}.{key}")
+    given = {p: _figure(peaks_table, p, f"{where}.peak_gflops", 1e9) for p in ARITHMETICS}
     peaks = _derive_peaks(name, {p: figure for p, figure in given.items() if figure}, _clusters(table, where), where)
     value, source = _EFFICIENCY[name]
     default = Figure(value, "E", source)
@@ -134,20 +135,20 @@ def _times(rows: object, kind: str, where: str) -> dict[Key, float]:
         sound = isinstance(row, list) and len(row) == names + sizes + 1
         if not sound or not all(type(size) is int and size > 0 for size in row[names:-1]):
             raise InputError(f"{where}[{index}]: got {row!r:.60}, want {sizes} sizes of at least 1, then microseconds")
-        if names and row[0] not in PRECISIONS:
-            raise InputError(f"{where}[{index}]: got {row[0]!r:.20}, want one of {', '.join(PRECISIONS)}")
+        if names and row[0] not in ARITHMETICS:
+            raise InputError(f"{where}[{index}]: got {row[0]!r:.20}, want one of {', '.join(ARITHMETICS)}")
         times[tuple(row[:-1])] = _positive({"us": row[-1]}, "us", f"{where}[{index}]")
     return times
 
 
 def _derive_peaks(
-    name: Unit, given: Mapping[Precision, Figure], clusters: Sequence[Cluster], where: str
-) -> dict[Precision, Figure]:
-    """What the file says, completed by the usual ratios between precisions; in the order of PRECISIONS."""
+    name: Unit, given: Mapping[Arithmetic, Figure], clusters: Sequence[Cluster], where: str
+) -> dict[Arithmetic, Figure]:
+    """What the file says, completed by the usual ratios between precisions; in the order of ARITHMETICS."""
     peaks = dict(given)
     if name == "cpu" and "fp32" not in peaks and clusters:
         peaks["fp32"] = _cores_peak(clusters)
-    rules: tuple[tuple[Unit, Precision, Precision, float, str], ...] = (
+    rules: tuple[tuple[Unit, Arithmetic, Arithmetic, float, str], ...] = (
         ("cpu", "fp16", "fp32", 2.0, "twice fp32: vectors hold twice as many"),
         ("cpu", "int8", "fp32", 4.0, "four times fp32: dot-product instructions"),
         ("gpu", "fp16", "fp32", 2.0, "twice fp32: packed half precision"),
@@ -158,7 +159,7 @@ def _derive_peaks(
             peaks[target] = Figure(peaks[base].value * factor, "E", f"derived: {why}")
     if not peaks:
         raise InputError(f"{where}: no peak_gflops; leave the table out where no figure is known")
-    return {precision: peaks[precision] for precision in PRECISIONS if precision in peaks}
+    return {precision: peaks[precision] for precision in ARITHMETICS if precision in peaks}
 
 
 def _cores_peak(clusters: Sequence[Cluster]) -> Figure:

@@ -14,19 +14,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.errors import GateError
 
-GATES_DB: Mapping[str, float] = {"fp32": 100.0, "fp16": 45.0, "int8": 25.0}
+GATES_DB: Mapping[str, float] = {name: traits.gate_db for name, traits in PRECISIONS.items()}
 """Of a denoiser's prediction, SQNR."""
-IMAGE_GATES_DB: Mapping[str, float] = {"fp32": 80.0, "fp16": 40.0, "int8": 25.0}
+IMAGE_GATES_DB: Mapping[str, float] = {name: traits.image_gate_db for name, traits in PRECISIONS.items()}
 """Of a sampler's image, PSNR: what every step adds has added up there. 80 dB are 1e-4 of an image's range."""
+COREML_GATES_DB: Mapping[str, float] = {
+    "fp16": 40.0, "int8": 25.0, "palette8": 25.0, "mixed": 25.0, "palette6": 20.0, "int4": 12.0, "palette4": 10.0,
+}  # fmt: skip
+"""By the weights of a Core ML package, whose arithmetic is fp16 always: SQNR of predictions, PSNR of images."""
 MERGE_GATE_DB = 100.0
 EXACT_DB = 400.0
 """What is reported for outputs that do not differ at all: more than float64 can tell apart, and still a JSON number."""
 
 
-def gates_db(role: str) -> Mapping[str, float]:
-    """Gate by precision, of a denoiser or of a sampler."""
+def gates_db(role: str, path: str = "") -> Mapping[str, float]:
+    """Gate by precision, of a denoiser or of a sampler; `path` tells its format."""
+    if path.startswith("coreml/"):
+        return COREML_GATES_DB
     return IMAGE_GATES_DB if role == "sampler" else GATES_DB
 
 

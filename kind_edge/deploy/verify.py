@@ -113,10 +113,15 @@ def verify_sampler(folder: Path, entry: ModelEntry, reference: Reference, manife
 
 
 def _gate_db(entry: ModelEntry) -> float:
-    gates = gates_db(entry.role)
+    gates = gates_db(entry.role, entry.path)
     if entry.precision not in gates:
         raise InputError(f"{entry.path}: precision {entry.precision!r}, want one of {', '.join(gates)}")
     return gates[entry.precision]
+
+
+def _class_index_type(entry: ModelEntry) -> str:
+    """Core ML has no 64-bit integers."""
+    return "int32" if entry.path.startswith("coreml/") else "int64"
 
 
 def _sampler_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
@@ -126,7 +131,7 @@ def _sampler_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
         return
     known: dict[str, tuple[str, list[int | str]]] = {
         "noise": ("float32", ["batch", *reference["noise"].shape[1:]]),
-        "class_index": ("int64", ["batch"]),
+        "class_index": (_class_index_type(entry), ["batch"]),
         "guidance": ("float32", []),
     }
     if entry.input_names()[:1] != ("noise",):
@@ -141,7 +146,7 @@ def _sampler_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
 
 def _interface_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
     """Names, types and shapes of the inputs, as the bundle contract has them."""
-    known = {"sample": "float32", "step_index": "int32", "timestep": "float32", "class_index": "int64"}
+    known = {"sample": "float32", "step_index": "int32", "timestep": "float32", "class_index": _class_index_type(entry)}
     names = entry.input_names()
     if names[:1] != ("sample",) or len({"step_index", "timestep"} & set(names)) != 1:
         yield f"inputs are {list(names)}, want sample, then step_index or timestep, then class_index if it switches"
@@ -171,7 +176,7 @@ def _evaluate(run: Interpreter, entry: ModelEntry, reference: Reference) -> NDAr
     """All points; int8 one by one, because dynamic quantization has one range for a whole batch."""
     inputs = {name: reference[name] for name in entry.input_names()}
     count = len(reference["sample"])
-    size = 1 if entry.precision == "int8" else count
+    size = 1 if entry.precision == "int8" and entry.path.startswith("onnx/") else count
     parts = [run({name: array[at : at + size] for name, array in inputs.items()}) for at in range(0, count, size)]
     return np.concatenate(parts)
 

@@ -28,7 +28,8 @@ from kind_edge.budget.cost import (
     operator_latency_s,
     tailor_macs,
 )
-from kind_edge.budget.profile import PRECISIONS, Precision, load_profile
+from kind_edge.budget.precision import ARITHMETICS, Precision
+from kind_edge.budget.profile import load_profile
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate
 from kind_edge.model.spec import BRANCHES, MatrixShape, ModelSpec, Ranks, named_spec
@@ -171,7 +172,7 @@ specs = st.sampled_from([
 SUMS = ("params", "flops", "weight_bytes")
 
 
-@given(specs, st.sampled_from(PRECISIONS), st.integers(1, 20), st.integers(1, 10), st.data())
+@given(specs, st.sampled_from(ARITHMETICS), st.integers(1, 20), st.integers(1, 10), st.data())
 def test_dropped_branches_take_their_cost_with_them(
     spec: ModelSpec, precision: Precision, evaluations: int, kept: int, data: st.DataObject
 ) -> None:
@@ -234,7 +235,7 @@ def test_bytes_of_a_matrix_by_hand() -> None:
     assert matrix_cost(SMALL, matrix, "dropped", 0, 0, 0, "fp32").operators == 0
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", ARITHMETICS)
 def test_costs_grow_with_rank_and_tailors(precision: Precision) -> None:
     for matrix in SMALL.matrices():
         costs = [

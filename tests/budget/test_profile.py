@@ -54,11 +54,11 @@ def test_gpu_peaks_of_the_authors() -> None:
 def test_units_by_format() -> None:
     phone = load_profile("snapdragon8g3")
     assert phone.units_for("fp32") == phone.units_for("fp16") == ("cpu", "gpu")
-    assert phone.units_for("int8", "onnx-qdq") == ("npu", "cpu")
-    assert load_profile("dimensity-9300").units_for("int8", "onnx-qdq") == ("cpu",)  # no provider reaches its NPU
+    assert phone.units_for("int8-qdq") == ("npu", "cpu")
+    assert load_profile("dimensity-9300").units_for("int8-qdq") == ("cpu",)  # no provider reaches its NPU
     assert load_profile("raspberry-pi-5").units_for("fp32") == ("cpu",)
-    with pytest.raises(UsageError, match="not a precision of onnx-qdq"):
-        phone.units_for("fp32", "onnx-qdq")
+    with pytest.raises(UsageError, match="not a precision of coreml"):
+        phone.units_for("int8-qdq", "coreml")
 
 
 def test_a_missing_unit_is_refused() -> None:

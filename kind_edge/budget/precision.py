@@ -1,0 +1,75 @@
+"""The precisions in which a model can be written: where each runs, how close it must stay, what its weights take.
+
+fp32, fp16      floating point throughout; fp16 with float32 inputs and outputs
+int8            dynamic: weights per channel, activations with the range of each call
+int8-qdq        static: quantize and dequantize nodes with calibrated ranges; shapes are fixed
+a16w8           the same with 16-bit activations
+int8-weights    weights alone, in blocks with a scale each; activations stay in floating point
+int4            the same with 4 bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, cast, get_args
+
+Precision = Literal["fp32", "fp16", "int8", "int8-qdq", "a16w8", "int8-weights", "int4"]
+Arithmetic = Literal["fp32", "fp16", "int8"]
+"""What a compute unit multiplies in: profiles hold figures for these."""
+ARITHMETICS: tuple[Arithmetic, ...] = get_args(Arithmetic)
+Unit = Literal["cpu", "gpu", "npu"]
+
+
+@dataclass(frozen=True)
+class PrecisionTraits:
+    """One precision.
+
+    `units`: those that run its ONNX files, fastest kind first, with what each multiplies in.
+    `gate_db`: the least SQNR of a prediction, worst over classes and timesteps; `image_gate_db`: the least PSNR of a
+    whole image from the same noise.
+    `weight_bits` are those of a quantized weight, `block` the weights that share a scale (0: a whole output channel).
+    `static`: the file has one fixed batch, and class indices of 32 bits, as NPUs want them.
+    """
+
+    name: Precision
+    units: Mapping[Unit, Arithmetic]
+    gate_db: float
+    image_gate_db: float
+    weight_bits: int
+    block: int = 0
+    static: bool = False
+
+    def arithmetic(self, unit: Unit) -> Arithmetic:
+        """What a unit multiplies it in. A unit that is not among `units` runs it in another format (Core ML), as it is
+        called."""
+        return self.units.get(unit, cast(Arithmetic, self.name))
+
+
+BLOCK = 32
+
+PRECISIONS: Mapping[Precision, PrecisionTraits] = MappingProxyType({
+    traits.name: traits
+    for traits in (
+        PrecisionTraits("fp32", {"cpu": "fp32", "gpu": "fp32"}, 100.0, 80.0, 32),
+        PrecisionTraits("fp16", {"cpu": "fp16", "gpu": "fp16"}, 45.0, 40.0, 16),
+        # Activation ranges are found at run time: CPU kernels only.
+        PrecisionTraits("int8", {"cpu": "int8"}, 25.0, 25.0, 8),
+        PrecisionTraits("int8-qdq", {"npu": "int8", "cpu": "int8"}, 22.0, 20.0, 8, static=True),
+        # NPUs multiply 16 by 8 bits at about half the rate of 8 by 8, as fp16; CPU kernels do it in fp32.
+        PrecisionTraits("a16w8", {"npu": "fp16", "cpu": "fp32"}, 35.0, 30.0, 8, static=True),
+        PrecisionTraits("int8-weights", {"cpu": "fp32"}, 35.0, 30.0, 8, BLOCK),
+        PrecisionTraits("int4", {"cpu": "fp32"}, 12.0, 12.0, 4, BLOCK),
+    )
+})  # fmt: skip
+
+
+def precisions_of(unit: Unit) -> tuple[Precision, ...]:
+    """Those whose ONNX files a unit runs."""
+    return tuple(name for name, traits in PRECISIONS.items() if unit in traits.units)
+
+
+def denoiser_path(precision: str) -> str:
+    """Where a denoiser lies in a bundle."""
+    return "onnx/denoiser.onnx" if precision == "fp32" else f"onnx/denoiser.{precision}.onnx"
