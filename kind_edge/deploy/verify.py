@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,34 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
             verify_sampler(folder, entry, reference, manifest)
             if entry.role == "sampler"
             else verify_model(folder, entry, reference, manifest.classes)
-            for entry in manifest.models.values()
+            for manifest, entry, reference in with_functions(manifest, reference)
         )
     )
+
+
+def with_functions(manifest: Manifest, reference: Reference) -> Iterator[tuple[Manifest, ModelEntry, Reference]]:
+    """Every model file with what to compare it with; every further function of one as a file of its own, with its own
+    classes ("coreml/Denoiser.mlpackage#shoes")."""
+    for entry in manifest.models.values():
+        yield manifest, entry, reference
+        for name, classes in entry.functions.items():
+            own = _of_classes(reference, [manifest.classes.index(known) for known in classes], len(manifest.classes))
+            if entry.role == "denoiser" or len(own.get("image", ())):  # whole images are stored of some classes only
+                yield replace(manifest, classes=classes), replace(entry, path=f"{entry.path}#{name}"), own
+
+
+def _of_classes(reference: Reference, classes: list[int], null: int) -> Reference:
+    """The points and images of these classes, numbered anew by their order, and of the null class, which comes last."""
+    order = [*classes, null]
+    chosen = dict(reference)
+    for index in ("class_index", "image_class"):
+        if index in reference:
+            kept = np.isin(reference[index], order)
+            together = IMAGE_ARRAYS if index == "image_class" else REFERENCE_ARRAYS
+            chosen |= {name: reference[name][kept] for name in together & set(reference)}
+            numbers = [order.index(number) for number in chosen[index].tolist()]
+            chosen[index] = np.array(numbers, reference[index].dtype)
+    return chosen
 
 
 def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes: tuple[str, ...]) -> FileParity:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -336,10 +337,11 @@ def cases_of(o: Operands, ios: int) -> dict[str, Case]:
     return {name: case for name, case in cases.items() if FIRST_TARGET.get(name.split()[0], 16) <= ios}
 
 
-@given(sizes=SIZES, half=st.booleans(), ios=st.sampled_from(sorted(GROUPS)), seed=st.integers(0, 99))
-@settings(max_examples=4, phases=[Phase.generate])  # one program takes a second
+@pytest.mark.parametrize(("half", "ios"), [(False, 16), (True, 17), (True, 18)])
+@given(sizes=SIZES, seed=st.integers(0, 99))
+@settings(max_examples=1, phases=[Phase.generate])  # one program of all operators takes a second to write
 def test_operators_compute_what_pytorch_does(
-    save_program: Callable[..., Path], sizes: Sizes, half: bool, ios: int, seed: int
+    save_program: Callable[..., Path], half: bool, ios: int, sizes: Sizes, seed: int
 ) -> None:
     """In fp32 up to rounding; in fp16 to the last bit but one, and as numbers that fp16 has."""
     o = Operands(sizes, half, seed)
