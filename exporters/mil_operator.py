@@ -2,7 +2,7 @@
 
 Values travel in *carriers*: fp16 and fp32 as float32 (an fp16 value is one that fp16 has), integers of 16 bits and more
 as int64, smaller ones as stored, bool as bool. An operator computes in its carriers, so products of fp16 values are
-accumulated in fp32, as the hardware does; its result is then rounded once to the type that the program declares.
+accumulated in fp32, as matrix units do; its result is then rounded once to the type that the program declares.
 """
 
 from __future__ import annotations
