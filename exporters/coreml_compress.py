@@ -140,7 +140,7 @@ def palette_group(shape: tuple[int, ...], bits: int, target: Target) -> int:
 
     Before iOS18 all of them.
     """
-    rows, each = shape[0], math.prod(shape[1:])
+    rows, each = int(shape[0]), math.prod(shape[1:])
     fits = (
         group
         for group in range(1, rows)

@@ -17,18 +17,17 @@ from kind_edge.exporters.coreml_compress import (
     Weights,
     check_weights,
     compress,
-    compressible,
     forget_clusters,
     weights_for,
 )
 from kind_edge.exporters.coreml_convert import (
     TARGETS,
     Batch,
+    Interface,
     Target,
     batches,
     convert,
-    example_inputs,
-    output_name,
+    interface_of,
     require_coremltools,
 )
 from kind_edge.exporters.coreml_functions import Functions, add_functions, check_functions, class_sets
@@ -37,12 +36,15 @@ from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import PlainDiT
-    from kind_edge.exporters.coreml_graph import Denoiser, Layout, Sampler
+    from kind_edge.exporters.coreml_graph import Denoiser, Sampler
     from kind_edge.model.spec import ModelSpec
 
 FOLDER = "coreml"
 MOST_UNROLLED = 8
 """A model that takes more steps has no `Sampler`: every one of them is written out in it."""
+
+DECODER_FP32 = ("reduce_mean", "reduce_sum", "square", "sub", "rsqrt", "real_div", "instance_norm", "softmax")
+"""Group normalisation, which adds up the squares of large groups: fp16 would overflow there."""
 
 _FEATURES = {
     "sample": "Noisy images, [batch, channels, height, width]",
@@ -51,14 +53,31 @@ _FEATURES = {
     "class_index": "Class of every image, by the order of the classes",
     "prediction": "What the sampler's row makes the next sample from",
     "noise": "Gaussian noise, [batch, channels, height, width]",
+    "latent": "Latents in the network's scale, [batch, channels, height, width]",
     "image": "Images with values from 0 to 1, [batch, channels, height, width]",
 }
 
 
+_WHAT = {
+    "Denoiser": "one evaluation of the diffusion transformer",
+    "Sampler": "draws an image in one call",
+    "Decoder": "makes a picture of latents",
+}
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A converted program: `name` of the package, the `MLModel` in fp16."""
+
+    name: str
+    program: Any
+    interface: Interface
+
+
 @dataclass(frozen=True)
 class CoreMLExporter:
-    """Writes `coreml/Denoiser.mlpackage`, and `coreml/Sampler.mlpackage` where a model of pixels is done in few steps
-    without a guidance branch.
+    """Writes `coreml/Denoiser.mlpackage`, `coreml/Sampler.mlpackage` where a model of pixels is done in few steps
+    without a guidance branch, and `coreml/Decoder.mlpackage` of a model of latents whose autoencoder was given.
 
     `target`: the oldest system that runs them. `layout`: "auto" is *channels* for plans of the Neural Engine, else
     *tokens*. `weights`: "auto" is what the plan's precision is in Core ML. `functions`: class packs.
@@ -97,21 +116,34 @@ class CoreMLExporter:
         sets = class_sets(self.functions, plan.classes, plan.null_branch)
         weights = weights_for(plan.precision, self.target) if self.weights == "auto" else self.weights
         denoiser = Denoiser(model, layout, mapped=bool(self.functions))
-        guided = plan.evaluations_per_step == 2
-        sizes = batches(self.target, self.batch, 2 if guided else 1)
         try:
-            converted = convert(denoiser, self.target, sizes)
-            chosen = self._bits(denoiser, converted, model, weights)
-            packages = [("Denoiser", denoiser, converted)]
+            sizes = batches(self.target, self.batch, plan.evaluations_per_step)
+            interface = interface_of(denoiser)
+            program = convert(denoiser, interface, self.target, sizes)
+            chosen = self._bits(denoiser, program, model, weights)
+            made = [_Made("Denoiser", program, interface)]
             if (sampler := _sampler(model, denoiser)) is not None:
+                interface = interface_of(sampler)
                 sizes = batches(self.target, self.batch, 1)
-                packages.append(("Sampler", sampler, convert(sampler, self.target, sizes)))
-            return tuple(
-                self._write(model, folder, name, module, program, chosen, weights, layout, sets)
-                for name, module, program in packages
-            )
+                made.append(_Made("Sampler", convert(sampler, interface, self.target, sizes), interface))
+            facts = {"target": self.target, "layout": layout}
+            written = [self._write(model, folder, each, chosen, weights, facts, sets) for each in made]
+            if (decoder := self._decoder(model)) is not None:
+                kept = weights if weights == "fp16" else "int8"  # a picture shows what a prediction forgives
+                written.append(self._write(model, folder, decoder, kept, kept, {"target": self.target}, {}))
+            return tuple(written)
         finally:
             forget_clusters()
+
+    def _decoder(self, model: PlainDiT) -> _Made | None:
+        """What makes pictures of latents, where an autoencoder was given. It takes one image at a time."""
+        autoencoder = _autoencoder(model)
+        if autoencoder is None:
+            return None
+        spec, side = model.spec, model.spec.image_size * model.spec.pixels_per_latent
+        latent = (spec.channels, spec.image_size, spec.image_size)
+        interface = Interface({"latent": ("float32", latent)}, "image", (autoencoder.image_channels, side, side))
+        return _Made("Decoder", convert(autoencoder.decoder, interface, self.target, (1,), DECODER_FP32), interface)
 
     def _bits(self, denoiser: Denoiser, converted: Any, model: PlainDiT, weights: Weights) -> Weights | dict[str, int]:
         if weights != "mixed":
@@ -124,18 +156,16 @@ class CoreMLExporter:
         self,
         model: PlainDiT,
         folder: Path,
-        name: str,
-        module: Denoiser | Sampler,
-        program: Any,
+        made: _Made,
         chosen: Weights | Mapping[str, int],
         weights: Weights,
-        layout: Layout,
+        facts: Mapping[str, str],
         sets: Mapping[str, tuple[int, ...]],
     ) -> ExportedFile:
         """Compress, describe and save one package."""
-        compressed = compress(program, chosen, self.target, self.on_progress)
-        described = _description(name, model, {**dict(self.functions)})
-        path = f"{FOLDER}/{name}.mlpackage"
+        compressed = compress(made.program, chosen, self.target, self.on_progress)
+        described = _description(made.name, model, dict(self.functions) if sets else {})
+        path = f"{FOLDER}/{made.name}.mlpackage"
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         if sets:
             with tempfile.TemporaryDirectory(prefix="kind-edge-") as temporary:
@@ -144,19 +174,11 @@ class CoreMLExporter:
                 save_package(add_functions(single, sets, Path(temporary)), folder / path, described)
         else:
             save_package(compressed, folder / path, described)
-        entry: dict[str, Any] = {
-            "role": name.lower(),
-            "precision": weights,
-            **_interface(module),
-            "target": self.target,
-            "layout": layout,
-            "package_bytes": package_bytes(folder / path),
-            "weight_bytes": weight_bytes(folder / path),
-            "compressed": len(compressible(program)) if weights != "fp16" else 0,
-        }
+        entry: dict[str, Any] = {"role": made.name.lower(), "precision": weights, **made.interface.to_dict(), **facts}
+        entry |= {"package_bytes": package_bytes(folder / path), "weight_bytes": weight_bytes(folder / path)}
         if isinstance(chosen, Mapping):
             entry["bits"] = dict(chosen)
-        if self.functions:
+        if sets:
             entry["functions"] = {name: list(classes) for name, classes in self.functions}
         return ExportedFile(path, weights, entry)
 
@@ -179,6 +201,11 @@ class CoreMLExporter:
         return with_32_bits
 
 
+def _autoencoder(model: PlainDiT) -> Any:
+    """What makes pictures of the model's latents, if it was given."""
+    return getattr(model.origin, "autoencoder", None)
+
+
 def _sampler(model: PlainDiT, denoiser: Denoiser) -> Sampler | None:
     """All steps in one call, where that is possible."""
     from kind_edge.deploy.sampler_table import sampler_table
@@ -190,20 +217,6 @@ def _sampler(model: PlainDiT, denoiser: Denoiser) -> Sampler | None:
     return Sampler(denoiser, table) if few and model.spec.pixels_per_latent == 1 else None
 
 
-def _interface(module: Denoiser | Sampler) -> dict[str, Any]:
-    """Inputs and outputs as the manifest has them."""
-    given = example_inputs(module, 1)
-    inputs = [
-        {"name": name, "dtype": "float32" if x.is_floating_point() else "int32", "shape": ["batch", *x.shape[1:]]}
-        for name, x in given.items()
-    ]
-    shape = list(inputs[0]["shape"])
-    output = output_name(module)
-    if output == "prediction":
-        shape[1] = module.spec.output_channels
-    return {"inputs": inputs, "outputs": [{"name": output, "dtype": "float32", "shape": shape}]}
-
-
 def _description(name: str, model: PlainDiT, functions: Mapping[str, tuple[str, ...]]) -> Description:
     """What Xcode shows, and in `facts` what an app needs to know."""
     from kind_edge.deploy.assemble import LICENCE
@@ -213,7 +226,7 @@ def _description(name: str, model: PlainDiT, functions: Mapping[str, tuple[str, 
     classes = ", ".join(f"{index} {label}" for index, label in enumerate(plan.classes))
     null = len(plan.classes) if plan.null_branch else None
     numbered = classes + (f", {null} none (for guidance)" if null is not None else "")
-    what = "draws an image in one call" if name == "Sampler" else "one evaluation of the diffusion transformer"
+    what = _WHAT[name]
     features = {**_FEATURES, "class_index": f"{_FEATURES['class_index']}: {numbered}"}
     facts = {
         "classes": json.dumps(list(plan.classes)),

@@ -27,6 +27,11 @@ Picked = Pick | dict[tuple[int, int], Tensor] | None
 class TokenLinear(nn.Module):
     """x [B, N, m] -> [B, N, n]. Weights lie n x m, as Core ML's `linear` wants them; tailors as they are gathered."""
 
+    kind: str
+    weight: Tensor
+    v: Tensor
+    u: Tensor
+
     def __init__(self, source: PlainLinear) -> None:
         super().__init__()
         _shared(self, source)
@@ -54,6 +59,11 @@ class ChannelLinear(nn.Module):
 
     `mask_key` says which mask it needs: shared rank in the pair, rank of a tailor.
     """
+
+    kind: str
+    weight: Tensor
+    v: Tensor
+    u: Tensor
 
     def __init__(self, source: PlainLinear) -> None:
         super().__init__()
@@ -190,7 +200,9 @@ class Denoiser(nn.Module):
         weight = source.final.weight.detach()
         self.final_weight = _parameter(weight if layout == "tokens" else weight[:, :, None, None])
         self.final_bias = _parameter(source.final.bias)
-        for (shared, rank), mask in self._mask_tables().items():
+        masks = self._mask_tables()
+        self.mask_keys = tuple(masks)
+        for (shared, rank), mask in masks.items():
             self.register_buffer(f"mask_{shared}_{rank}", mask)
         rows = source.spec.num_classes + (not source.spec.distilled)
         self.register_buffer("class_map", torch.arange(rows, dtype=torch.int32) if mapped and self.switches else None)
@@ -211,11 +223,7 @@ class Denoiser(nn.Module):
             return None
         if self.layout == "tokens":
             return Pick(class_index) if self.spec.distilled else Pick.of(class_index, self.spec.num_classes)
-        tables = {
-            tuple(map(int, name.split("_")[1:])): table
-            for name, table in self.named_buffers(recurse=False)
-            if name.startswith("mask_")
-        }
+        tables = {key: getattr(self, f"mask_{key[0]}_{key[1]}") for key in self.mask_keys}
         return {key: table.index_select(0, class_index)[:, :, None, None] for key, table in tables.items()}
 
     def number(self, class_index: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,13 @@ from hypothesis import strategies as st
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy.manifest import ModelEntry, TensorInfo
 from kind_edge.deploy.merge import fold, truncate
-from kind_edge.deploy.parity import COREML_GATES_DB, sqnr_db
+from kind_edge.deploy.parity import COREML_GATES_DB, psnr_db, sqnr_db
 from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import verify_model, verify_sampler
 from kind_edge.errors import UsageError
-from kind_edge.exporters import coreml_convert
+from kind_edge.exporters import coreml_convert, coreml_export
 from kind_edge.exporters.coreml_compress import (
     WEIGHTS,
     check_weights,
@@ -225,7 +226,8 @@ def test_the_oldest_target_in_the_neural_engines_layout(
 
 @pytest.fixture(scope="module")
 def program(distilled: PlainDiT) -> Any:
-    return coreml_convert.convert(Denoiser(distilled, "tokens"), "iOS18", (1, 2))
+    denoiser = Denoiser(distilled, "tokens")
+    return coreml_convert.convert(denoiser, coreml_convert.interface_of(denoiser), "iOS18", (1, 2))
 
 
 def test_compression_keeps_gates_and_tables(program: Any, distilled: PlainDiT, tmp_path: Path) -> None:
@@ -293,4 +295,47 @@ def test_a_failed_conversion_names_module_and_operator(distilled: PlainDiT) -> N
     broken = Denoiser(distilled, "tokens")
     broken.blocks[0].mlp.fc1, broken.blocks[0].mlp.fc2 = Odd(), Odd()
     with pytest.raises(UsageError, match=r"module 'blocks\.0\.mlp\.fc1', operator special_bessel_j0"):
-        coreml_convert.convert(broken, "iOS18", (1,))
+        coreml_convert.convert(broken, coreml_convert.interface_of(broken), "iOS18", (1,))
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_decoders_keep_their_gate(
+    kind: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import diffusers
+
+    small: dict[str, Any] = {
+        "AutoencoderKL": {
+            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+            "block_out_channels": (16,) * 4, "layers_per_block": 1, "norm_num_groups": 8,
+        },
+        "AutoencoderTiny": {
+            "encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4,
+            "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
+        },
+    }[kind]  # fmt: skip
+    torch.manual_seed(0)
+    autoencoder = getattr(diffusers, kind)(latent_channels=4, **small).eval().requires_grad_(False)
+
+    class Decoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = autoencoder.decoder
+
+        def forward(self, latent: torch.Tensor) -> torch.Tensor:
+            return (self.decoder(latent) * 0.5 + 0.5).clamp(0, 1)
+
+    shape = {**WIDE, **LABELLED, "pixels_per_latent": 8}
+    model = plain_model(make_checkpoint(**shape))
+    decoder = Decoder()
+    known = SimpleNamespace(decoder=decoder, image_channels=3)
+    monkeypatch.setattr(coreml_export, "_autoencoder", lambda model: known)
+    made = coreml_export.CoreMLExporter()._decoder(model)
+    assert made is not None
+    latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for weights in ("fp16", "int8"):
+        path = tmp_path / f"{weights}.mlpackage"
+        save_package(compress(made.program, weights, "iOS18"), path, Description("", "", "", "", {}))
+        image = exporter("coreml").open(path)({"latent": latent.numpy()})
+        assert image.shape == (2, 3, 64, 64)
+        assert psnr_db(decoder(latent).numpy(), image) >= COREML_GATES_DB[weights]
