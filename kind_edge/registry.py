@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "onnx": "kind_edge.exporters.onnx_export",
     "diffusers": "kind_edge.exporters.diffusers_export",
+    "coreml": "kind_edge.exporters.coreml_export",
 }
 
 PACKS = "packs"
@@ -73,11 +75,15 @@ class Packager(Protocol):
         """Write into the bundle at `folder`; `values` are its manifest's, but for the files."""
 
 
-def exporter(name: str) -> Exporter:
-    """The exporter of that format; an unknown name is a `UsageError` with the nearest known ones."""
+def exporter(name: str, choices: Mapping[str, Any] | None = None) -> Exporter:
+    """The exporter of that format; an unknown name is a `UsageError` with the nearest known ones.
+
+    `choices` are fields of its own ("target" of coreml) that are not to have their defaults.
+    """
     if name not in _MODULES:
         raise unknown("format", name, FORMATS)
-    return cast(Exporter, importlib.import_module(_MODULES[name]).EXPORTER)
+    found = importlib.import_module(_MODULES[name]).EXPORTER
+    return cast(Exporter, dataclasses.replace(found, **choices) if choices else found)
 
 
 def packagers(formats: Sequence[str]) -> tuple[Packager, ...]:
@@ -86,6 +92,7 @@ def packagers(formats: Sequence[str]) -> tuple[Packager, ...]:
     return tuple(cast(Packager, importlib.import_module(_PACKAGERS[name]).PACKAGER) for name in names)
 
 
-def exporters(formats: Sequence[str]) -> tuple[Exporter, ...]:
-    """Those of the formats that write model files."""
-    return tuple(exporter(name) for name in dict.fromkeys(formats) if name not in _PACKAGERS)
+def exporters(formats: Sequence[str], choices: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[Exporter, ...]:
+    """Those of the formats that write model files; `choices` by format, as `exporter` takes them."""
+    names = [name for name in dict.fromkeys(formats) if name not in _PACKAGERS]
+    return tuple(exporter(name, (choices or {}).get(name)) for name in names)

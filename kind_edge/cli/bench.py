@@ -11,14 +11,17 @@ import typer
 from kind_edge.cli import options, tables
 from kind_edge.cli.export import conditions, milliseconds
 from kind_edge.cli.terminal import Terminal, terminal_of
+from kind_edge.errors import UsageError
 
 if TYPE_CHECKING:
     from kind_edge.deploy.bench import LatencyReport
+    from kind_edge.deploy.manifest import Manifest
 
 IMAGE_SHARE = 10
 """An image is measured in a tenth of the runs: each is some forty evaluations itself."""
 
 RUNNABLE = (".onnx", ".ort")
+PACKAGE = ".mlpackage"
 
 
 def bench(
@@ -39,11 +42,15 @@ def bench(
     of the model that an app loads.
     """
     terminal = terminal_of(context)
+    if source.rstrip("/").endswith(PACKAGE):
+        raise UsageError(
+            f"{source}: Core ML runs on Apple's systems alone; kind-edge verify BUNDLE checks what it computes"
+        )
     with terminal.stages() as begin:
         if source.endswith(RUNNABLE):
             reports = {Path(source).name: _model(Path(source), provider, threads, runs, begin)}
         else:
-            reports = _bundle(source, provider, threads, runs, begin)
+            reports = _bundle(terminal, source, provider, threads, runs, begin)
     if as_json:
         measurements = [{"name": name, **report.to_dict()} for name, report in reports.items()]
         terminal.json({"source": source, "measurements": measurements})
@@ -59,18 +66,24 @@ def _model(path: Path, provider: str, threads: int | None, runs: int, begin: Cal
 
 
 def _bundle(
-    source: str, provider: str, threads: int | None, runs: int, begin: Callable[[str], None]
+    terminal: Terminal, source: str, provider: str, threads: int | None, runs: int, begin: Callable[[str], None]
 ) -> dict[str, LatencyReport]:
     from kind_edge.deploy.bench import bench_image
     from kind_edge.deploy.bundle import open_bundle, verified_manifest
 
     with open_bundle(source) as folder:
         manifest = verified_manifest(folder, source)
+        _say_what_is_left_out(terminal, manifest)
         files = [file for file in manifest.models if file.endswith(RUNNABLE)]
         reports = {file: _model(folder / file, provider, threads, runs, begin) for file in files}
         begin("measuring one image")
         image = bench_image(folder, None, threads, runs=max(1, runs // IMAGE_SHARE), provider=provider)
     return {**reports, "one image": image}
+
+
+def _say_what_is_left_out(terminal: Terminal, manifest: Manifest) -> None:
+    if packages := [file for file in manifest.models if file.endswith(PACKAGE)]:
+        terminal.note(f"{', '.join(packages)} not measured: Core ML runs on Apple's systems alone")
 
 
 def _print(terminal: Terminal, reports: dict[str, LatencyReport]) -> None:

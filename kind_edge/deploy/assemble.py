@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LICENCE = "Apache-2.0"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
-_TOOLS = ("torch", "onnx", "onnxruntime", "diffusers", "numpy", "safetensors")
+_TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
 
 
 def describe(

@@ -80,9 +80,9 @@ class Formats:
     packs: bool
 
     @classmethod
-    def of(cls, names: Sequence[str]) -> Formats:
+    def of(cls, names: Sequence[str], choices: Mapping[str, Mapping[str, Any]] | None = None) -> Formats:
         """ONNX is always among them: what an app loads, what is measured and what draws the preview."""
-        return cls(exporters(("onnx", *names)), packagers(names), PACKS in names)
+        return cls(exporters(("onnx", *names), choices), packagers(names), PACKS in names)
 
     def check(self, spec: ModelSpec) -> None:
         """`UsageError` before any work for a model that one of them has no place for."""

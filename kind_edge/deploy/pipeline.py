@@ -98,6 +98,7 @@ def export(
     formats: Sequence[str] = ("onnx",),
     autoencoder: str | Path | None = None,
     heal: str | None = None,
+    format_choices: Mapping[str, Mapping[str, Any]] | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
     on_healing: OnHealing | None = None,
@@ -109,11 +110,12 @@ def export(
     `heal` is a time such as "5m": for so long the cut model learns from the full one, once it is known that it can be
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
     `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
-    ONNX is always among the formats: what an app loads, what is measured and what draws the preview.
+    ONNX is always among the formats: what an app loads, what is measured and what draws the preview. `format_choices`
+    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    wanted = Formats.of(formats)
+    wanted = Formats.of(formats, format_choices)
     heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work

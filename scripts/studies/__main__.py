@@ -21,6 +21,7 @@ from studies import (
     exported,
     healed,
     nesting,
+    packages,
     pictures,
     prediction,
     response,
@@ -41,6 +42,7 @@ Of the shipped model, or of --checkpoint; with --into FILE they go into a docume
 classes        pictures of every class, from the same noises
 export         what the README's first command prints
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
+coreml         Core ML packages: size and distance of every way to store weights
 cost           scripts/bench costs: predicted and measured time, size and memory
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
@@ -70,6 +72,7 @@ BLOCKS = (
     Block("export", "README.md", exported.listing_text),
     Block("cutting", "docs/results.md", exported.cutting_text),
     Block("cost", "docs/results.md", exported.cost_text),
+    Block("coreml", "docs/coreml.md", packages.text),
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
@@ -130,8 +133,8 @@ def measure(name: str, job: Job) -> list[Record]:
         pictures.draw_anysize(sizes, records, job.album)
         return records
     studies = {
-        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run,
-        "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
+        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "coreml": packages.run,
+        "shipped": shipped.run, "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip
     return studies[name](job.subject, job.output)
 
