@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "onnx": "kind_edge.exporters.onnx_export",
     "diffusers": "kind_edge.exporters.diffusers_export",
+    "ort": "kind_edge.exporters.ort_export",
 }
 
 FORMATS = tuple(_MODULES)

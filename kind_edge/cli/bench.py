@@ -134,8 +134,8 @@ def _compare(
         found = compare(first, second, threads, runs, provider, allow_fallback)
     if not found.quiet:
         terminal.say_warning(
-            f"other processes took {found.other_load:.0%} of this machine meanwhile: both met them, so the ratio holds; "
-            "its interval is wider and the times themselves are too long"
+            f"other processes took {found.other_load:.0%} of this machine meanwhile: both met them, so the ratio "
+            "holds, but its interval is wider and the times themselves are too long"
         )
     if as_json:
         terminal.json({"sources": [first, second], **found.to_dict()})

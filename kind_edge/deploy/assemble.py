@@ -166,6 +166,7 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
+    small = [path for path in values["models"] if path.endswith(".ort")]
     once = _sampler_words(whole, values) if whole else ""
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
@@ -205,6 +206,19 @@ and, with {prediction}, compute
 
 `step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. Pixels are (x + 1) * 127.5,
 clipped to 0..255. An int8 model takes one image at a time: its activations share one range per call.
+{_small_words(small) if small else ""}"""
+
+
+def _small_words(paths: list[str]) -> str:
+    """For apps that build ONNX Runtime themselves."""
+    return f"""
+## A small build of ONNX Runtime
+
+{", ".join(f"`{path}`" for path in paths)}: the same models in ORT format, optimised for the CPU already. Any build of
+ONNX Runtime loads them, a minimal one with few operators as well:
+
+    ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
+        --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
 """
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import logging
 import sys
+import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 from kind_edge.errors import UsageError
@@ -44,6 +48,19 @@ def runtime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
     state = runtime.capi.onnxruntime_pybind11_state
     found = [value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception)]
     return (*found, ValueError)
+
+
+@contextlib.contextmanager
+def quiet_tools() -> Iterator[None]:
+    """Around what `onnxruntime.tools` does with ORT files: it logs every file, and leaves those that it reads open."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _is_installed(distribution: str) -> bool:

@@ -23,6 +23,7 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.model_files import recorded
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.quality import Healing, Quality
@@ -286,6 +287,7 @@ def _make(
         for each in exporters
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
+    entries = recorded(folder, entries)
     stage("verifying")
     reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan)
     assemble.save_reference(folder, reference)

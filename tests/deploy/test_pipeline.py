@@ -39,20 +39,9 @@ SAMPLER = "onnx/sampler.onnx"
 FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/reference.npz", FP32, INT8, SAMPLER}
 
 
-def export_both(tiny_folder: Path, output: Path) -> None:
-    """Two classes, cut to 60 % of the dense model's work; what `export --json` prints goes beside the bundle."""
-    stages: list[str] = []
-    asked: dict[str, Any] = {"profile": DEVICE, "classes": ["shirt", "bag"], "max_flops": "60%"}
-    bundle = pipeline.export(tiny_folder, **asked, output=output / "b", on_stage=stages.append)
-    assert ", ".join(stages) == (
-        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview"
-    )
-    (output / "export.json").write_text(json.dumps(bundle.to_dict()))
-
-
 @pytest.fixture(scope="module")
-def made(tiny_folder: Path, made_once: MadeOnce) -> Path:
-    return made_once("bundle", lambda folder: export_both(tiny_folder, folder))
+def made(exported_bundle: Path) -> Path:
+    return exported_bundle
 
 
 @pytest.fixture(scope="module")
