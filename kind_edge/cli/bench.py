@@ -174,6 +174,8 @@ def _print(terminal: Terminal, reports: dict[str, LatencyReport]) -> None:
     facts = [("measured", conditions(first))]
     if first.conditions.provider != "cpu":
         facts.append(("", "each from arrays in the host's memory to arrays there: copies in, nothing still queued"))
+    if first.conditions.simulated:
+        facts.append(("", "SIMULATED on the CPU: what the provider takes is true, the times say nothing of a device"))
     facts += [(name, _fallback(report)) for name, report in reports.items() if report.placement is not None]
     terminal.out.print(tables.facts(facts))
     terminal.out.print()

@@ -22,7 +22,10 @@ from kind_edge.errors import InputError, UsageError
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a latency is worth nothing without. `threads` None: ONNX Runtime's choice, one per physical core."""
+    """What a latency is worth nothing without. `threads` None: ONNX Runtime's choice, one per physical core.
+
+    `simulated`: the provider's unit is simulated on the CPU, and the times say nothing about it.
+    """
 
     cpu: str
     instruction_sets: tuple[str, ...]
@@ -32,6 +35,7 @@ class Conditions:
     provider: str
     spinning: bool
     system: str
+    simulated: bool = False
 
 
 @dataclass(frozen=True)

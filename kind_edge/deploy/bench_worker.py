@@ -25,6 +25,7 @@ import numpy as np
 from kind_edge.deploy.bench import Conditions
 from kind_edge.deploy.ort import require_onnxruntime
 from kind_edge.deploy.placement import check_placement
+from kind_edge.deploy.providers import is_simulated, resolve_provider
 from kind_edge.deploy.runtime import load_bundle
 from kind_edge.deploy.session import open_session, return_freed_blocks
 from kind_edge.errors import InputError, KindEdgeError
@@ -110,6 +111,7 @@ def conditions(threads: int | None, provider: str) -> Conditions:
         provider=provider,
         spinning=False,
         system=platform.platform(),
+        simulated=is_simulated(resolve_provider(provider)),
     )
 
 

@@ -49,6 +49,9 @@ _FOUND_IN: Mapping[str, str] = MappingProxyType({
     "xnnpack": "Maven's onnxruntime-android, CocoaPods' onnxruntime-c, and builds with --use_xnnpack",
 })  # fmt: skip
 
+_SIMULATED_NPU: Mapping[str, str] = MappingProxyType({"soc_model": "57", "htp_arch": "75"})
+"""The Snapdragon 8 Gen 3; without a model the simulator takes a small old one, which has no floating point."""
+
 _DEVICE_TYPES = ("NPU", "GPU", "CPU")
 """Of a plug-in's devices the first of these is taken."""
 
@@ -83,10 +86,23 @@ def plugin_device(name: str) -> Any | None:
 
 
 def plugin_options(name: str) -> dict[str, str]:
-    """What a registered plug-in of that (long) name has to be told: QNN's, which of its libraries is the NPU's."""
+    """What a registered plug-in of that (long) name has to be told.
+
+    QNN's: which of its libraries is the NPU's, and where there is none (`is_simulated`), which one to simulate.
+    """
     if short_name(name) != "qnn":
         return {}
-    return {"backend_path": str(importlib.import_module(_PLUGINS["qnn"]).get_qnn_htp_path())}
+    backend = {"backend_path": str(importlib.import_module(_PLUGINS["qnn"]).get_qnn_htp_path())}
+    return backend | (_SIMULATED_NPU if is_simulated(name) else {})
+
+
+def is_simulated(name: str) -> bool:
+    """Whether a provider's (long) name is a simulation here: what it takes and computes is true, its times are not.
+
+    QNN's package for PCs has a simulator of Qualcomm's NPUs.
+    """
+    device = plugin_device(name)
+    return short_name(name) == "qnn" and device is not None and device.device.type.name != "NPU"
 
 
 def _find_plugin(runtime: ModuleType, name: str) -> bool:
