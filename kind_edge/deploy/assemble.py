@@ -214,8 +214,8 @@ def _small_words(paths: list[str]) -> str:
     return f"""
 ## A small build of ONNX Runtime
 
-{", ".join(f"`{path}`" for path in paths)}: the same models in ORT format, optimised for the CPU already. Any build of
-ONNX Runtime loads them, a minimal one with few operators as well:
+The same models in ORT format, optimised for the CPU already: {", ".join(f"`{path}`" for path in paths)}.
+Any build of ONNX Runtime loads them, a minimal one with few operators as well:
 
     ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
         --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support

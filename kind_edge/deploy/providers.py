@@ -93,7 +93,7 @@ def plugin_options(name: str) -> dict[str, str]:
     if short_name(name) != "qnn":
         return {}
     backend = {"backend_path": str(importlib.import_module(_PLUGINS["qnn"]).get_qnn_htp_path())}
-    return backend | (_SIMULATED_NPU if is_simulated(name) else {})
+    return {**backend, **_SIMULATED_NPU} if is_simulated(name) else backend
 
 
 def is_simulated(name: str) -> bool:
