@@ -106,12 +106,14 @@ def _bundle(
 
 
 def _files(terminal: Terminal, manifest: Manifest, provider: str) -> list[str]:
-    """What ONNX Runtime opens; of a provider without control flow not the sampler, and that is said."""
+    """What ONNX Runtime opens; of a provider without control flow no file with a Loop, and that is said."""
+    from kind_edge.deploy.placement import LOOPS
     from kind_edge.deploy.providers import CONTROL_FLOW, resolve_provider, short_name
 
     name = short_name(resolve_provider(provider))
     files = [file for file in manifest.models if file.endswith(RUNNABLE)]
-    loops = [file for file in files if manifest.models[file].role == "sampler" and name not in CONTROL_FLOW]
+    used = {file: manifest.raw["models"][file].get("operators", {}).get("ai.onnx", ()) for file in files}
+    loops = [file for file in files if name not in CONTROL_FLOW and LOOPS & set(used[file])]
     if loops:
         terminal.say_warning(f"{', '.join(loops)} left out: {name} does not run a Loop as a whole")
     return [file for file in files if file not in loops]

@@ -25,7 +25,9 @@ _PRODUCTS = ("MatMul", "Gemm", "Attention", "Einsum")
 """In the name of an operator that must not run outside, with all its quantized and fused kin (MatMulInteger, QGemm,
 DynamicQuantizeMatMul, MatMulNBits, FusedMatMul, MultiHeadAttention, ...)."""
 
-_LOOPS = ("Loop", "If", "Scan")
+LOOPS = frozenset({"Loop", "If", "Scan"})
+"""Operators with a graph inside."""
+
 _FILTER_INPUT = {"QLinearConv": 3}
 """Where a convolution's filter is not input 1."""
 _NAMED = 8
@@ -97,7 +99,7 @@ def check_placement(
 
 def require_control_flow(model: str, operators: Collection[str], provider: str) -> None:
     """`UsageError` if there is a Loop among a graph's operators and the provider has none."""
-    loops = [name for name in _LOOPS if name in operators]
+    loops = sorted(LOOPS & set(operators))
     if loops and short_name(provider) not in CONTROL_FLOW:
         raise UsageError(
             f"{model} holds a {loops[0]}, which provider {short_name(provider)!r} does not run as a whole: every step "

@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from kind_edge.cli.bench import _files
+from kind_edge.cli.terminal import Terminal
+from kind_edge.deploy.manifest import read_manifest
+
 AZURE = "AzureExecutionProvider"
 """In every onnxruntime of PyPI, and takes no node: an accelerator that leaves all its work to the CPU."""
 
@@ -37,6 +41,16 @@ def test_a_sampler_is_refused_where_no_loop_runs(call: Callable[..., Any], expor
     answer = call("-q", "bench", exported_bundle / "b/onnx/sampler.onnx", *asked)
     assert (answer.code, answer.out) == (2, "")
     assert "sampler.onnx holds a Loop" in answer.err
+
+
+@pytest.mark.usefixtures("has_azure")
+def test_of_a_bundle_the_sampler_is_left_out_aloud(exported_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_manifest(exported_bundle / "b")
+    files = [file for file in manifest.models if "sampler" not in file]
+    assert _files(Terminal(), manifest, AZURE) == files
+    assert "warning: onnx/sampler.onnx left out" in capsys.readouterr().err
+    assert _files(Terminal(), manifest, "cpu") == list(manifest.models)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
