@@ -21,6 +21,7 @@ _MODULES = {
     "onnx": "kind_edge.exporters.onnx_export",
     "diffusers": "kind_edge.exporters.diffusers_export",
     "coreml": "kind_edge.exporters.coreml_export",
+    "ort": "kind_edge.exporters.ort_export",
 }
 
 PACKS = "packs"

@@ -199,6 +199,7 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
+    small = [path for path in values["models"] if path.endswith(".ort")]
     once = _sampler_words(whole, values) if whole else _static_words(entry)
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
@@ -244,7 +245,7 @@ and, with {prediction}, compute
 
 `step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. {pixels}
 An int8 model takes one image at a time: its activations share one range per call.
-"""
+{_small_words(small) if small else ""}"""
 
 
 def _decoder_words(values: Mapping[str, Any], plan: Plan) -> str:
@@ -270,6 +271,19 @@ def _static_words(entry: Mapping[str, Any]) -> str:
     return f"""
 The model is static, for NPUs: its batch is {entry["inputs"][0]["shape"][0]}, and class indices have 32 bits. A whole
 sampler is not in the bundle, as NPUs have no control flow: the loop below is the app's.
+"""
+
+
+def _small_words(paths: list[str]) -> str:
+    """For apps that build ONNX Runtime themselves."""
+    return f"""
+## A small build of ONNX Runtime
+
+The same models in ORT format, optimised for the CPU already: {", ".join(f"`{path}`" for path in paths)}.
+Any build of ONNX Runtime loads them, a minimal one with few operators as well:
+
+    ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
+        --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
 """
 
 

@@ -21,6 +21,7 @@ from kind_edge.deploy.bundle import write_manifest
 from kind_edge.deploy.cut import Cut
 from kind_edge.deploy.decoder import decoder_facts, planned_decoder
 from kind_edge.deploy.merge import class_indices, fold
+from kind_edge.deploy.model_files import recorded
 from kind_edge.deploy.packs_bundle import write_core
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.quality import Healing, Quality
@@ -120,6 +121,7 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
         for each in formats.exporters
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
+    entries = recorded(folder, entries)
     core = write_core(folder, entries, plan)
     stage("verifying")
     with one_thread() if formats.packs else contextlib.nullcontext():  # it goes into the packs

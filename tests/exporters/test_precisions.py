@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from onnx import TensorProto, numpy_helper
 
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.precision import PRECISIONS, denoiser_path
@@ -23,14 +18,7 @@ from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import Reference, verify_model
-from kind_edge.exporters.activation_ranges import Histogram
-from kind_edge.exporters.onnx_blocks import without_gemm
-from kind_edge.exporters.onnx_precisions import Precisions
-from kind_edge.exporters.rounding import round_matrix
-from kind_edge.exporters.static_graph import to_static
-from kind_edge.exporters.trajectories import call_dbs, chosen_wide, open_model, walk
 from kind_edge.model.checkpoint import Checkpoint
-from kind_edge.model.spec import ModelSpec
 from kind_edge.registry import exporter
 
 MakeCheckpoint = Callable[..., Checkpoint]
