@@ -187,9 +187,7 @@ def _wrapped(model: Any) -> torch.nn.Module:
             super().__init__()
             self.model = model
 
-        def forward(
-            self, sample: torch.Tensor, timestep: torch.Tensor, class_index: torch.Tensor
-        ) -> torch.Tensor:
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_index: torch.Tensor) -> torch.Tensor:
             return model_output(self.model, sample, timestep, class_index)
 
     def model_output(

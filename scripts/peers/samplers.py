@@ -19,7 +19,7 @@ IndexArray = npt.NDArray[np.int64]
 Predict = Callable[[FloatArray, FloatArray, IndexArray], FloatArray]
 """(sample [B, ch, H, W], timestep [B], class index [B]) -> prediction"""
 
-SAMPLERS = ("euler", "heun", "dpmsolver++")
+SAMPLERS = ("dpmsolver++", "euler", "heun")
 
 
 def flow_table(sampler: str, steps: int) -> SamplerTable:

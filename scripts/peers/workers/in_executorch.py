@@ -19,20 +19,31 @@ def load() -> str:
 def make(source: Path, target: Path, precision: str) -> None:
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+    from executorch.exir import to_edge_transform_and_lower
 
-    # Without it a clone between two layouts is refused at run time: executorch 1.5.1, "out_dim_order[i]".
-    config = EdgeCompileConfig(_skip_dim_order=True)
     for batch in (1, 2):
         program = torch.export.load(source / f"dense.b{batch}.pt2")
-        if precision == "int8":
-            program = _quantized(program)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], compile_config=config)
+        inputs, module = program.example_inputs[0], _contiguous(program.module())
+        exported = torch.export.export(_quantized(module, inputs) if precision == "int8" else module, inputs)
+        lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
         (target / f"b{batch}.pte").write_bytes(lowered.to_executorch().buffer)
 
 
-def _quantized(program: Any) -> Any:
+def _contiguous(module: Any) -> Any:
+    """With a plain copy before the last shuffle: executorch 1.5.1 refuses, at run time, the one between two layouts."""
     import torch
+
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten.pixel_shuffle.default:
+            values, plain = node.args[0], {"memory_format": torch.contiguous_format}
+            with module.graph.inserting_before(node):
+                copy = module.graph.call_function(torch.ops.aten.clone.default, (values,), plain)
+            node.replace_input_with(values, copy)
+    module.recompile()
+    return module
+
+
+def _quantized(module: Any, inputs: Any) -> Any:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,
@@ -40,13 +51,13 @@ def _quantized(program: Any) -> Any:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
     quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True, is_dynamic=True))
-    inputs = program.example_inputs[0]
-    prepared = prepare_pt2e(program.module(), quantizer)
+    prepared = prepare_pt2e(module, quantizer)
     prepared(*inputs)
-    return torch.export.export(convert_pt2e(prepared), inputs)
+    return convert_pt2e(prepared)
 
 
 def open_model(target: Path, precision: str, batch: int, threads: int) -> Opened:
+    """ExecuTorch takes a thread for every core; its Python runtime cannot be told another number."""
     import torch
     from executorch.runtime import Runtime
 

@@ -26,9 +26,7 @@ def make(source: Path, target: Path, precision: str) -> None:
 
         with np.load(source / "calibration.npz") as states:
             rows = [{name: states[name][at] for name in states.files} for at in range(len(states["sample"]))]
-        model = nncf.quantize(
-            model, nncf.Dataset(rows), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows)
-        )
+        model = nncf.quantize(model, nncf.Dataset(rows), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
     openvino.save_model(model, target / _FILE, compress_to_fp16=False)
 
 

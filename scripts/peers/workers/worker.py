@@ -97,7 +97,8 @@ class Session:
         return {"latencies_ms": [timed_ms(lambda: opened.predict(*inputs)) for _ in range(request["runs"])]}
 
     def do_image(self, request: dict[str, Any]) -> dict[str, Any]:
-        opened = self.at(self.batch)
+        batch = 1 if request.get("guidance") == 1 else self.batch  # no null row, no second row
+        opened = self.at(batch)
         if opened.image is not None:
             draw_one: Callable[[], object] = opened.image
         else:
@@ -105,7 +106,7 @@ class Session:
             classes = np.zeros(1, np.int64)
 
             def draw_one() -> object:
-                return draw(opened.predict, self.batch, request, noise, classes)
+                return draw(opened.predict, batch, request, noise, classes)
 
         return {"latencies_ms": [timed_ms(draw_one) for _ in range(request["runs"])]}
 
@@ -183,6 +184,6 @@ def serve(engine: Engine) -> None:
             answer = session.answer(json.loads(line))
         except Exception as error:  # noqa: BLE001 - whatever an engine raises, the other side is told
             traceback.print_exc()
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
