@@ -2,6 +2,8 @@
 
 cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
 costs    calibrates this machine, then: latency and peak memory of plans, predicted against measured; five minutes
+peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
+         docs/benchmarks.md; environments of 5 GB and Frechet distances are made once; then ten minutes
 export   how long the main command takes, stage by stage
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
@@ -132,7 +134,28 @@ def solver() -> dict[str, Any]:
     return parts()
 
 
-BENCHES = {"cost": cost, "costs": costs, "export": export_time, "solver": solver, "steps": steps, "training": training}
+def peers() -> dict[str, Any]:
+    """Measured anew, and put into docs/benchmarks.md."""
+    sys.path.append(str(Path(__file__).parent))
+    from peers.summary import summary
+    from studies.__main__ import publish
+    from studies.documents import RESULTS, ROOT
+    from studies.store import read_record
+
+    (ROOT / RESULTS / "peers" / "run.json").unlink(missing_ok=True)
+    publish(["peers"])
+    return summary([read_record(path) for path in sorted((ROOT / RESULTS / "peers").glob("*.json"))])
+
+
+BENCHES = {
+    "cost": cost,
+    "costs": costs,
+    "export": export_time,
+    "peers": peers,
+    "solver": solver,
+    "steps": steps,
+    "training": training,
+}
 
 
 def show(result: dict[str, Any]) -> None:

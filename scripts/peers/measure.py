@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from studies.store import Record, Store, subject_of
+from studies.store import TWIN, Record, Store, Subject, subject_of
 
 from kind_edge.budget.host import available_threads
 from kind_edge.model.shipped import DEFAULT_MODEL
@@ -19,12 +19,12 @@ from kind_edge.training.evaluate import Judge
 from peers import ours
 from peers.distance import CLASS_SETS, GUIDANCE, IMAGES, MOST, SEED, Best, best_of, distance
 from peers.environments import PEERS, Peer, command
-from peers.models import DENSE, Dense, dense_twin, large_dense
+from peers.models import Dense, dense_twin, large_dense
 from peers.prepared import batch_of, judge_engine, prepare_all, request_of, target_of
 from peers.race import EQUAL, GUIDED, Contestant, Measured, WorkerFailed, run, say
 from peers.summary import AT_MOST, BASELINE
 
-NAME = "peers"
+NAME, RUN = "peers", "run"
 ROUNDS, RUNS = 20, 3
 LARGE_ROUNDS, LARGE_RUNS = 4, 1
 EQUAL_STEPS = 4
@@ -32,7 +32,7 @@ EQUAL_STEPS = 4
 
 def distances(output: Path) -> dict[str, Best]:
     """Every Fréchet distance of the dense twin that the comparison needs; finished ones are read. Hours of one core."""
-    store, dense = Store(output, NAME, subject_of(DENSE)), dense_twin()
+    store, dense = Store(output, NAME, subject_of(TWIN)), dense_twin()
     fp32 = best_of(store, dense, "fp32")
     best = {"fp32": fp32, "int8": best_of(store, dense, "int8", (fp32.sampler,))}
     for classes in CLASS_SETS:
@@ -40,6 +40,12 @@ def distances(output: Path) -> dict[str, Best]:
         for precision, found in best.items():
             distance(store, dense, precision, found.sampler, found.steps, classes)
     return best
+
+
+def publish(subject: Subject, output: Path) -> list[Record]:
+    """The records of a comparison, which is made where there is none of this model."""
+    done = next((each for each in records(output) if each["run"] == RUN), None)
+    return measure(output) if done is None else records(output)
 
 
 def measure(output: Path) -> list[Record]:
@@ -62,13 +68,14 @@ def measure(output: Path) -> list[Record]:
         "large_failed": large_failed,
     }
     conditions = {"kind": "run", **machine(), "best": {name: dataclasses.asdict(each) for name, each in best.items()}}
-    anew(store, "run", conditions, lambda: figures)
+    anew(store, RUN, conditions, lambda: figures)
     return records(output)
 
 
 def records(output: Path) -> list[Record]:
-    """Of the shipped model and of its dense twin."""
-    return [each for model in (DEFAULT_MODEL, DENSE) for each in Store(output, NAME, subject_of(model)).finished()]
+    """Of the shipped model and of its dense twin, by name."""
+    found = [each for model in (DEFAULT_MODEL, TWIN) for each in Store(output, NAME, subject_of(model)).finished()]
+    return sorted(found, key=lambda each: str(each["run"]))
 
 
 def anew(store: Store, name: str, conditions: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]) -> Record:
@@ -89,7 +96,7 @@ def where_changed(
 
 def judge_engines(output: Path, dense: Dense, peers: Sequence[Peer], best: Mapping[str, Best]) -> None:
     """Every int8 engine rounds in its own way, so each draws images of its own at the steps that were found."""
-    store, threads = Store(output, NAME, subject_of(DENSE)), available_threads()
+    store, threads = Store(output, NAME, subject_of(TWIN)), available_threads()
     for peer in (each for each in peers if each.int8):
         for classes, names in CLASS_SETS.items():
             conditions = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from studies.store import TWIN
 
 from kind_edge.model.checkpoint import checkpoint_hash, load_checkpoint
 from kind_edge.model.spec import ModelSpec, named_spec
@@ -23,7 +24,6 @@ from kind_edge.model.spec import ModelSpec, named_spec
 if TYPE_CHECKING:
     import torch
 
-DENSE = Path(__file__).parent / "fashion-mnist-dense"
 LARGE = "DiT-B/2"
 LARGE_CLASSES = 150
 BATCHES = (1, 2)
@@ -63,8 +63,8 @@ def dense_twin() -> Dense:
     """The trained twin of the shipped model's shape."""
     import torch
 
-    key = checkpoint_hash(DENSE)[:12]
-    checkpoint = load_checkpoint(DENSE)
+    key = checkpoint_hash(TWIN)[:12]
+    checkpoint = load_checkpoint(TWIN)
     return _made(checkpoint.spec, f"twin-{key}-torch-{torch.__version__}", checkpoint.model)
 
 

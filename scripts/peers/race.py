@@ -6,6 +6,7 @@ are what is reported, with their spread.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
 import subprocess
@@ -108,13 +109,10 @@ class Worker:
         return dict(answer)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
+        """Nothing that it holds is worth waiting for."""
+        with contextlib.suppress(BrokenPipeError):
             self._process.kill()
-            self._process.wait()
+            self._process.communicate()
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def _dpm_solver_table(steps: int) -> SamplerTable:
 
     d is the predicted image, sample - sigma * velocity.
     """
-    sigma = np.append((1 - 1 / TRAIN_STEPS) * (1 - np.arange(steps) / steps), 0.0)
+    sigma = np.append(np.flip(1 - np.linspace(1, 1 / TRAIN_STEPS, steps + 1))[:-1], 0.0)
     with np.errstate(divide="ignore"):
         half_log_snr = np.log(1 - sigma) - np.log(sigma)
     b, c = np.empty(steps), np.zeros(steps)
@@ -44,7 +44,7 @@ def _dpm_solver_table(steps: int) -> SamplerTable:
         first_order = i in (0, steps - 1)
         half_ratio = 0.0 if first_order else h / (half_log_snr[i] - half_log_snr[i - 1]) / 2
         b[i], c[i] = gain * (1 + half_ratio), -gain * half_ratio
-    timestep = np.trunc(np.float64(np.float32(sigma[:-1] * TRAIN_STEPS)))
+    timestep = np.trunc(sigma[:-1] * TRAIN_STEPS)
     return SamplerTable(timestep, np.ones(steps), -sigma[:-1], sigma[1:] / sigma[:-1], b, c)
 
 

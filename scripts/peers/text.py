@@ -195,7 +195,8 @@ def _distance_parts(records: Sequence[Record]) -> Iterator[str]:
     own = [each for each in records if each["conditions"]["kind"] == "distance"]
     if not own:
         return
-    order = sorted(own, key=lambda each: [each["conditions"][key] for key in ("precision", "sampler", "steps")])
+    keys = ("precision", "sampler", "steps", "classes")
+    order = sorted(own, key=lambda each: [each["conditions"][key] for key in keys])
     yield "### Samplers and steps of the dense twin"
     yield paragraph(
         f"{IMAGES:,} images each, from the same noises, guidance {GUIDANCE:g}, drawn through ONNX Runtime; Heun takes "
