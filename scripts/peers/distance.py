@@ -7,9 +7,9 @@ through ONNX Runtime. An engine's own int8 is judged beside, at the steps that w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -52,9 +52,15 @@ def noise_and_classes(classes: int, shape: tuple[int, int, int]) -> tuple[FloatA
     return np.tile(gaussian_noise(SEED, 0, each, shape), (classes, 1, 1, 1)), np.repeat(positions, each)
 
 
+@functools.cache
+def judge() -> Judge:
+    return Judge.load()
+
+
 def judged(images: npt.NDArray[np.uint8], labels: IndexArray) -> dict[str, Any]:
-    report = dataclasses.asdict(Judge.load().score(images, labels))
-    return {key: report[key] for key in ("frechet", "precision", "recall", "class_accuracy", "per_class_accuracy")}
+    """Fréchet distance and class accuracy of images uint8 [n, H, W, ch]."""
+    report = dataclasses.asdict(judge().score(images, labels, neighbours=False))
+    return {key: report[key] for key in ("frechet", "class_accuracy", "per_class_accuracy")}
 
 
 def distance(
@@ -64,7 +70,7 @@ def distance(
     conditions = {
         "kind": "distance", "precision": precision, "sampler": sampler, "steps": steps, "guidance": guidance,
         "classes": list(CLASS_SETS[classes]), "images": IMAGES, "seed": SEED,
-        "judge_sha256": Judge.load().judge_sha256,
+        "judge_sha256": judge().judge_sha256,
     }  # fmt: skip
     tried = "" if guidance == GUIDANCE else f"-guidance-{guidance:g}"
     name = f"{precision}-{sampler.replace('++', '')}-{steps}-steps-{classes}-classes{tried}"
@@ -96,10 +102,11 @@ def _through_onnxruntime(dense: Dense, precision: str) -> Predict:
     return predict
 
 
-def best_of(store: Store, dense: Dense, precision: str, samplers: Iterable[str] = SAMPLERS) -> Best:
+def best_of(store: Store, dense: Dense, precision: str, near: Best | None = None) -> Best:
     """The fewest guided steps, over the samplers, within 5 % of this precision's own distance at 50 Euler steps.
 
-    A sampler is tried at fewer steps than the best before it needs.
+    A sampler is tried at fewer steps than the best before it needs. With `near`, another precision's best, only its
+    sampler is tried, from its steps on.
     """
 
     def frechet(sampler: str, steps: int) -> float:
@@ -107,9 +114,12 @@ def best_of(store: Store, dense: Dense, precision: str, samplers: Iterable[str] 
 
     at_most = frechet("euler", MOST)
     best = Best(precision, "euler", MOST, at_most, at_most)
-    for sampler in samplers:
-        good = partial(_within, partial(frechet, sampler), at_most)
-        steps = fewest([n for n in step_choices(sampler) if n < best.steps], good)
+    if near is not None and near.steps == MOST:
+        return best
+    for sampler in SAMPLERS if near is None else (near.sampler,):
+        good = functools.partial(_within, functools.partial(frechet, sampler), at_most)
+        choices = [n for n in step_choices(sampler) if n < best.steps]
+        steps = fewest(choices, good) if near is None else fewest_near(choices, near.steps, good)
         if steps is not None:
             best = Best(precision, sampler, steps, frechet(sampler, steps), at_most)
     return best
@@ -140,3 +150,13 @@ def fewest(choices: Sequence[int], good: Callable[[int], bool]) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if good(choices[middle]) else (middle, high)
     return choices[high]
+
+
+def fewest_near(choices: Sequence[int], start: int, good: Callable[[int], bool]) -> int | None:
+    """As `fewest`, where the answer is expected at `start`, one of the choices: on from there, or back."""
+    at = choices.index(start)
+    if not good(start):
+        return next((each for each in choices[at + 1 :] if good(each)), None)
+    while at > 0 and good(choices[at - 1]):
+        at -= 1
+    return choices[at]

@@ -15,14 +15,14 @@ from studies.store import TWIN, Record, Store, Subject, subject_of
 
 from kind_edge.budget.host import available_threads
 from kind_edge.model.shipped import DEFAULT_MODEL
-from kind_edge.training.evaluate import Judge
 from peers import ours
-from peers.distance import CLASS_SETS, GUIDANCE, IMAGES, MOST, SEED, Best, best_of, distance
+from peers.distance import CLASS_SETS, GUIDANCE, IMAGES, MOST, SEED, Best, best_of, distance, judge
 from peers.environments import PEERS, Peer, command
 from peers.models import Dense, dense_twin, large_dense
 from peers.prepared import batch_of, judge_engine, prepare_all, request_of, target_of
+from peers.profiled import operator_shares
 from peers.race import EQUAL, GUIDED, Contestant, Measured, WorkerFailed, run, say
-from peers.summary import AT_MOST, BASELINE
+from peers.summary import AT_MOST, BASELINE, OUR_INT8
 
 NAME, RUN = "peers", "run"
 ROUNDS, RUNS = 20, 3
@@ -34,11 +34,11 @@ def distances(output: Path) -> dict[str, Best]:
     """Every Fréchet distance of the dense twin that the comparison needs; finished ones are read. Hours of one core."""
     store, dense = Store(output, NAME, subject_of(TWIN)), dense_twin()
     fp32 = best_of(store, dense, "fp32")
-    best = {"fp32": fp32, "int8": best_of(store, dense, "int8", (fp32.sampler,))}
+    best = {"fp32": fp32, "int8": best_of(store, dense, "int8", near=fp32)}
     for classes in CLASS_SETS:
-        distance(store, dense, "fp32", "euler", MOST, classes)
         for precision, found in best.items():
             distance(store, dense, precision, found.sampler, found.steps, classes)
+        distance(store, dense, "fp32", "euler", MOST, classes)
     return best
 
 
@@ -59,6 +59,7 @@ def measure(output: Path) -> list[Record]:
     with tempfile.TemporaryDirectory(prefix="kind-edge-peers-") as folder:
         made = [_exported(store, variant, Path(folder)) for variant in ours.VARIANTS]
         contestants = [*(_peer(peer, dense, best) for peer in left), *(one for each in made for one in _ours(each))]
+        contestants.append(_our_int8(dense))
         shipped, dropped = run(contestants, ROUNDS, RUNS, available_threads())
     large, large_failed = measure_large()
     figures = {
@@ -66,6 +67,7 @@ def measure(output: Path) -> list[Record]:
         "large": [dataclasses.asdict(each) for each in large],
         "failed": failed | dropped,
         "large_failed": large_failed,
+        "operators": operator_shares(dense.our_int8, available_threads()),
     }
     conditions = {"kind": "run", **machine(), "best": {name: dataclasses.asdict(each) for name, each in best.items()}}
     anew(store, RUN, conditions, lambda: figures)
@@ -102,7 +104,7 @@ def judge_engines(output: Path, dense: Dense, peers: Sequence[Peer], best: Mappi
             conditions = {
                 "kind": "engine", "peer": peer.name, "files": target_of(peer, dense).name, "classes": list(names),
                 "sampler": best["int8"].sampler, "steps": best["int8"].steps, "guidance": GUIDANCE, "images": IMAGES,
-                "seed": SEED, "judge_sha256": Judge.load().judge_sha256,
+                "seed": SEED, "judge_sha256": judge().judge_sha256,
             }  # fmt: skip
             compute = partial(judge_engine, peer, dense, best["int8"], classes, threads)
             try:
@@ -131,7 +133,7 @@ def _exported(store: Store, variant: ours.Variant, folder: Path) -> ours.Made:
     made = ours.export_variant(variant, folder)
     conditions = {
         "kind": "ours", **dataclasses.asdict(variant), "profile": ours.PROFILE, "images": IMAGES, "seed": SEED,
-        "denoiser_sha256": made.sha256(), "judge_sha256": Judge.load().judge_sha256,
+        "denoiser_sha256": made.sha256(), "judge_sha256": judge().judge_sha256,
     }  # fmt: skip
     where_changed(store, f"ours-{variant.folder}", conditions, lambda: ours.judge_variant(made))
     return made
@@ -146,6 +148,12 @@ def _ours(made: ours.Made) -> list[Contestant]:
         name = f"{made.variant.name}, sampler.onnx"
         found.append(Contestant(name, told, made.path, made.files["sampler"], {GUIDED: {}}, batch=1, single=False))
     return found
+
+
+def _our_int8(dense: Dense) -> Contestant:
+    """The twin through our int8: how it compares with other engines on one and the same denoiser."""
+    told, path = tuple(command("in_onnxruntime", None)), dense.our_int8
+    return Contestant(OUR_INT8, told, path.parent, path.name, {}, batch=2)
 
 
 # --- DiT-B/2 ----------------------------------------------------------------------------------------------------------

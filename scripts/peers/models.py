@@ -52,6 +52,11 @@ class Dense:
         return self.folder / "dense.int8.onnx"
 
     @property
+    def our_int8(self) -> Path:
+        """The same denoiser by our exporter's int8: per channel, products with constant matrices alone."""
+        return self.folder / "ours" / "dense.int8.onnx"
+
+    @property
     def calibration(self) -> Path:
         return self.folder / "calibration.npz"
 
@@ -110,6 +115,9 @@ def _made(spec: ModelSpec, name: str, model: Callable[[], Any]) -> Dense:
                 whole(made.program(batch), lambda path, program=program: torch.export.save(program, path))  # type: ignore[misc]
     if not made.onnx_int8.exists():
         whole(made.onnx_int8, lambda path: to_int8(made.onnx, path))
+    if not made.our_int8.exists():
+        made.our_int8.parent.mkdir(exist_ok=True)
+        whole(made.our_int8, lambda path: to_our_int8(made.onnx, path))
     if not made.calibration.exists():
         whole(made.calibration, lambda path: np.savez(path, **calibration_states(made)))
     return made
@@ -174,6 +182,16 @@ def to_int8(source: Path, target: Path) -> None:
     del model.graph.value_info[:]
     with _quiet():
         quantize_dynamic(model, target)
+
+
+def to_our_int8(source: Path, target: Path) -> None:
+    import onnx
+
+    from kind_edge.exporters.onnx_int8 import quantize_int8
+
+    model = onnx.load_model(source)
+    del model.graph.value_info[:]
+    onnx.save_model(quantize_int8(model), target)
 
 
 def _wrapped(model: Any) -> torch.nn.Module:

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kind_edge.budget.plan import MatrixPlan
 from kind_edge.model.shipped import DEFAULT_MODEL
-from peers.distance import CLASS_SETS, IMAGES, SEED
+from kind_edge.training.data import CLASS_NAMES
+from peers.distance import CLASS_SETS, IMAGES, SEED, judged
 from peers.models import LARGE, LARGE_CLASSES, cache, randomised, whole
 
 PROFILE = "host"
@@ -65,11 +68,12 @@ def export_variant(variant: Variant, folder: Path) -> Made:
 
 def judge_variant(made: Made) -> dict[str, Any]:
     """What the judge says of its images, drawn as an app draws them."""
-    from kind_edge.deploy.evaluation import evaluate
+    from kind_edge.deploy.runtime import load_bundle
 
-    quality = dataclasses.asdict(evaluate(made.path, IMAGES, SEED).quality)
-    keys = ("frechet", "precision", "recall", "class_accuracy", "per_class_accuracy")
-    return {key: quality[key] for key in keys}
+    names = CLASS_SETS[made.variant.classes]
+    each, positions = IMAGES // len(names), [CLASS_NAMES.index(name) for name in names]
+    images = load_bundle(made.path, made.files["denoiser"]).generate(names, each, SEED)
+    return judged(images, np.repeat(positions, each))
 
 
 # --- DiT-B/2 ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from peers.race import EQUAL, GUIDED, Ratio, ratio
 
 AT_MOST = f"guided, {MOST} steps"
 BASELINE = "onnxruntime fp32"
+OUR_INT8 = "the dense twin in our int8"
 TARGETS: Mapping[str, Mapping[int, float]] = {
     "image_latency_vs_dense_fp32": {2: 40.0, 10: 40.0},
     "image_latency_vs_best_int8_peer": {2: 3.0, 10: 3.0},

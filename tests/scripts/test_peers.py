@@ -133,12 +133,13 @@ def test_dpm_solver_of_a_flow_is_that_of_diffusers(steps: int) -> None:
 
 @given(st.integers(1, 60), st.integers(0, 60))
 def test_the_fewest_steps_are_found_with_few_questions(count: int, first_good: int) -> None:
-    from peers.distance import fewest
+    from peers.distance import fewest, fewest_near
 
     asked: list[int] = []
     found = fewest(range(count), lambda n: asked.append(n) or n >= first_good)  # type: ignore[func-returns-value]
     assert found == (first_good if first_good < count else None)
     assert len(asked) == len(set(asked)) <= 11
+    assert fewest_near(range(count), count // 2, lambda n: n >= first_good) == found
 
 
 @given(st.lists(st.tuples(st.floats(0.1, 1e4), st.floats(0.1, 1e4)), min_size=1, max_size=30))
@@ -157,7 +158,7 @@ def records(ours: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
     from peers.distance import CLASS_SETS, MOST
     from peers.ours import VARIANTS
     from peers.race import EQUAL, GUIDED
-    from peers.summary import AT_MOST
+    from peers.summary import AT_MOST, OUR_INT8
 
     def one(name: str, **images: float) -> dict[str, Any]:
         times = {{"most": AT_MOST, "guided": GUIDED, "equal": EQUAL}[key]: [ms] * 3 for key, ms in images.items()}
@@ -165,13 +166,14 @@ def records(ours: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
                 "peak_bytes": 10**7, "image_ms": times, "evaluation_ms": {"1": [1.0] * 3, "2": [1.5] * 3}}  # fmt: skip
 
     shipped = [one("onnxruntime fp32", most=200.0, guided=30.0, equal=4.0), one("litert int8", guided=12.0, equal=2.0)]
+    shipped.append(one(OUR_INT8))
     shipped += [one(name, guided=ms, equal=ms) | {"file_bytes": 500_000} for name, (ms, _) in ours.items()]
     large = [one("onnxruntime fp32"), one("kind-edge int8, factored, 2 classes")]
     best = {"sampler": "dpmsolver++", "steps": 6, "frechet": 9.0, "frechet_at_most": 9.0}
     own: dict[str, Any] = dict.fromkeys(("cpu", "system", "python"), "this") | {"instruction_sets": ["avx2"]}
     own |= dict.fromkeys(("cores", "threads", "rounds", "runs", "large_rounds", "large_runs"), 3)
     own["best"] = {"fp32": best, "int8": best}
-    failed = {"failed": {"executorch int8": "it did not install"}, "large_failed": {}}
+    failed = {"failed": {"executorch int8": "it did not install"}, "large_failed": {}, "operators": {"MatMul": 1.0}}
     found = [_record("run", own, {"shipped": shipped, "large": large, **failed})]
     for count, classes in CLASS_SETS.items():
         at = {

@@ -26,7 +26,8 @@ def open_model(target: Path, precision: str, batch: int, threads: int) -> Opened
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(str(target / _FILE), options, providers=["CPUExecutionProvider"])
+    path = target / precision if precision.endswith(".onnx") else target / _FILE
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def predict(sample: Any, timestep: Any, class_index: Any) -> Any:
         return session.run(None, {"sample": sample, "timestep": timestep, "class_index": class_index})[0]
