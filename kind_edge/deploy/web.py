@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 FOLDER = "web"
-PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "packs.js", "kind-edge.d.ts"), "offline.js"
+_FOR_TOOLS = ("kind-edge.d.ts", "package.json")
+PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "packs.js", *_FOR_TOOLS), "offline.js"
 _KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "latent", "sampler", "packs")
 """What the script needs of the bundle's manifest."""
 _ROLES = ("denoiser", "decoder")
@@ -85,7 +86,7 @@ def _manifest(values: Mapping[str, Any], models: Mapping[str, str], cores: Mappi
 
 def _worker(web: Path, default_model: str, models: Mapping[str, str]) -> str:
     """The service worker: it keeps the page and the default model at once, and the rest when it is first used."""
-    first = [MANIFEST_NAME, *(name for name in PAGE if not name.endswith(".d.ts")), default_model]
+    first = [MANIFEST_NAME, *(name for name in PAGE if name not in _FOR_TOOLS), default_model]
     first += [f"runtime/{name}" for name in CPU_FILES]
     first += [CORE_FILE] if (web / CORE_FILE).exists() else []
     first += [place for place in models.values() if PurePosixPath(place).name.startswith("decoder")]
