@@ -3,7 +3,7 @@
 costs    calibrates this machine, then: latency, memory and file size of plans, predicted against measured; sizes of a
          DiT-B/2; ten minutes
 export   how long the main command takes, stage by stage
-graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; ten minutes
+graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
