@@ -106,7 +106,7 @@ def plan(
         "max_quality_loss": max_quality_loss, "minimize": minimize,
     }  # fmt: skip
     if arch is not None:
-        fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
+        fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
         fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "burst": burst or None}
         chosen = {"form": form, "modulation": modulation}
         _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
