@@ -41,7 +41,7 @@ Of the shipped model, or of --checkpoint; with --into FILE they go into a docume
 classes        pictures of every class, from the same noises
 export         what the README's first command prints
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
-cost           scripts/bench cost: predicted and measured time, size and memory
+cost           scripts/bench costs: predicted and measured time, size and memory
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
