@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.deployed import FixedCost, Layer, MatrixCost
-from kind_edge.budget.profile import Precision
+from kind_edge.budget.precision import Precision
 
 RUNTIME_BYTES = 12 * 2**20
 OPERATOR_BYTES = 7 * 2**10

@@ -15,7 +15,7 @@ import numpy as np
 from kind_edge._version import __version__
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.precision import decoder_path
+from kind_edge.budget.precision import PRECISIONS, decoder_path
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 LICENCE = "Apache-2.0"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
-_TOOLS = ("torch", "onnx", "onnxruntime", "diffusers", "numpy", "safetensors")
+_TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
 
 
 def describe(
@@ -106,9 +106,9 @@ def measure(
 ) -> tuple[dict[str, LatencyReport], LatencyReport]:
     """One call of every model file, and one whole image of the default model, on this machine."""
     write_manifest(folder, {**values, "files": _files(folder)})  # the measuring process opens the bundle by itself
-    slow = {"decoder", "sampler"} if "decoder" in values else set()  # seconds each
+    slow = ("decoder", "sampler") if "decoder" in values else ()  # seconds a call
     reports = {
-        path: bench_model(folder / path, **({"warmups": 1, "runs": 5} if entry["role"] in slow else {}))
+        path: bench_model(folder / path, warmups=1, runs=5) if entry["role"] in slow else bench_model(folder / path)
         for path, entry in entries.items()
     }
     return reports, bench_image(folder, values["default_model"])
@@ -130,7 +130,8 @@ def predict_here_ms(
     One call of a denoiser is one evaluation, of a sampler or a decoder one image.
     """
     # Here, because the rest of this file also serves bundles joined from packs, without SciPy and without PyTorch.
-    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+
+    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling  # what packs do needs no SciPy
 
     left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
@@ -198,7 +199,8 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
-    once = _sampler_words(whole, values) if whole else ""
+    small = [path for path in values["models"] if path.endswith(".ort")]
+    once = _sampler_words(whole, values) if whole else _static_words(entry)
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = (
@@ -243,7 +245,7 @@ and, with {prediction}, compute
 
 `step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. {pixels}
 An int8 model takes one image at a time: its activations share one range per call.
-"""
+{_small_words(small) if small else ""}"""
 
 
 def _decoder_words(values: Mapping[str, Any], plan: Plan) -> str:
@@ -260,6 +262,29 @@ a latent: `{decoder_path(str(plan.decoder["precision"]))}` ({facts["autoencoder"
 
 def _shape(size: Mapping[str, Any]) -> str:
     return f"[n, {size['channels']}, {size['height']}, {size['width']}]"
+
+
+def _static_words(entry: Mapping[str, Any]) -> str:
+    """Why a model for NPUs comes without a sampler."""
+    if not PRECISIONS[entry["precision"]].static:
+        return ""
+    return f"""
+The model is static, for NPUs: its batch is {entry["inputs"][0]["shape"][0]}, and class indices have 32 bits. A whole
+sampler is not in the bundle, as NPUs have no control flow: the loop below is the app's.
+"""
+
+
+def _small_words(paths: list[str]) -> str:
+    """For apps that build ONNX Runtime themselves."""
+    return f"""
+## A small build of ONNX Runtime
+
+The same models in ORT format, optimised for the CPU already: {", ".join(f"`{path}`" for path in paths)}.
+Any build of ONNX Runtime loads them, a minimal one with few operators as well:
+
+    ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
+        --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
+"""
 
 
 def _sampler_words(path: str, values: Mapping[str, Any]) -> str:

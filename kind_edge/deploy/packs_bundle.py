@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,9 @@ from kind_edge.deploy.packs_recipe import joinable, make_core
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from kind_edge.model.spec import ModelSpec
 
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
 _STAY = ("packs/", "web/", "android/", "onnx/decoder", "LICENSE")
@@ -198,6 +201,20 @@ def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list
 def _weights(core: Core, path: str) -> set[str]:
     """Tables of a file that hold weights, not the scales of quantized ones."""
     return {name for name in core.tables_of(path) if not name.endswith(".scale")}
+
+
+@dataclass(frozen=True)
+class PacksPackager:
+    """Writes `packs/`: the core as a bundle without classes, and every class apart."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """Which plans can be taken apart is known when there is one."""
+
+    def write(self, folder: Path, values: Mapping[str, Any]) -> None:
+        write_packs(folder, values, load_reference(folder))
+
+
+PACKAGER = PacksPackager()
 
 
 def check_packable(plan: Plan) -> None:

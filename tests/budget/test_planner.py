@@ -17,7 +17,7 @@ from kind_edge.budget.deployed import deployed_fixed_cost
 from kind_edge.budget.loss import LossModel, MatrixLoss
 from kind_edge.budget.menu import rank_levels
 from kind_edge.budget.plan import Plan, check_replayable
-from kind_edge.budget.planner import candidate_forms, candidates, make_plan, ways
+from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import (
     GRAPH_BYTES_PER_OPERATOR,
     Candidate,
@@ -29,6 +29,7 @@ from kind_edge.budget.problem import (
 from kind_edge.budget.profile import HOST, DeviceProfile, Precision, load_profile, profile_names
 from kind_edge.budget.response import Judged, Response
 from kind_edge.budget.sensitivity import loss_model
+from kind_edge.budget.ways import candidate_forms, candidates, ways
 from kind_edge.budget.whole_model import model_cost
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.probe import measure_sensitivity

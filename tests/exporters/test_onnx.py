@@ -27,7 +27,7 @@ from kind_edge.errors import InputError, UsageError
 from kind_edge.exporters.onnx_graph import OPSET, to_onnx
 from kind_edge.exporters.onnx_int8 import _per_component, quantize_int8
 from kind_edge.model.checkpoint import Checkpoint
-from kind_edge.registry import FORMATS, PACKS, exporter
+from kind_edge.registry import FORMATS, exporter, exporters, packagers
 
 MakeCheckpoint = Callable[..., Checkpoint]
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -275,8 +275,9 @@ def test_int8_components_are_within_half_a_step(classes: int, size: int, rank: i
 
 
 def test_formats_are_found_by_name_and_files_that_are_none_refused(tmp_path: Path) -> None:
-    named = [name for name in FORMATS if name != PACKS]
-    assert [exporter(name).name for name in named] == named
+    names = [each.name for each in exporters(FORMATS)]
+    assert [name for name in FORMATS if name in names] == names
+    assert len(names) + len(packagers(FORMATS)) == len(FORMATS)
     with pytest.raises(UsageError, match="unknown format 'onxn'; did you mean: onnx"):
         exporter("onxn")
     with pytest.raises(InputError, match="no such model file"):
