@@ -183,12 +183,16 @@ class CoreMLExporter:
         return ExportedFile(path, weights, entry)
 
     def open(self, path: Path) -> Interpreter:
-        """Runs the saved package in NumPy: Core ML itself runs on Apple's systems alone."""
+        """Runs the saved package in NumPy: Core ML itself runs on Apple's systems alone.
+
+        "Denoiser.mlpackage#shoes" is a function of it.
+        """
         import numpy as np
 
         from kind_edge.exporters.mil_reference import open_package
 
-        run = open_package(path)
+        package, _, function = path.name.partition("#")
+        run = open_package(path.with_name(package), function or None)
 
         def with_32_bits(inputs: Arrays) -> Any:
             """Core ML has no 64-bit integers."""

@@ -122,8 +122,15 @@ def conv(a: Arguments) -> Array:
     ones = [1] * len(kernel)
     strides, dilations = a.ints("strides", ones), a.ints("dilations", ones)
     reach = [(size - 1) * dilation + 1 for size, dilation in zip(kernel, dilations, strict=True)]
-    x = np.pad(x, [(0, 0), (0, 0), *_padding(a, reach, strides)])
-    result = np.stack([_conv_one(image, weight, reach, strides, dilations, groups) for image in x])
+    padding = _padding(a, reach, strides)
+    if {*kernel, *strides} == {1} and not np.any(
+        padding
+    ):  # a matrix product, in the Neural Engine's layout all of them
+        columns = x.reshape(len(x), groups, x.shape[1] // groups, -1)
+        result = (weight.reshape(groups, -1, weight.shape[1]) @ columns).reshape(len(x), -1, *x.shape[2:])
+    else:
+        padded = np.pad(x, [(0, 0), (0, 0), *padding])
+        result = np.stack([_conv_one(image, weight, reach, strides, dilations, groups) for image in padded])
     return result if (bias := a.get("bias")) is None else result + bias.reshape(-1, *ones)
 
 

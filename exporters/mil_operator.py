@@ -2,7 +2,7 @@
 
 Values travel in *carriers*: fp16 and fp32 as float32 (an fp16 value is one that fp16 has), integers of 16 bits and more
 as int64, smaller ones as stored, bool as bool. An operator computes in its carriers, so products of fp16 values are
-accumulated in fp32, as the hardware does; its result is then rounded once to the type that the program declares.
+accumulated in fp32, as matrix units do; its result is then rounded once to the type that the program declares.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.errors import InputError
+from kind_edge.exporters.mil_blob import ELEMENT_TYPES
 from kind_edge.exporters.mil_program import Operation, TensorType
 
 Array = NDArray[Any]
@@ -105,20 +106,20 @@ def to_carrier(array: Array, dtype: str) -> Array:
 
 
 def to_declared(result: Array, declared: TensorType, operation: Operation) -> Array:
-    """An operator's result, rounded to the type that the program declares; `InputError` if it is not of its shape."""
-    if not declared.fits(result.shape):
-        raise InputError(f"{operation}: the result has shape {list(result.shape)}, the program declares {declared}")
-    if declared.dtype == "fp16":
+    """An operator's result, rounded to the type that the program declares; `InputError` if it cannot be of it."""
+    dtype = declared.dtype
+    kinds = "f" if dtype in _FLOATS else "i" if dtype in _WIDE_INTEGERS else np.dtype(ELEMENT_TYPES[dtype].storage).kind
+    if not declared.fits(result.shape) or result.dtype.kind != kinds:
+        got = f"{result.dtype} {list(result.shape)}"
+        raise InputError(f"{operation}: the result is {got}, the program declares {declared}")
+    if dtype == "fp16":
         return round_to_fp16(result)
-    if declared.dtype == "fp32":
+    if dtype == "fp32":
         return result.astype(np.float32, copy=False)
-    if declared.dtype in _WIDE_INTEGERS:
-        lowest, highest = _WIDE_INTEGERS[declared.dtype]
-        if result.size and (result.min() < lowest or result.max() > highest):
-            raise InputError(f"{operation}: {result.min()} to {result.max()} do not fit {declared.dtype}")
-        return result.astype(np.int64, copy=False)
-    if declared.dtype == "bool" and result.dtype != np.bool_:
-        raise InputError(f"{operation}: computes {result.dtype}, the program declares {declared}")
+    if dtype in _WIDE_INTEGERS and result.size:
+        lowest, highest = _WIDE_INTEGERS[dtype]
+        if result.min() < lowest or result.max() > highest:
+            raise InputError(f"{operation}: {result.min()} to {result.max()} do not fit {dtype}")
     return result
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from kind_edge.deploy.manifest import is_safe_path
 from kind_edge.errors import InputError, unknown
 from kind_edge.exporters.mil_blob import BY_PROGRAM_CODE, ELEMENT_TYPES, BlobFile, ElementType, decode
 from kind_edge.exporters.mil_schema import message_class
@@ -132,15 +133,14 @@ def _root_model(path: Path) -> Path:
     manifest = path / "Manifest.json"
     try:
         listed = json.loads(manifest.read_bytes())
-        item = listed["itemInfoEntries"][listed["rootModelIdentifier"]]["path"]
-        model_path: Path = path / _ITEMS / item
+        item = str(listed["itemInfoEntries"][listed["rootModelIdentifier"]]["path"])
     except OSError as error:
         raise InputError(f"{path}: is no Core ML package: cannot read Manifest.json ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{manifest}: names no model file ({error!r})") from error
-    if not model_path.resolve().is_relative_to(path.resolve()):
+    if not is_safe_path(item):
         raise InputError(f"{manifest}: the model file {item!r} is not inside the package")
-    return model_path
+    return path / _ITEMS / item
 
 
 def _function(name: str, message: Any, features: Iterable[Any], values: _Values, where: str) -> Function:
@@ -222,11 +222,11 @@ class _Values:
         return Constant(kind, array.reshape(shape))
 
     def _blob(self, name: str, where: str) -> BlobFile:
-        path = self._folder / name.removeprefix(_ROOT_OF_BLOBS)
-        if not name.startswith(_ROOT_OF_BLOBS) or not path.resolve().is_relative_to(self._folder.resolve()):
+        inside = name.removeprefix(_ROOT_OF_BLOBS)
+        if inside == name or not is_safe_path(inside):
             raise InputError(f"{where}: its weights are in {name!r}, which is not inside the package")
         if name not in self._blobs:
-            self._blobs[name] = BlobFile(path)
+            self._blobs[name] = BlobFile(self._folder / inside)
         return self._blobs[name]
 
 

@@ -39,18 +39,38 @@ Outputs = Mapping[str, NDArray[np.generic]]
 def open_package(path: Path, function: str | None = None) -> Interpreter:
     """A function of a saved `.mlpackage` with one output: inputs by name, of any batch -> that output as float32.
 
-    A package of a fixed batch runs once for every part of that size, the last one filled up. `InputError` for what
-    cannot be read or is not known here.
+    A package of a fixed batch runs once for every part of that size, the last one filled up; inputs that are not as
+    long as the longest have no batch. `InputError` for what cannot be read or is not known here.
     """
     loaded = load_function(path, function)
     if len(loaded.function.outputs) != 1:
         raise InputError(f"{path}: has outputs {', '.join(loaded.function.outputs)}, want one")
 
     def interpret(inputs: Arrays) -> NDArray[np.float32]:
-        (output,) = loaded(inputs).values()
-        return output.astype(np.float32)
+        arrays = {name: np.atleast_1d(array) for name, array in inputs.items()}
+        count = max(map(len, arrays.values()), default=0)
+        batched = {name for name, array in arrays.items() if len(array) == count}
+        parts = []
+        for start, size in _batches(loaded.function, batched, count, loaded.where):
+            indices = np.minimum(np.arange(start, start + size), count - 1)  # the last one again, to fill up
+            (part,) = loaded({n: array[indices] if n in batched else array for n, array in arrays.items()}).values()
+            parts.append(part[: count - start])
+        return np.concatenate(parts).astype(np.float32)
 
     return interpret
+
+
+def _batches(function: Function, batched: set[str], count: int, where: str) -> Iterator[tuple[int, int]]:
+    """(start, size) of parts, each of a size that all these inputs may have: the largest up to what is left."""
+    sizes = [one for name, one in function.sizes.items() if name in batched]
+    allowed = [n for n in range(1, max(count, MAX_BATCH) + 1) if all(one.allow_first(n) for one in sizes)]
+    start = 0
+    while start < count:
+        fitting = [size for size in allowed if size <= min(count - start, MAX_BATCH)] or allowed[:1]
+        if not fitting:
+            raise InputError(f"{where}: takes no batch of up to {max(count, MAX_BATCH)}")
+        yield start, fitting[-1]
+        start += fitting[-1]
 
 
 def load_function(path: Path, function: str | None = None) -> LoadedFunction:
@@ -60,11 +80,17 @@ def load_function(path: Path, function: str | None = None) -> LoadedFunction:
     _refuse_unknown(chosen.operations, where)
     constants: dict[str, Array] = {}
     steps = []
+    known = set(chosen.inputs)
     for operation in chosen.operations:
+        if missing := _names(operation) - known:
+            raise InputError(f"{where}: {operation} takes {', '.join(sorted(missing))}, which nothing before it gives")
+        known |= {name for name, _ in operation.outputs}
         if constants.keys() >= _names(operation):
             constants |= _run_operation(operation, constants, chosen.opset)
         else:
             steps.append(operation)
+    if missing := set(chosen.outputs) - known:
+        raise InputError(f"{where}: nothing gives the output {', '.join(sorted(missing))}")
     return LoadedFunction(chosen, constants, tuple(steps), where)
 
 
@@ -78,51 +104,25 @@ class LoadedFunction:
     where: str
 
     def __call__(self, inputs: Arrays) -> Outputs:
-        """Outputs by name, each in the type that the program declares."""
-        arrays = {name: self._input(name, inputs) for name in self._checked_names(inputs)}
-        count = max(len(array) for array in arrays.values())
-        parts = [self._part(arrays, count, start, stop, size) for start, stop, size in self._batches(count)]
-        return {name: np.concatenate([part[name] for part in parts]) for name in self.function.outputs}
-
-    def _checked_names(self, inputs: Arrays) -> Iterable[str]:
+        """One run; outputs by name, each in the type that the program declares."""
         if set(inputs) != set(self.function.inputs):
             wanted = ", ".join(self.function.inputs)
             raise InputError(f"{self.where}: got inputs {', '.join(inputs) or 'none'}, want {wanted}")
-        return self.function.inputs
+        results = self._run({name: self._input(name, inputs[name]) for name in self.function.inputs})
+        types = {one: declared for operation in self.function.operations for one, declared in operation.outputs}
+        types |= self.function.inputs
+        return {name: _stored(results[name], types[name].dtype) for name in self.function.outputs}
 
-    def _input(self, name: str, inputs: Arrays) -> Array:
-        array, declared = np.atleast_1d(inputs[name]), self.function.inputs[name]
-        kind = {"f": "f", "i": "iu", "u": "iu", "b": "b"}[np.dtype(ELEMENT_TYPES[declared.dtype].storage).kind]
-        if array.dtype.kind not in kind or array.ndim != len(declared.shape):
+    def _input(self, name: str, array: NDArray[np.generic]) -> Array:
+        """As a carrier; numbers of another type are taken if they are the same in the declared one, or floats."""
+        declared = self.function.inputs[name]
+        kinds = {"f": "f", "i": "iu", "u": "iu", "b": "b"}[np.dtype(ELEMENT_TYPES[declared.dtype].storage).kind]
+        with np.errstate(over="ignore"):
+            stored = _stored(array, declared.dtype)
+        lost = kinds != "f" and not np.array_equal(stored, array)
+        if lost or array.dtype.kind not in kinds or not declared.fits(array.shape):
             raise InputError(f"{self.where}: {name} is {array.dtype} {list(array.shape)}, want {declared}")
-        return to_carrier(array.astype(ELEMENT_TYPES[declared.dtype].storage), declared.dtype)
-
-    def _batches(self, count: int) -> Iterator[tuple[int, int, int]]:
-        """(start, stop, size): parts of a batch, each run at a size that every input may have."""
-        sizes = [n for n in range(1, max(count, MAX_BATCH) + 1) if self._allows(n)]
-        start = 0
-        while start < count:
-            fitting = [size for size in sizes if size <= min(count - start, MAX_BATCH)] or sizes[:1]
-            if not fitting:
-                raise InputError(f"{self.where}: takes no batch of up to {max(count, MAX_BATCH)}")
-            yield start, min(start + fitting[-1], count), fitting[-1]
-            start += fitting[-1]
-
-    def _allows(self, batch: int) -> bool:
-        sizes = self.function.sizes.values()
-        return all(one.allow_first(batch) for one in sizes)
-
-    def _part(self, arrays: Mapping[str, Array], count: int, start: int, stop: int, size: int) -> dict[str, Array]:
-        values = {}
-        for name, array in arrays.items():
-            part = array[start:stop] if len(array) == count else array
-            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            declared = self.function.inputs[name]
-            if not declared.fits(filled.shape):
-                raise InputError(f"{self.where}: {name} has shape {list(filled.shape)}, want {declared}")
-            values[name] = filled
-        results = self._run(values)
-        return {name: _stored(results[name], self._dtype(name))[: stop - start] for name in self.function.outputs}
+        return to_carrier(stored, declared.dtype)
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Values are dropped after their last use, but for the outputs."""
@@ -134,10 +134,6 @@ class LoadedFunction:
                 if last_use[name] == at:
                     del values[name]
         return values
-
-    def _dtype(self, name: str) -> str:
-        types = {one: declared for operation in self.function.operations for one, declared in operation.outputs}
-        return (types | dict(self.function.inputs))[name].dtype
 
 
 def _names(operation: Operation) -> set[str]:
@@ -165,7 +161,7 @@ def _run_operation(operation: Operation, values: Mapping[str, Array], opset: int
                 raise InputError(f"{operation}: {len(results)} results, the program declares {len(operation.outputs)}")
             outputs = zip(operation.outputs, results, strict=True)
             return {name: to_declared(array, declared, operation) for (name, declared), array in outputs}
-    except (ValueError, IndexError) as error:  # NumPy's, of shapes that do not go together
+    except (ValueError, IndexError, TypeError, ArithmeticError, MemoryError) as error:  # NumPy's, of operands unfit
         shapes = {name: [list(array.shape) for array in arrays] for name, arrays in operands.items()}
         raise InputError(f"{operation}: {error} (operands {shapes})") from error
 
