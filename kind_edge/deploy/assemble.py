@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from kind_edge.model.spec import ModelSpec
 from kind_edge.units import format_seconds
 
 LICENCE = "Apache-2.0"
+MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
 
@@ -149,6 +151,14 @@ def write_texts(folder: Path, plan: Plan, values: Mapping[str, Any]) -> None:
     """plan.json, which can be replayed, and the bundle's own README."""
     (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(bundle_readme(plan, values), encoding="utf-8")
+    write_mac_program(folder, values)
+
+
+def write_mac_program(folder: Path, values: Mapping[str, Any]) -> None:
+    """Beside Core ML packages, what runs them on a Mac: Core ML itself predicts nowhere else."""
+    if any(path.startswith("coreml/") for path in values["models"]):
+        program = files("kind_edge.deploy").joinpath("templates", MAC_PROGRAM)
+        (folder / MAC_PROGRAM).write_bytes(program.read_bytes())
 
 
 def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
@@ -186,7 +196,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 ```
 
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
-
+{_mac_words(values)}
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
 {once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
@@ -205,6 +215,18 @@ and, with {prediction}, compute
 
 `step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. Pixels are (x + 1) * 127.5,
 clipped to 0..255. An int8 model takes one image at a time: its activations share one range per call.
+"""
+
+
+def _mac_words(values: Mapping[str, Any]) -> str:
+    packages = [f"`{path}`" for path in values["models"] if path.startswith("coreml/")]
+    if not packages:
+        return ""
+    return f"""
+## Xcode
+
+Drop {" and ".join(packages)} into the project. On a Mac, `python3 {MAC_PROGRAM}` (with coremltools) compares
+them with the stored outputs and times them on the CPU, the GPU and the Neural Engine.
 """
 
 

@@ -17,6 +17,7 @@ import pytest
 from numpy.typing import NDArray
 
 import kind_edge.deploy
+from kind_edge.deploy.assemble import write_mac_program
 from kind_edge.exporters.mil_reference import load_function
 
 Array = NDArray[Any]
@@ -198,6 +199,14 @@ def test_what_it_refuses(program: ModuleType, bundle: Path, capsys: pytest.Captu
     assert "has no Core ML package" in capsys.readouterr().err
     assert run(program, bundle / "verify") == (4, {})
     assert "not a bundle" in capsys.readouterr().err
+
+
+def test_it_lies_beside_the_packages(tmp_path: Path) -> None:
+    (tmp_path / "coreml").mkdir()
+    write_mac_program(tmp_path, {"models": {"onnx/denoiser.onnx": {}}})
+    assert list((tmp_path / "coreml").iterdir()) == []
+    write_mac_program(tmp_path, {"models": {"onnx/denoiser.onnx": {}, DENOISER: {}}})
+    assert (tmp_path / "coreml/verify_on_mac.py").read_bytes() == PROGRAM.read_bytes()
 
 
 def test_it_stands_alone() -> None:
