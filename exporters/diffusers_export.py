@@ -21,6 +21,7 @@ FOLDER = "diffusers"
 
 _FOLDED = "The class is folded into the weights, so there is no null branch to guide with: leave `guidance_scale` at 1."
 _LATENTS = "The autoencoder is not part of this folder; with `vae=None` the transformer loads without one."
+_DECODED = "`vae` is the autoencoder that was given, in float32."
 _PIXELS = "The model works on pixels; `vae` passes them through."
 
 
@@ -100,6 +101,8 @@ def _pipeline(model: PlainDiT) -> Any:
     autoencoder = None
     if spec.pixels_per_latent == 1:
         autoencoder = parts.passthrough_autoencoder(spec.channels, spec.image_size)
+    elif model.origin.autoencoder is not None:
+        autoencoder = parts.pipeline_autoencoder(model.origin.autoencoder)
     names = dict(enumerate(plan.classes))
     pipeline = DiTPipeline(transformer, autoencoder, scheduler, names)
     pipeline.register_to_config(id2label=names)
@@ -120,7 +123,7 @@ def _interface(model: PlainDiT) -> dict[str, Any]:
 
 def _readme(origin: Origin) -> str:
     plan, spec = origin.plan, origin.truncated.spec
-    latent = spec.pixels_per_latent != 1
+    latent = spec.pixels_per_latent != 1 and origin.autoencoder is None
     autoencoder = ', vae=AutoencoderKL.from_pretrained("the one it was trained with")' if latent else ""
     labels = ", ".join(f"{index} {name}" for index, name in enumerate(plan.classes))
     guided = plan.form == "switch"
@@ -132,7 +135,7 @@ def _readme(origin: Origin) -> str:
         notes.append(
             f"The timestep weights are fitted to diffusers' frequencies at {plan.steps} steps: take that number."
         )
-    notes.append(_LATENTS if latent else _PIXELS)
+    notes.append(_PIXELS if spec.pixels_per_latent == 1 else _LATENTS if latent else _DECODED)
     return f"""# A DiTPipeline of diffusers
 
 ```python

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from kind_edge.errors import UsageError
+from kind_edge.model.autoencoder import latent_statistics, load_autoencoder
 from kind_edge.model.diffusion import TRAIN_STEPS
 from kind_edge.model.dit import timestep_features, timestep_frequencies
 from kind_edge.model.sampling import make_scheduler
 
 if TYPE_CHECKING:
     from kind_edge.budget.plan import Plan
+    from kind_edge.model.autoencoder import Autoencoder
     from kind_edge.model.checkpoint import Checkpoint
 
 NULL_LABEL = 1000
@@ -83,6 +85,32 @@ def pipeline_scheduler(plan: Plan, objective: str) -> Any:
     )
     scheduler.set_timesteps(plan.steps)
     return scheduler
+
+
+def pipeline_autoencoder(autoencoder: Autoencoder) -> Any:
+    """What was given, as DiTPipeline uses it: the pipeline divides latents by `scaling_factor` and knows nothing else.
+
+    A shift, or means and deviations, go into the convolution before the decoder, which only `AutoencoderKL` has.
+    """
+    model = load_autoencoder(autoencoder.folder)
+    channels = int(model.config.latent_channels)
+    shift, spread = (torch.tensor(values).expand(channels) for values in latent_statistics(model.config))
+    if bool((spread == 1).all() and (shift == 0).all()):
+        return model
+    if autoencoder.kind != "AutoencoderKL":
+        raise UsageError(
+            f"--formats diffusers: DiTPipeline cannot shift latents as this {autoencoder.kind} wants it; leave "
+            "diffusers out"
+        )
+    before = torch.nn.Conv2d(channels, channels, 1).requires_grad_(False)
+    own, bias = torch.eye(channels), torch.zeros(channels)
+    if model.post_quant_conv is not None:
+        own, bias = model.post_quant_conv.weight.flatten(1), model.post_quant_conv.bias
+    before.weight.copy_((own * spread)[:, :, None, None])
+    before.bias.copy_(bias + own @ shift)
+    model.post_quant_conv = before
+    model.register_to_config(use_post_quant_conv=True, shift_factor=None, latents_mean=None, latents_std=None)
+    return model
 
 
 def passthrough_autoencoder(channels: int, image_size: int) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from kind_edge.budget.denoiser_graph import TAILORS
+
 LARGEST = 127
+FINAL = "final"
+"""The last layer's matrix. It stays in fp32: a few kB, and 2 to 6 dB less error at all but the last steps."""
 
 
 def quantize_int8(model: onnx.ModelProto, fp32_matrices: Collection[str] = ()) -> onnx.ModelProto:
@@ -47,7 +51,7 @@ def quantize_int8(model: onnx.ModelProto, fp32_matrices: Collection[str] = ()) -
         quantized = onnx.load_model(target)
     del quantized.graph.value_info[:], quantized.metadata_props[:]
     quantized.producer_name, quantized.producer_version = model.producer_name, ""
-    return _quantize_gathered(quantized, kept)
+    return quantize_gathered(quantized, kept)
 
 
 def _products_of(model: onnx.ModelProto, prefixes: tuple[str, ...]) -> list[str]:
@@ -68,50 +72,83 @@ def _without_advice() -> Iterator[None]:
 
 
 def _last_product(model: onnx.ModelProto) -> str:
-    """The final layer's node. It stays in fp32: a few kB, and 2 to 6 dB less error at all but the last steps."""
+    """The final layer's node, the last that has a constant matrix."""
     constants = {tensor.name for tensor in model.graph.initializer}
     products = [n for n in model.graph.node if n.op_type in ("MatMul", "Gemm") and n.input[1] in constants]
     return str(products[-1].name)
 
 
-def _quantize_gathered(model: onnx.ModelProto, kept: tuple[str, ...]) -> onnx.ModelProto:
-    """Store every 3-D table that is gathered along its classes (K x m x r or K x r x n) as int8.
+def quantize_gathered(model: onnx.ModelProto, kept: tuple[str, ...]) -> onnx.ModelProto:
+    """Store the tables of tailors (K x rows x width, a component a row) as int8.
 
-    Tables whose names start like one of `kept` stay as they are.
+    Rows of matrices whose names start like one of `kept` stay as they are, in a table of their own.
     """
-    floats = [t for t in model.graph.initializer if len(t.dims) == 3 and t.data_type == onnx.TensorProto.FLOAT]
-    tables = {t.name: t for t in floats if not (kept and t.name.startswith(kept))}
-    nodes, done = [], set()
+    values = {t.name: t for t in model.graph.initializer}
+    producers = {name: node for node in model.graph.node for name in node.output}
+    splits = {node.name: _gather_of(node, producers) for node in model.graph.node if node.op_type == "Split"}
+    replaced = {name for gather, factor in splits.values() if gather for name in (gather.name, factor and factor.name)}
+    nodes, initializers = [], [t for t in model.graph.initializer if not t.name.startswith(f"{TAILORS}.")]
     for node in model.graph.node:
-        if node.op_type != "Gather" or node.input[0] not in tables:
-            nodes.append(node)
+        gather, factor = splits.get(node.name, (None, None))
+        if gather is None:
+            nodes += [node] if node.name not in replaced else []
             continue
-        name, index, output = node.input[0], node.input[1], node.output[0]
-        done.add(name)
-        nodes += [
-            helper.make_node("Gather", [f"{name}.int8", index], [f"{output}.int8"], f"{node.name}.int8", axis=0),
-            helper.make_node("Gather", [f"{name}.scale", index], [f"{output}.scale"], f"{node.name}.scale", axis=0),
-            helper.make_node(
-                "Cast", [f"{output}.int8"], [f"{output}.wide"], f"{node.name}.wide", to=onnx.TensorProto.FLOAT
-            ),
-            helper.make_node("Mul", [f"{output}.wide", f"{output}.scale"], [output], node.name),
-        ]
-    initializers = [t for t in model.graph.initializer if t.name not in done]
-    for name in sorted(done):
-        values, scale = _per_component(numpy_helper.to_array(tables[name]))
-        initializers += [
-            numpy_helper.from_array(values, f"{name}.int8"),
-            numpy_helper.from_array(scale, f"{name}.scale"),
-        ]
+        sizes = numpy_helper.to_array(values[node.input[1]])
+        rows = np.split(numpy_helper.to_array(values[gather.input[0]]), np.cumsum(sizes)[:-1], axis=1)
+        for wide in (False, True):
+            own = {name: part for name, part in zip(node.output, rows, strict=True) if name.startswith(kept) == wide}
+            if own:
+                made, constants = _picked(gather, factor, own, wide)
+                nodes, initializers = nodes + made, initializers + constants
     del model.graph.node[:], model.graph.initializer[:]
+    used = {name for node in nodes for name in node.input}
     model.graph.node.extend(nodes)
-    model.graph.initializer.extend(initializers)
+    model.graph.initializer.extend(tensor for tensor in initializers if tensor.name in used)
     return model
 
 
+def _gather_of(
+    split: onnx.NodeProto, producers: Mapping[str, onnx.NodeProto]
+) -> tuple[onnx.NodeProto | None, onnx.NodeProto | None]:
+    """What picks the tailors that a Split cuts apart, and the factor of the null class between, where there is one."""
+    source, factor = producers.get(split.input[0]), None
+    if source is not None and source.op_type == "Mul":
+        source, factor = producers.get(source.input[0]), source
+    return (source, factor) if source is not None and source.input[0].startswith(f"{TAILORS}.") else (None, None)
+
+
+def _picked(
+    gather: onnx.NodeProto,
+    factor: onnx.NodeProto | None,
+    rows: Mapping[str, NDArray[np.float32]],
+    wide: bool,
+) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Nodes and constants that pick some of a table's rows by class; not `wide`: int8, widened after the gather."""
+    table, index, node = f"{gather.input[0]}.{'fp32' if wide else 'int8'}", gather.input[1], helper.make_node
+    parts = np.concatenate(list(rows.values()), 1)
+    if wide:
+        nodes = [node("Gather", [table, index], [f"{table}.picked"], f"{table}.gather", axis=0)]
+        constants = {table: parts}
+    else:
+        values, scale = _per_component(parts)
+        constants = {table: values, f"{table}.scale": scale}
+        nodes = [
+            node("Gather", [table, index], [f"{table}.own"], f"{table}.gather", axis=0),
+            node("Gather", [f"{table}.scale", index], [f"{table}.own.scale"], f"{table}.scale.gather", axis=0),
+            node("Cast", [f"{table}.own"], [f"{table}.wide"], f"{table}.cast", to=onnx.TensorProto.FLOAT),
+            node("Mul", [f"{table}.wide", f"{table}.own.scale"], [f"{table}.picked"], f"{table}.scaled"),
+        ]
+    picked = f"{table}.picked"
+    if factor is not None:
+        nodes.append(node(factor.op_type, [picked, factor.input[1]], [f"{table}.open"], f"{table}.opened"))
+        picked = f"{table}.open"
+    constants[f"{table}.rows"] = np.array([part.shape[1] for part in rows.values()])
+    nodes.append(node("Split", [picked, f"{table}.rows"], list(rows), f"{table}.split", axis=1))
+    return nodes, [numpy_helper.from_array(value, name) for name, value in constants.items()]
+
+
 def _per_component(table: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """int8 values and scales of K thin factors; the components lie along the shorter of the last two axes."""
-    long_axis = 1 if table.shape[1] >= table.shape[2] else 2
-    scale = np.abs(table).max(axis=long_axis, keepdims=True) / LARGEST
+    """int8 values and scales of K thin factors, whose components are rows."""
+    scale = np.abs(table).max(axis=2, keepdims=True) / LARGEST
     scale = np.where(scale == 0, 1, scale).astype(np.float32)
     return np.rint(table / scale).astype(np.int8), scale

@@ -4,7 +4,8 @@ The denoiser becomes the body of an ONNX Loop over the rows of the sampler's tab
 
     d_i = p_i x_i + q_i prediction_i,    x_{i+1} = a_i x_i + b_i d_i + c_i d_{i-1}
 
-Guidance is one batch of 2B, class rows first. Weights stay in the outer graph, where ONNX Runtime packs them once;
+Guidance is one batch of 2B, class rows first. The decoder of a latent model follows the loop. Weights stay in the outer
+graph, where ONNX Runtime packs them once;
 sizes (int64) lie in the body, where shape inference finds them.
 """
 
@@ -23,12 +24,14 @@ from kind_edge.deploy.sampler_table import SamplerTable
 _COLUMNS = ("p", "q", "a", "b", "c")
 
 
-def to_sampler(denoiser: onnx.ModelProto, table: SamplerTable, null_index: int | None) -> onnx.ModelProto:
-    """The sampler of a denoiser; `denoiser` is not changed.
+def to_sampler(
+    denoiser: onnx.ModelProto, table: SamplerTable, null_index: int | None, decoder: onnx.ModelProto | None = None
+) -> onnx.ModelProto:
+    """The sampler of a denoiser, with the decoder of its latents if it makes such; neither is changed.
 
     `null_index`: the class whose prediction guidance starts from; None for a model that is not guided, whose sampler
     has no input `guidance`. Inputs as in the bundle contract: noise float32 [B, ch, H, W], class_index int64 [B] where
-    the denoiser has it, guidance float32 []. Output image float32 [B, ch, H, W] in [0, 1].
+    the denoiser has it, guidance float32 []. Output image float32 [B, ch, H, W] in [0, 1], as the decoder gives it.
     """
     source, given = denoiser.graph, {value.name: value for value in denoiser.graph.input}
     guided, switches = null_index is not None, "class_index" in given
@@ -58,13 +61,14 @@ def to_sampler(denoiser: onnx.ModelProto, table: SamplerTable, null_index: int |
     inputs += [_tensor("class_index", TensorProto.INT64, ["batch"])] if switches else []
     inputs += [_tensor("guidance", TensorProto.FLOAT, [])] if guided else []
     graph = helper.make_graph(
-        list(_around(body, guided, switches)),
+        [*_around(body, guided, switches), *_ending(decoder)],
         "sampler",
         inputs,
-        [_tensor("image", TensorProto.FLOAT, ["batch", *shape])],
+        [_tensor("image", TensorProto.FLOAT, ["batch", *shape])] if decoder is None else decoder.graph.output,
         [
             *(tensor for tensor in source.initializer if tensor.data_type != TensorProto.INT64),
             *_used(constants, guided, given),
+            *(decoder.graph.initializer if decoder is not None else []),
         ],
     )
     return helper.make_model(
@@ -73,7 +77,7 @@ def to_sampler(denoiser: onnx.ModelProto, table: SamplerTable, null_index: int |
 
 
 def _around(body: onnx.GraphProto, guided: bool, switches: bool) -> Iterator[onnx.NodeProto]:
-    """What runs once: the sizes, the classes of all branches, the loop, the image."""
+    """What runs once before the image: the sizes, the classes of all branches, the loop."""
     node = helper.make_node
     yield node("Shape", ["noise"], ["sampler.batch"], end=1)
     yield node("Mul", ["sampler.batch", "sampler.branches"], ["sampler.size"])
@@ -84,6 +88,15 @@ def _around(body: onnx.GraphProto, guided: bool, switches: bool) -> Iterator[onn
     yield node("Mul", ["noise", "sampler.zero"], ["sampler.still"])  # there is no direction before the first
     state = ["noise", "sampler.still"]
     yield node("Loop", ["sampler.rows", "", *state], ["sampler.final", "sampler.last"], body=body)
+
+
+def _ending(decoder: onnx.ModelProto | None) -> Iterator[onnx.NodeProto]:
+    """From the loop's last sample to an image in [0, 1]; a decoder's inner names all start with its own."""
+    node = helper.make_node
+    if decoder is not None:
+        yield node("Identity", ["sampler.final"], ["latent"])
+        yield from decoder.graph.node
+        return
     yield node("Mul", ["sampler.final", "sampler.half"], ["sampler.scaled"])
     yield node("Add", ["sampler.scaled", "sampler.half"], ["sampler.shifted"])
     yield node("Clip", ["sampler.shifted", "sampler.zero", "sampler.one"], ["image"])

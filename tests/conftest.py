@@ -80,12 +80,15 @@ def save_tiny(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     labels = torch.arange(8 * spec.num_classes) % spec.num_classes
     shape = (len(labels), spec.channels, spec.image_size, spec.image_size)
     images = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    heldout = {"images": images}
+    if spec.pixels_per_latent > 1:
+        heldout = {"latents": torch.randn(shape, generator=generator).half()}
     save_checkpoint(folder, checkpoint, torch.float16)
     stored = load_checkpoint(folder)
     calibration = calibrate_on_images(stored.model(), images.float() / 127.5 - 1, labels)
     save_calibration(folder / CALIBRATION, calibration)
     keep_sensitivity(measure_sensitivity(stored, checkpoint_hash(folder), calibration, images=4), folder)
-    write_tensors(folder / HELDOUT, {"images": images, "labels": labels.to(torch.uint8)})
+    write_tensors(folder / HELDOUT, {**heldout, "labels": labels.to(torch.uint8)})
     return folder
 
 
@@ -151,7 +154,57 @@ def tiny_folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> P
     return made_once("tiny", save_tiny)
 
 
+def export_both(tiny_folder: Path, output: Path) -> None:
+    """Two classes, cut to 60 % of the dense model's work; what `export --json` prints goes beside the bundle."""
+    import json
+
+    from kind_edge.deploy import pipeline
+
+    stages: list[str] = []
+    asked: dict[str, Any] = {"profile": "raspberry-pi-5", "classes": ["shirt", "bag"], "max_flops": "60%"}
+    bundle = pipeline.export(tiny_folder, **asked, output=output / "b", on_stage=stages.append)
+    assert ", ".join(stages) == (
+        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview, writing the report"
+    )
+    (output / "export.json").write_text(json.dumps(bundle.to_dict()))
+
+
+@pytest.fixture(scope="session")
+def exported_bundle(tiny_folder: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with the bundle `b` of the tiny model, and `export.json`. Only to be read."""
+    return made_once("bundle", lambda folder: export_both(tiny_folder, folder))
+
+
 @pytest.fixture(scope="session")
 def distilled_folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The same with a model that is distilled for 1, 2 and 4 steps, with guidance 1.75 inside. Only to be read."""
     return made_once("distilled", lambda folder: save_tiny(folder, **DISTILLED))
+
+
+@pytest.fixture(scope="session")
+def autoencoders(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """Random AutoencoderKL and AutoencoderTiny in kl/ and tiny/: 8 pixels per latent, 4 channels. Only to be read."""
+
+    def make(folder: Path) -> None:
+        import diffusers
+        import torch
+
+        torch.manual_seed(0)
+        widths = (4, 4, 4, 4)
+        kl = diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=widths,
+            norm_num_groups=2,
+            latent_channels=4,
+            scaling_factor=0.5,
+            shift_factor=0.25,
+        )
+        kl.save_pretrained(folder / "kl")
+        tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
+        with torch.no_grad():  # untrained, it would draw black on black
+            tiny.decoder.layers[-1].weight.mul_(8)
+            tiny.decoder.layers[-1].bias.fill_(0.5)
+        tiny.save_pretrained(folder / "tiny")
+
+    return made_once("autoencoders", make)

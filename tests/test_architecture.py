@@ -40,9 +40,12 @@ ARROWS = {
 }
 """Room -> rooms it may import, besides itself and FREE."""
 EXCEPTIONS = {("kind_edge.deploy.pipeline", "training"), ("kind_edge.deploy.evaluation", "training")}
+EXCEPTIONS |= {
+    ("kind_edge.exporters.optimum_plugin.register_kind_edge", "cli")
+}  # it is another front of the command line
 
 HEAVY_ALLOWED = {"kind_edge.budget.sensitivity": HEAVY, "kind_edge.budget.host": {"onnxruntime"}}
-HEAVY_ALLOWED |= {"kind_edge.budget.probe_graph": {"onnx"}, "kind_edge.budget.runner": {"onnxruntime"}}
+HEAVY_ALLOWED |= {"kind_edge.budget.onnx_writer": {"onnx"}, "kind_edge.budget.runner": {"onnxruntime"}}
 """In `budget`, who may import what of HEAVY."""
 MAX_LINES = 400
 

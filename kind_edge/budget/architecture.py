@@ -23,10 +23,11 @@ from kind_edge.budget.cost import (
     model_cost,
     paper_table,
 )
-from kind_edge.budget.decoder import DecoderCost, decoder_cost
+from kind_edge.budget.decoder import NO_DECODER, DecoderCost, decoder_cost
 from kind_edge.budget.image_time import image_time
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.precision import Precision, Unit, check_unit
+from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.whole_model import PAPER_EVALUATIONS
 from kind_edge.errors import UsageError
 from kind_edge.model.spec import ModelSpec
@@ -122,6 +123,7 @@ def architecture_cost(
         if unit not in ("auto", "gpu") or precision not in ("auto", "fp32"):
             raise UsageError("--convention paper is fp32 at the GPU's peak: leave out --unit and --precision")
         return _paper_cost(arch, spec, rank, profile, steps or PAPER_STEPS, evaluations_per_step)
+    check_unit(precision, unit)
     chosen: Precision = "fp32" if precision == "auto" else precision
     units = profile.units_for(chosen) if unit == "auto" else (unit,)
     steps = steps or EXACT_STEPS
@@ -155,7 +157,7 @@ def _paper_cost(
     return ArchitectureCost(
         arch, spec.num_classes, "paper", rank, profile.name, "gpu", "fp32", steps, per_step,
         row.params, row.flops, row.memory_bytes, row.memory_bytes, latency_s, latency_s,
-        image_time(steps, steps, per_step, row.latency_s / PAPER_EVALUATIONS, 0.0), DecoderCost(0, 0, 0), _names(spec),
+        image_time(steps, steps, per_step, row.latency_s / PAPER_EVALUATIONS, 0.0), NO_DECODER, _names(spec),
     )  # fmt: skip
 
 
@@ -187,7 +189,7 @@ def _exact_cost(
                 + sum(matrix_latency_s(matrix, profile, unit, precision, lasting, per_step) for matrix in matrices)
             )
             / per_step,
-            decoder.flops / profile.throughput(unit, "fp32", lasting) if decoder.flops else 0.0,
+            decoder.latency_s(profile, unit, "fp32", lasting),
         )
         for lasting in (False, True)
     )

@@ -11,13 +11,12 @@ Symbols: N tokens, D width, L blocks, H hidden width, K kept classes, n x m a ma
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from kind_edge.budget.formulas import Storage, matrix_macs, matrix_weights, tailor_macs
-from kind_edge.budget.profile import Precision
+from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.budget.whole_model import CostBreakdown, model_cost
 from kind_edge.model.spec import FREQUENCY_WIDTH, Branch, MatrixShape, ModelSpec
 
@@ -27,18 +26,36 @@ Role = Literal["matmul", "float"]
 SCALE_BYTES = 4
 ZERO_POINT_BYTES = 1
 
-_VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 4}
-"""Bytes of an activation, a bias and a table entry: an int8 file keeps all of these in fp32."""
+_VALUE_BYTES: Mapping[Precision, int] = {
+    "fp32": 4, "fp16": 2, "int8": 4, "int8-qdq": 1, "a16w8": 2, "int8-weights": 4, "int4": 4,
+}  # fmt: skip
+"""Bytes of an activation and a table entry: only static quantization narrows what is no matrix."""
 
-_PRODUCT_OPERATORS = {"fp32": 1, "fp16": 1, "int8": 2}
-"""int8: one operator quantizes the activations, one multiplies."""
+_BIAS_BYTES: Mapping[Precision, int] = {**_VALUE_BYTES, "int8-qdq": 12, "a16w8": 12}
+"""Static: a bias of 32 bits, with a scale and a zero point for every output."""
+
+_PRODUCT_OPERATORS = {"int8": 2}
+"""int8: one operator quantizes the activations, one multiplies; all others have a single one."""
 
 
 def linear_weight_bytes(outputs: int, inputs: int, precision: Precision) -> int:
-    """Bytes of one constant matrix: per-channel int8 adds a scale and a zero point per output."""
-    if precision == "int8":
+    """Bytes of one constant matrix: int8 adds a scale and a zero point per output, or a scale per whole block."""
+    traits = PRECISIONS[precision]
+    if traits.block:
+        return outputs * -(-inputs // traits.block) * (traits.block * traits.weight_bits // 8 + SCALE_BYTES)
+    if traits.weight_bits == 8:
         return outputs * (inputs + SCALE_BYTES + ZERO_POINT_BYTES)
-    return outputs * inputs * _VALUE_BYTES[precision]
+    return outputs * inputs * traits.weight_bits // 8
+
+
+def _tailor_bytes(outputs: int, inputs: int, rank: int, precision: Precision) -> int:
+    """Bytes of one class's thin factors: int8 has a scale per component and side, static int8 one for both sides."""
+    traits, values = PRECISIONS[precision], (outputs + inputs) * rank
+    if traits.static:
+        return values + rank * _VALUE_BYTES[precision]
+    if precision == "int4":
+        return sum(rank * (side // 2 + -(-side // traits.block) * SCALE_BYTES) for side in (outputs, inputs))
+    return values + 2 * rank * SCALE_BYTES if traits.weight_bits == 8 else values * traits.weight_bits // 8
 
 
 class Layer(NamedTuple):
@@ -98,24 +115,25 @@ def matrix_cost(
     weight_bytes = operators = activations = 0
     if params and storage == "dense":
         weight_bytes = linear_weight_bytes(n, m, precision)
-        operators, activations = _PRODUCT_OPERATORS[precision], tokens * (n + m)
+        operators, activations = _PRODUCT_OPERATORS.get(precision, 1), tokens * (n + m)
     elif params:
         weight_bytes = linear_weight_bytes(learngene_rank, m, precision) + linear_weight_bytes(
             n, learngene_rank, precision
         )
-        operators, activations = 2 * _PRODUCT_OPERATORS[precision], tokens * (n + m + 2 * learngene_rank)
+        operators, activations = 2 * _PRODUCT_OPERATORS.get(precision, 1), tokens * (n + m + 2 * learngene_rank)
     weight_bytes_read = weight_bytes
     if num_tailors and tailor_rank:
         one = (n + m) * tailor_rank
-        one_bytes = one + 2 * tailor_rank * SCALE_BYTES if precision == "int8" else one * value_bytes
+        one_bytes = _tailor_bytes(n, m, tailor_rank, precision)
         params, weight_bytes = params + num_tailors * one, weight_bytes + num_tailors * one_bytes
-        # The gather reads the factors and writes them, widened, for the products to read again.
-        weight_bytes_read += one_bytes + 2 * one * value_bytes
+        # The gather reads the factors and writes them, widened; the split moves them; the products read them.
+        weight_bytes_read += one_bytes + 4 * one * value_bytes
         flops += 2 * tailor_macs(tokens, n, m, tailor_rank)
         activations += tokens * (
             m + 2 * tailor_rank + 3 * n
         )  # x, the thin product twice, the tailor's output and the sum
-        operators += 9 if precision == "int8" else 5  # gathers (of scales too), widenings, two products, one sum
+        # A transpose, two products, one sum; gathers and splits are shared by all matrices, but for static graphs.
+        operators += {"int8-qdq": 7, "a16w8": 7}.get(precision, 5)
     layer = Layer(tokens, n, m, storage, learngene_rank, tailor_rank if num_tailors else 0, precision)
     return MatrixCost(params, flops, weight_bytes, weight_bytes_read, activations * value_bytes, operators, layer)
 
@@ -174,38 +192,56 @@ def baked_table_values(spec: ModelSpec, evaluations: int, labels: int = 1) -> in
 
 
 def deployed_fixed_cost(
-    spec: ModelSpec, num_classes_kept: int, evaluations: int, baked: bool, precision: Precision
+    spec: ModelSpec,
+    num_classes_kept: int,
+    evaluations: int,
+    baked: bool,
+    precision: Precision,
+    *,
+    switches: bool = True,
+    half_table: bool = False,
 ) -> FixedCost:
     """Everything but the block matrices, as one file holds and one evaluation runs it.
 
     `evaluations` is the number of different timesteps that the sampler visits; it and `num_classes_kept` size the baked
-    table (or, unbaked, the label embedding). In an int8 file only matrices of products are int8: the patch
-    convolution, tables and biases stay fp32.
+    table (or, unbaked, the label embedding); forms that do not switch have one label for all. In an int8 file only
+    matrices of products are int8: the patch convolution, tables and biases stay fp32, a `half_table` alone is fp16.
     """
-    groups = tuple(_groups(spec, num_classes_kept, evaluations, baked, precision))
+    labels = 0
+    if spec.label_embedding and switches:
+        labels = num_classes_kept + (not spec.distilled)  # distilled: no null class
+    if baked:
+        conditioning = _table(spec, evaluations, labels, "fp16" if half_table else precision)
+    else:
+        conditioning = _conditioning(spec, model_cost(spec, "exact"), labels, precision)
+    groups = (*conditioning, *_token_groups(spec, model_cost(spec, "exact"), precision))
     attentions, mlps = len(spec.branches("attn")), len(spec.branches("mlp"))
     parts = Parts(spec.tokens, spec.width, attentions, mlps, ends=True)
     return FixedCost(groups, peak_activation_bytes(spec, precision), precision, parts)
 
 
 def branch_fixed_cost(
-    spec: ModelSpec, kind: Branch, precision: Precision, num_classes_kept: int = 1, evaluations: int = 1
+    spec: ModelSpec,
+    kind: Branch,
+    precision: Precision,
+    num_classes_kept: int = 1,
+    evaluations: int = 1,
+    baked: bool = True,
+    **options: bool,
 ) -> FixedCost:
     """What of one block's branch vanishes, beside its matrices, from `deployed_fixed_cost` when it is dropped.
 
-    Normalisation, modulation with its part of the baked table (of the adaLN network where modulation depends on the
-    label), attention products, softmax or GELU, biases, gate and residual; by the same groups. `num_classes_kept` and
-    `evaluations` size the table, as there. Its FLOPs, parameters and bytes add up over any branches. Operators and
-    traffic are at least their sum: a block that loses both branches also loses the split of its modulation (and the
-    adaLN product) that either one alone still needs. The peak of activations is 0: other blocks keep it.
+    Normalisation, modulation with its part of the baked table (or of the adaLN network), attention products, softmax
+    or GELU, biases, gate and residual; by the same groups, and with the same arguments. All figures add up over any
+    branches, but for the peak of activations, which is 0: other blocks keep it.
     """
     whole = dataclasses.replace(spec, dropped_branches=())  # a branch is like that of any other block
     with_it, without = (
-        deployed_fixed_cost(each, num_classes_kept, evaluations, not spec.label_embedding, precision).groups
+        deployed_fixed_cost(each, num_classes_kept, evaluations, baked, precision, **options).groups
         for each in (whole, whole.without_branches([f"blocks.0.{kind}"]))
     )
     pairs = zip(with_it, without, strict=True)
-    groups = tuple(difference for a, b in pairs if (difference := _difference(a, b)).operators or difference.params)
+    groups = tuple(_difference(a, b) for a, b in pairs if a != b)
     parts = Parts(spec.tokens, spec.width, int(kind == "attn"), int(kind == "mlp"), ends=False)
     return FixedCost(groups, 0, precision, parts)
 
@@ -214,11 +250,6 @@ def _difference(whole: OperatorGroup, rest: OperatorGroup) -> OperatorGroup:
     """What a group has more than another of the same name."""
     counts = [a - b for a, b in zip(dataclasses.astuple(whole)[2:], dataclasses.astuple(rest)[2:], strict=True)]
     return OperatorGroup(whole.name, whole.role, *counts)
-
-
-def _modulation_widths(spec: ModelSpec) -> list[int]:
-    """Modulation values of every block that is modulated at all."""
-    return [width for block in range(spec.depth) if (width := spec.modulation_width(block))]
 
 
 def peak_activation_bytes(spec: ModelSpec, precision: Precision, batch: int = 1) -> int:
@@ -231,39 +262,28 @@ def peak_activation_bytes(spec: ModelSpec, precision: Precision, batch: int = 1)
     return batch * (max(attention, mlp) + row) * _VALUE_BYTES[precision]
 
 
-def _groups(
-    spec: ModelSpec, num_classes_kept: int, evaluations: int, baked: bool, precision: Precision
-) -> Iterator[OperatorGroup]:
-    whole = model_cost(spec, "exact")
-    row = baked_table_values(spec, 1)
-    labels = num_classes_kept + (not spec.distilled) if spec.label_embedding else 1  # distilled: no null class
-    if baked:
-        table = baked_table_values(spec, evaluations, labels)
-        values = _VALUE_BYTES[precision]
-        # A gather, and a split of the row per block and for the final layer.
-        operators = len(_modulation_widths(spec)) + 2
-        yield OperatorGroup("table", "float", table, 0, table * values, row * values, row * values, operators)
-    else:
-        yield from _conditioning(spec, whole, labels if spec.label_embedding else 0, precision)
-    yield from _token_groups(spec, whole, precision)
+def _table(spec: ModelSpec, evaluations: int, labels: int, precision: Precision) -> Iterator[OperatorGroup]:
+    """A row per evaluation (and label), cut in vectors."""
+    row, table = baked_table_values(spec, 1), baked_table_values(spec, evaluations, max(labels, 1))
+    values = _VALUE_BYTES[precision]
+    operators = (7 if labels else 3) + (precision == "fp16")  # a gather (of pairs of indices), a cast, two that cut
+    yield OperatorGroup("table", "float", table, 0, table * values, row * values, row * values, operators)
 
 
 def _conditioning(spec: ModelSpec, whole: CostBreakdown, labels: int, precision: Precision) -> Iterator[OperatorGroup]:
     """Timestep, label and adaLN networks: they run on one row, so reading their weights is what takes the time."""
     width, values = spec.width, _VALUE_BYTES[precision]
-    blocks = Counter(_modulation_widths(spec))
-    products = _PRODUCT_OPERATORS[precision]
+    products, blocks = _PRODUCT_OPERATORS.get(precision, 1), baked_table_values(spec, 1) - 2 * spec.width
     layers = {
-        "timestep": (((width, FREQUENCY_WIDTH, 1), (width, width, 1)), 8),  # features: 5 operators; SiLU: 2, then 1 sum
-        "adaln": (tuple((size, width, count) for size, count in blocks.items()), blocks.total()),  # a split per block
-        "final_adaln": (((2 * width, width, 1),), 1),
+        # features: 5 operators; SiLU: 2, twice
+        "timestep": (((width, FREQUENCY_WIDTH), (width, width)), 2 * products + 9),
+        "adaln": (((blocks, width),), products + 2),  # of all blocks in one, cut in vectors
+        "final_adaln": (((2 * width, width),), 0),  # in the same product
     }
-    for name, (shapes, extra) in layers.items():
+    for name, (shapes, operators) in layers.items():
         part = whole.part(name)
-        weights = sum(count * linear_weight_bytes(n, m, precision) for n, m, count in shapes)
-        weights += sum(count * n for n, _, count in shapes) * values
-        moved = sum(count * (n + m) for n, m, count in shapes) * values
-        operators = sum(count for *_, count in shapes) * products + extra
+        weights = sum(linear_weight_bytes(n, m, precision) + n * values for n, m in shapes)
+        moved = sum(n + m for n, m in shapes) * values
         yield OperatorGroup(name, "matmul", part.params, part.flops, weights, weights, moved, operators)
     if labels:
         table = labels * width
@@ -288,8 +308,8 @@ def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -
         "position": (2 * elements, 1),
         "norms": ((branches + 1) * 2 * elements, branches + 1),
         "modulation": ((branches + 1) * 4 * elements, 2 * (branches + 1)),
-        "products": (attentions * (12 * elements + 2 * scores), 10 * attentions),  # two, four transposes and reshapes
-        "softmax": (attentions * 4 * scores, 2 * attentions),  # scale, softmax
+        "products": (attentions * (12 * elements + 2 * scores), attentions),  # one operator, which also transposes
+        "softmax": (attentions * 4 * scores, 0),  # in the same
         "activation": (mlps * 2 * hidden, mlps),
         "biases": (2 * tokens * outputs, 4 * attentions + 2 * mlps),
         "residuals": (branches * 5 * elements, 2 * branches),  # gate, add
@@ -298,7 +318,7 @@ def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -
     for name, (moved, operators) in floats.items():
         part = whole.part(name)
         # A factored spec counts the biases of its matrices as well, so the parts of both kinds of spec are the same.
-        weights = part.params * values
+        weights = part.params * (_BIAS_BYTES if name == "biases" else _VALUE_BYTES)[precision]
         yield OperatorGroup(name, "float", part.params, part.flops, weights, weights, moved * values, operators)
     part = whole.part("final")
     weights = part.params * values  # the exporter keeps the last product in floating point

@@ -5,7 +5,7 @@ Measured in fresh processes on Linux (glibc, CPU provider, one file without exte
     runtime      code pages, kernels and graph of an empty model, and a little per operator
     weights      once: a matrix is packed for the kernels and the file's copy given back (`deploy.session` sees to it);
                  of matrices too small for a mapping of their own, most of that copy stays in the heap
-    tailors      as weights, and widened after the gather: about half of them are alive at once
+    tailors      as weights, and a copy of the class that is picked, widened, for every row
     activations  the arena takes what the first call needs, then a block for the order that it plans from the second on
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.deployed import FixedCost, Layer, MatrixCost
-from kind_edge.budget.profile import Precision
+from kind_edge.budget.precision import Precision
 
 RUNTIME_BYTES = 12 * 2**20
 OPERATOR_BYTES = 7 * 2**10
@@ -25,7 +25,7 @@ _OWN_MAPPING_BYTES = 128 * 2**10
 _HEAP_COPIES = 1.7
 """Copies of a weight that is smaller than a mapping of its own."""
 
-_WIDENED_ALIVE = 0.5
+_WIDENED_ALIVE = 1.0
 
 
 def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) -> int:
@@ -34,11 +34,15 @@ def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) 
     pieces = list(_pieces(layer))
     values = sum(pieces)
     for piece in pieces:
-        held = cost.weight_bytes * piece / values
-        total += round(held * (_HEAP_COPIES if held < _OWN_MAPPING_BYTES else 1.0))
+        total += held_bytes(cost.weight_bytes * piece / values)
     if layer.tailor_rank:
         total += round(_WIDENED_ALIVE * batch * 4 * layer.tailor_rank * (layer.inputs + layer.outputs))
     return total
+
+
+def held_bytes(stored_bytes: float) -> int:
+    """What one constant takes in memory."""
+    return round(stored_bytes * (_HEAP_COPIES if stored_bytes < _OWN_MAPPING_BYTES else 1.0))
 
 
 def _pieces(layer: Layer) -> Iterator[int]:
@@ -59,8 +63,9 @@ def branch_memory_bytes(cost: FixedCost) -> int:
 def fixed_memory_bytes(cost: FixedCost, batch: int, decoder: DecoderCost) -> int:
     """The runtime, everything but the matrices, and the activations of `batch` rows; the decoder runs after the loop.
 
-    Modulation tables, biases and positions are kept as they are; the decoder's convolutions are packed, in one copy.
+    Modulation tables, biases and positions are kept as they are; the decoder's weights are kept as its file has them.
     """
-    weights = branch_memory_bytes(cost) + 4 * decoder.params
+    weights = branch_memory_bytes(cost) + decoder.weight_bytes(cost.precision)
+    weights += decoder.graph_operators(cost.precision) * OPERATOR_BYTES
     activations = max(batch * cost.activation_bytes_peak, decoder.activation_bytes_peak)
     return RUNTIME_BYTES + weights + round(ACTIVATION_COPIES * activations)

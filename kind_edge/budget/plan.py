@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from kind_edge.budget.image_time import FACTORS
+from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.errors import InputError, nearest
 from kind_edge.model.spec import Form, ModelSpec, branch_of, default_sampler
 
@@ -18,13 +19,15 @@ SCHEMA_VERSION = 2
 """1: kind-edge 0.1.0, whose plans maximised the layers' retained energy; still read, with nothing predicted."""
 
 Storage = Literal["dense", "factored", "dropped"]
+Modulation = Literal["baked", "baked-fp16", "network"]
+"""A table of rows per step (and label) in fp32 or fp16, or the networks that they come from."""
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
     """How one matrix is stored. *switch* has `learngene_rank` and `tailor_rank`; *single* and *union* have `rank`.
 
-    `precision`, fp32 or int8, is that of all its weights (learngene and tailors) in the plan's default file.
+    `precision` is that of all its weights (learngene and tailors) in the plan's default file.
     """
 
     storage: Storage
@@ -51,7 +54,8 @@ class MatrixPlan:
 class Plan:
     """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
-    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written. `limits` are what was
+    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written: fp32 and int8 unless
+    another one was asked for, which is written alone. `limits` are what was
     asked for, in the solver's units; `binding` those that kept the plan from being better; `prices` what a tenth more
     of each of these would buy: the limit raised, and the figures of the plan within it.
     `predicted_loss_increase` is relative to the loss of the uncut model, `predicted_frechet` the distance that follows
@@ -64,6 +68,7 @@ class Plan:
     `guidance` is what the sampling loop does; a distilled model has its own, `inside_guidance`, in its prediction.
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
     teacher of a distilled model were cut like this; both are empty where nothing is known.
+    `decoder`: what turns latents into pixels, where it was given: its autoencoder, and what it adds to the figures.
     """
 
     model: str
@@ -78,7 +83,7 @@ class Plan:
     steps: int
     guidance: float
     evaluations_per_step: int
-    modulation: Literal["baked", "network"]
+    modulation: Modulation
     truncation: Literal["whitened", "plain"]
     calibration: str
     params: int
@@ -102,11 +107,17 @@ class Plan:
     minimised: Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"] = "loss"
     latency_source: Literal["measured table", "roofline estimate"] = "roofline estimate"
     burst: bool = False
+    decoder: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
     def null_branch(self) -> bool:
         """Whether the deployed model has a null class: not where one class is folded in, nor with guidance inside."""
         return self.form == "switch" and self.inside_guidance is None
+
+    @property
+    def baked(self) -> bool:
+        """Whether modulation comes from a table; the model is then asked for a step of the plan, not for a timestep."""
+        return self.modulation != "network"
 
     @property
     def dropped_branches(self) -> tuple[str, ...]:
@@ -158,7 +169,7 @@ class Plan:
 
 
 _LISTS = ("classes", "precisions", "binding")
-_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst")
+_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst", "decoder")
 """Fields that plans of kind-edge 0.1.0 do not have."""
 
 
@@ -240,7 +251,7 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
                 "solve again"
             )
     _check_precisions(plan)
-    if not {plan.precision} <= set(plan.precisions) <= {"fp32", "int8"}:
+    if not {plan.precision} <= set(plan.precisions) <= set(PRECISIONS):
         raise InputError(f"the plan's precisions {', '.join(plan.precisions)} cannot be written; solve again")
     if not 0 < plan.guidance < 100 or plan.evaluations_per_step not in (1, 2):
         raise InputError(f"the plan's guidance {plan.guidance} is out of range; solve again")
@@ -251,13 +262,24 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
 
 
 def _check_precisions(plan: Plan) -> None:
-    """Every matrix is fp32 or int8, and the plan's own label says whether any is int8."""
-    for name, matrix in plan.matrices.items():
-        if matrix.precision not in ("fp32", "int8"):
+    """Every matrix has the plan's precision, but that an int8 plan may keep some in fp32; what is gone has none."""
+    left = {name: matrix for name, matrix in plan.matrices.items() if not matrix.gone}
+    for name, matrix in left.items():
+        if matrix.precision not in PRECISIONS:
             raise InputError(f"the plan's matrix {name} is {matrix.precision}, which cannot be written; solve again")
-    label = "int8" if any(matrix.precision == "int8" for matrix in plan.matrices.values()) else "fp32"
-    if plan.precision in ("fp32", "int8") and plan.precision != label:
+        allowed = ("fp32", "int8") if plan.precision in ("fp32", "int8") else (plan.precision,)
+        if matrix.precision not in allowed:
+            raise InputError(f"the plan is {plan.precision}, but its matrix {name} is {matrix.precision}; solve again")
+    if plan.precision in PRECISIONS and plan.precision != (label := file_precision(plan.matrices)):
         raise InputError(f"the plan is called {plan.precision}, but its matrices make it {label}; solve again")
+    if plan.precision in PRECISIONS and plan.unit not in PRECISIONS[plan.precision].units:  # type: ignore[index]
+        raise InputError(f"the plan is {plan.precision}, which does not run on the {plan.unit}; solve again")
+
+
+def file_precision(matrices: Mapping[str, MatrixPlan]) -> Precision:
+    """What a file of these matrices is called: as the matrices that are not fp32, if there are any."""
+    found = [matrix.precision for matrix in matrices.values() if matrix.precision != "fp32" and not matrix.gone]
+    return cast(Precision, found[0]) if found else "fp32"
 
 
 def dropped_branches(matrices: Mapping[str, MatrixPlan]) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
-from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.plan import MatrixPlan, Plan, file_precision
 from kind_edge.budget.problem import (
     Candidate,
     Deployment,
@@ -22,13 +23,9 @@ from kind_edge.budget.problem import (
     Source,
     limit_name,
 )
-from kind_edge.budget.profile import Precision
 from kind_edge.budget.solver import GAP, LOSS, Option, Problem, Solution, lower_bound, solve
-from kind_edge.errors import KindEdgeError, NoPlanError, UsageError
-from kind_edge.model.spec import Form
-
-PLANNED_PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
-"""What the exporters can write."""
+from kind_edge.budget.ways import Way, all_baked, ways, written_precisions
+from kind_edge.errors import KindEdgeError, NoPlanError
 
 PRICED = 1.1
 """A price is what so much of a limit would buy."""
@@ -41,14 +38,6 @@ _TIED = 2 * GAP
 _TIED_LOSS = 1e-6
 _CLEARLY_BETTER = 1.02
 """Where nothing is limited, other steps than the recommended ones must be better by more: distances are measured."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to run the model: a request with its sampling settled, and a candidate of it."""
-
-    request: Request
-    candidate: Candidate
 
 
 @dataclass(frozen=True)
@@ -65,11 +54,11 @@ class Problems:
     """The problems of a source, built once for each way."""
 
     source: Source
-    _built: dict[tuple[Sampling, Candidate], Problem] = field(default_factory=dict)
+    _built: dict[tuple[Sampling, Candidate, DecoderCost | None], Problem] = field(default_factory=dict)
 
     def of(self, way: Way, more: Mapping[str, float]) -> Problem:
         """The problem of a way with limits that are `more` (cost -> factor) times as large."""
-        key = (way.request.sampling, way.candidate)
+        key = (way.request.sampling, way.candidate, way.request.decoder)
         if key not in self._built:
             self._built[key] = build_problem(self.source, way.request, way.candidate)
         return with_more(self._built[key], more)
@@ -82,58 +71,6 @@ def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
     limits = {name: int(limit * more.get(name, 1.0)) for name, limit in problem.limits.items()}
     max_loss = None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0)
     return dataclasses.replace(problem, limits=limits, max_loss=max_loss)
-
-
-def candidate_forms(request: Request) -> tuple[Form, ...]:
-    """The forms a request allows. Guidance needs the null branch, which *switch* alone has."""
-    guided = request.sampling.guidance != 1.0
-    if request.form != "auto":
-        if request.form == "single" and len(request.classes) != 1:
-            raise UsageError(
-                f"--form single holds one class, got {len(request.classes)}; use switch, or export each apart"
-            )
-        if request.form != "switch" and guided:
-            raise UsageError(
-                f"--form {request.form} has no null branch to guide with: add --guidance 1, or use --form switch"
-            )
-        return (request.form,)
-    return ("switch", "single") if len(request.classes) == 1 and not guided else ("switch",)
-
-
-def candidates(request: Request) -> Iterator[Candidate]:
-    """Every combination of form, precision and unit that the request and the device allow."""
-    precisions = PLANNED_PRECISIONS if request.precision == "auto" else (request.precision,)
-    for form in candidate_forms(request):
-        for precision in precisions:
-            if precision not in PLANNED_PRECISIONS:
-                raise UsageError(f"--precision {precision}: cannot be written yet; choose auto, fp32 or int8")
-            units = request.profile.units_for(precision)
-            for unit in units if request.unit == "auto" else (request.unit,):
-                if unit in units:
-                    yield Candidate(form, precision, unit)
-
-
-def ways(source: Source, request: Request) -> list[Way]:
-    """Every way that a request allows, those at its own sampling first; `UsageError` where there is none.
-
-    A file whose matrices may all be int8 or fp32 is fp32 where all are, unless its other networks are int8.
-    """
-    samplings = [request.sampling] if request.minimise != LOSS else [request.sampling, *request.others]
-    settled = [dataclasses.replace(request, sampling=sampling, others=()) for sampling in samplings]
-    found = [Way(each, candidate) for each in settled for candidate in candidates(each)]
-    if request.precision == "auto" and not source.spec.label_embedding:
-        mixed = {(way.candidate.form, way.candidate.unit) for way in found if way.candidate.precision == "int8"}
-        found = [
-            way
-            for way in found
-            if way.candidate.precision == "int8" or (way.candidate.form, way.candidate.unit) not in mixed
-        ]
-    if not found:
-        raise UsageError(
-            f"--unit {request.unit}: profile {request.profile.name!r} cannot run --precision {request.precision} "
-            "there; kind-edge profiles show lists what it can run"
-        )
-    return found
 
 
 def make_plan(source: Source, request: Request) -> Plan:
@@ -208,10 +145,11 @@ def _best_of(problems: Problems, pool: list[Way], more: Mapping[str, float], req
 
 
 def _is_another(source: Source, way: Way, solution: Solution) -> bool:
-    """Whether an int8 file turned out to have no int8 matrix; as its other networks were counted as int8, it is
-    not the fp32 file that it would be called."""
+    """Whether an int8 file turned out to have no int8 matrix; as other parts of it were counted as int8, it is not the
+    fp32 file that it would be called."""
     quantized = any(option.what == "int8" for option in solution.choice.values())
-    return way.candidate.precision == "int8" and not quantized and source.spec.label_embedding
+    more = bool(source.decoders) or not all_baked(way)
+    return way.candidate.precision == "int8" and not quantized and more
 
 
 def _by_hope(
@@ -291,6 +229,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     deployment, sampling = Deployment(spec, request, candidate), request.sampling
     totals = deployment.totals(matrices)
     increase = source.losses(candidate.form, request.classes).increase(matrices)
+    precision = file_precision(matrices)
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
     return Plan(
         model=source.name,
@@ -299,13 +238,13 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         unit=candidate.unit,
         form=candidate.form,
         classes=request.classes,
-        precision="int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32",
-        precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
+        precision=precision,
+        precisions=written_precisions(request, candidate),
         sampler=sampling.sampler,
         steps=sampling.steps,
         guidance=sampling.guidance,
         evaluations_per_step=deployment.evaluations_per_step,
-        modulation="network" if spec.label_embedding else "baked",
+        modulation=candidate.modulation,
         truncation=source.truncation,
         calibration=source.calibration,
         params=deployment.params(matrices),
@@ -329,6 +268,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         minimised=request.minimise,
         latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
         burst=request.burst,
+        decoder=deployment.decoder.to_dict(precision),
     )
 
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from kind_edge.budget import probe_graph
+from kind_edge.budget.onnx_writer import Ends, Graph, Value
 from kind_edge.budget.operator_table import OperatorTable
-from kind_edge.budget.probe_graph import Branch, Graph, Layer, Network
+from kind_edge.budget.probe_graph import Branch, Layer, Network
 
 Inputs = Mapping[str, tuple[str, tuple[int, ...]]]
 Key = tuple[str | int, ...]
@@ -273,8 +274,8 @@ def _roofline() -> Iterator[Probe]:
 def _stream() -> bytes:
     """A product whose weight does not fit a cache. The weight is made inside: a file of 128 MB would be no probe."""
     graph, outputs = Graph(), _STREAMED_BYTES // 4 // _STREAM_WIDTH
-    return graph.model(
-        [("x", 1, [1, _STREAM_WIDTH])], graph.node("MatMul", ["x", graph.filled(_STREAM_WIDTH, outputs)])
+    return _bytes(
+        graph, [("x", 1, [1, _STREAM_WIDTH])], graph.node("MatMul", ["x", graph.filled(_STREAM_WIDTH, outputs)])
     )
 
 
@@ -286,7 +287,7 @@ def _elementwise(width: int) -> bytes:
         norm = graph.node("LayerNormalization", [x, ones])
         x = graph.node("Softmax", [graph.node("Mul", [norm, ones])])
         x = graph.node("Add", [graph.node("Gelu", [x], approximate="tanh"), norm])
-    return graph.model([("x", 1, ["tokens", width])], x)
+    return _bytes(graph, [("x", 1, ["tokens", width])], x)
 
 
 def _tiny(count: int) -> bytes:
@@ -294,4 +295,8 @@ def _tiny(count: int) -> bytes:
     graph, x = Graph(), "x"
     for _ in range(count):
         x = graph.node("Mul", [x, x])
-    return graph.model([("x", 1, [1, 8])], x)
+    return _bytes(graph, [("x", 1, [1, 8])], x)
+
+
+def _bytes(graph: Graph, inputs: Ends, output: Value) -> bytes:
+    return bytes(graph.model("probe", inputs, {output: None}).SerializeToString())

@@ -8,9 +8,9 @@ and its tailors each have a rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from kind_edge.budget.cost import (
     FixedCost,
@@ -25,11 +25,12 @@ from kind_edge.budget.cost import (
     matrix_memory_bytes,
     model_cost,
 )
-from kind_edge.budget.decoder import decoder_cost
+from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
-from kind_edge.budget.plan import MatrixPlan, Storage, dropped_branches
-from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
+from kind_edge.budget.precision import PRECISIONS, Precision, Unit
+from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
@@ -73,6 +74,7 @@ class Request:
     `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
     `max_loss`.
     `burst`: latency is limited as it is at first, not after minutes of load.
+    `decoder`: the one of a latent model, where it is known; else Stable Diffusion's is assumed.
     """
 
     profile: DeviceProfile
@@ -88,6 +90,8 @@ class Request:
     minimise: Objective = LOSS
     max_loss: float | None = None
     burst: bool = False
+    modulation: Modulation | Literal["auto"] = "auto"
+    decoder: DecoderCost | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Source:
     """What is planned for: the model, its identity, what cutting it costs, and whom it learned from.
 
     `losses` gives the predicted losses for a form and classes; `response` what they mean for pictures, where that has
-    been measured.
+    been measured. `decoders`: the given decoder of a latent model, whole and in ever more tiles; () if none was given.
     """
 
     name: str
@@ -106,6 +110,7 @@ class Source:
     calibration: str
     teacher: Teacher | None = None
     response: Response | None = None
+    decoders: tuple[DecoderCost, ...] = ()
 
     def frechet(self, loss_increase: float, sampling: Sampling) -> float | None:
         """The predicted Fréchet distance; None where nothing was measured."""
@@ -125,6 +130,7 @@ class Candidate:
     form: Form
     precision: Precision
     unit: Unit
+    modulation: Modulation = "baked"
 
 
 @dataclass(frozen=True)
@@ -142,9 +148,21 @@ class Deployment:
 
     @property
     def fixed(self) -> FixedCost:
-        """Everything but the block matrices; modulation is baked unless it depends on the label."""
+        """Everything but the block matrices."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
-        return deployed_fixed_cost(self.spec, kept, rows, not self.spec.label_embedding, self.candidate.precision)
+        baked = self.candidate.modulation != "network"
+        return deployed_fixed_cost(self.spec, kept, rows, baked, self.candidate.precision, **self._conditioning)
+
+    @property
+    def _conditioning(self) -> dict[str, bool]:
+        """What the table of modulation or the label embedding is like."""
+        half = self.candidate.modulation == "baked-fp16"
+        return {"switches": self.candidate.form == "switch", "half_table": half}
+
+    @property
+    def decoder(self) -> DecoderCost:
+        """The one that was given, or is assumed; all zero for a pixel model."""
+        return self.request.decoder or decoder_cost(self.spec)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -158,8 +176,8 @@ class Deployment:
 
     def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""
-        kept = len(self.request.classes)
-        return matrix_cost(self.spec, matrix, "dropped", 0, rank, kept, precision)
+        null = PRECISIONS[precision].static and not self.spec.distilled  # a row of zeros, in place of arithmetic
+        return matrix_cost(self.spec, matrix, "dropped", 0, rank, len(self.request.classes) + null, precision)
 
     def matrix_costs(self, cost: MatrixCost, precision: Precision) -> dict[str, int]:
         """One part of a matrix in the solver's units."""
@@ -170,7 +188,8 @@ class Deployment:
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
         rows, kept = self.request.sampling.evaluations, len(self.request.classes)
-        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows)
+        baked = self.candidate.modulation != "network"
+        fixed = branch_fixed_cost(self.spec, kind, self.candidate.precision, kept, rows, baked, **self._conditioning)
         return self._costs(fixed, self._fixed_latency_s(fixed), branch_memory_bytes(fixed))
 
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
@@ -193,7 +212,7 @@ class Deployment:
                 totals[name] -= amount
         for shape in self.spec.matrices():
             plan = matrices[shape.name]
-            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            precision = cast(Precision, plan.precision)
             for part in (
                 self.shared(shape, plan.storage, plan.shared_rank, precision),
                 self.tailors(shape, plan.tailor_rank or 0, precision),
@@ -204,8 +223,10 @@ class Deployment:
 
     def fixed_costs(self) -> dict[str, int]:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
-        fixed, decoder = self.fixed, decoder_cost(self.spec)
-        file_bytes = fixed.weight_bytes + fixed.operators * GRAPH_BYTES_PER_OPERATOR + 4 * decoder.params
+        fixed, decoder = self.fixed, self.decoder
+        precision = self.candidate.precision
+        file_bytes = fixed.weight_bytes + decoder.weight_bytes(precision)
+        file_bytes += (fixed.operators + decoder.graph_operators(precision)) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
@@ -216,9 +237,9 @@ class Deployment:
         }
 
     def decoder_latency_s(self, sustained: bool = True) -> float:
-        """Seconds of the fp32 decoder for one image; 0 for a pixel model. Convolutions are bound by arithmetic."""
-        flops = decoder_cost(self.spec).flops
-        return flops / self.request.profile.throughput(self.candidate.unit, "fp32", sustained) if flops else 0.0
+        """Seconds of the decoder for one image; 0 for a pixel model."""
+        candidate = self.candidate
+        return self.decoder.latency_s(self.request.profile, candidate.unit, candidate.precision, sustained)
 
     def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool, batch: int = 1) -> float:
         """Seconds of one call with these matrices and `batch` rows: one evaluation, or two of a guided step."""
@@ -227,7 +248,7 @@ class Deployment:
         seconds = fixed_latency_s(left.fixed, profile, unit, sustained, batch)
         for shape in left.spec.matrices():
             plan = matrices[shape.name]
-            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            precision = cast(Precision, plan.precision)
             shared = self.shared(shape, plan.storage, plan.shared_rank, precision)
             tailors = self.tailors(shape, plan.tailor_rank or 0, precision)
             seconds += sum(matrix_latency_s(p, profile, unit, precision, sustained, batch) for p in (shared, tailors))
@@ -258,24 +279,30 @@ class Deployment:
         return image_time(sampling.steps, sampling.evaluations, per_step, evaluation_s, decoder_s)
 
     def dense(self) -> dict[str, float]:
-        """The dense fp32 model of the same shape, nothing baked, on the same unit: what percentages refer to."""
+        """The dense fp32 model of the same shape, nothing baked, on the same unit: what percentages refer to.
+
+        Its time on a unit without fp32, as NPUs are, is that of fp16.
+        """
         spec, profile, unit = self.spec.dense(), self.request.profile, self.candidate.unit
-        if "fp32" not in profile.unit(unit).peak_flops_per_s:
-            raise UsageError(f"--unit {unit}: profile {profile.name!r} has no fp32 figure to compare with")
+        timed: Precision = "fp32" if profile.unit(unit).has("fp32") else "fp16"
+        if not profile.unit(unit).has(timed):
+            raise UsageError(f"--unit {unit}: profile {profile.name!r} has no fp32 or fp16 figure to compare with")
         params = model_cost(spec, "exact").params
         fixed = deployed_fixed_cost(spec, spec.num_classes, 1, False, "fp32")
+        fixed_timed = dataclasses.replace(fixed, precision=timed)
         matrices = [matrix_cost(spec, matrix, "dense", 0, 0, 0, "fp32") for matrix in spec.matrices()]
         sustained, batch = not self.request.burst, self.evaluations_per_step
-        seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32", sustained, batch) for matrix in matrices)
-        seconds += fixed_latency_s(fixed, profile, unit, sustained, batch)
-        decoder = decoder_cost(self.spec)
+        seconds = sum(matrix_latency_s(matrix, profile, unit, timed, sustained, batch) for matrix in matrices)
+        seconds += fixed_latency_s(fixed_timed, profile, unit, sustained, batch)
+        decoder = self.decoder.whole or self.decoder
+        decoder_s = decoder.latency_s(profile, unit, timed, sustained)
         memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
             "weight_bytes": 4 * (params + decoder.params),
             "peak_memory_bytes": memory_bytes + fixed_memory_bytes(fixed, batch, decoder),
-            "latency_ns": _ns(seconds * self.request.sampling.evaluations + self.decoder_latency_s(sustained)),
+            "latency_ns": _ns(seconds * self.request.sampling.evaluations + decoder_s),
         }
 
     def limits(self) -> dict[str, int]:
@@ -291,6 +318,17 @@ class Deployment:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
         limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
         return limits
+
+
+def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
+    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
+    if not source.decoders:
+        yield None
+    for decoder in source.decoders:
+        yield decoder
+        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
+        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
+            return
 
 
 def limit_name(cost: str) -> str:

@@ -16,8 +16,11 @@ from kind_edge.cli import (
     generate,
     import_model,
     inspect,
+    pack,
     plan,
     profiles,
+    report,
+    serve,
     train,
     verify,
 )
@@ -64,4 +67,7 @@ app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
+app.command("serve")(serve.serve)
+app.add_typer(pack.app, name="pack")
 app.add_typer(profiles.app, name="profiles")

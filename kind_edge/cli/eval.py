@@ -64,8 +64,8 @@ def evaluate(
     How real, how varied, how much of their class? The judge is a classifier trained on Fashion-MNIST and shipped with
     the package; its hash stands in the report. With --features inception, Inception-v3 takes its place where images are
     compared with real ones. The judge knows Fashion-MNIST only: any other model of pixels is measured with
-    --features inception --weights FILE --data DIR|SHARDS, without class accuracy and entropy. Models of latents are not
-    judged: their pictures need a decoder.
+    --features inception --weights FILE --data DIR|SHARDS, without class accuracy and entropy. Checkpoints of
+    latents are not judged: their pictures need a decoder, which a bundle made with export --autoencoder has.
     """
     _check_features(features, weights)
     terminal = terminal_of(context)

@@ -43,9 +43,11 @@ def export(
     form: options.Form = "auto",
     precision: options.Precision = "auto",
     unit: options.Unit = "auto",
+    modulation: options.Modulation = "auto",
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
+    autoencoder: options.Autoencoder = None,
     max_latency: options.MaxLatency = None,
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
@@ -86,7 +88,7 @@ def export(
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
         "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
-        "burst": burst,
+        "modulation": modulation, "burst": burst, "autoencoder": autoencoder,
     }  # fmt: skip
     coreml: dict[str, object] = {
         "target": coreml_target, "weights": coreml_weights, "layout": coreml_layout, "batch": coreml_batch,
@@ -157,7 +159,8 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
 
     out, plan = terminal.out, bundle.plan
     print_plan(out, plan)
-    out.print(tables.heading("Model files", "the app loads the one marked *"))
+    marked = "those" if plan.decoder else "the one"
+    out.print(tables.heading("Model files", f"the app loads {marked} marked *"))
     headers = ("", "size", "parity", "gate", "", "p50", "p90", "p99", "predicted")
     out.print(tables.figures(headers, _model_rows(bundle)))
     out.print()
@@ -177,21 +180,24 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
 def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     """Size, parity and latency of every model file."""
     from kind_edge.deploy.manifest import read_manifest
-    from kind_edge.deploy.parity import gates_db
+    from kind_edge.deploy.parity import gate_db
 
     manifest = read_manifest(bundle.path)
+    decoder = manifest.decoder_for(manifest.models[manifest.default_model])
+    loaded = {manifest.default_model, decoder.path if decoder else ""}
     for file, worst_db in bundle.parity.items():
-        gate_db = gates_db(manifest.models[file].role, file)[manifest.models[file].precision]
+        entry = manifest.models[file]
+        wanted_db = gate_db(entry.role, entry.precision, entry.table_precision, file)
         report = bundle.latency.get(file)
         predicted_ms = bundle.predicted_here_ms.get(file)
         times_ms = (report.p50_ms, report.p90_ms, report.p99_ms, predicted_ms) if report else (None,) * 4
         size = sum(size for name, size in bundle.files.items() if name == file or name.startswith(f"{file}/"))
         yield (
-            f"{'*' if file == manifest.default_model else ' '} {file}",
+            f"{'*' if file in loaded else ' '} {file}",
             tables.size(size),
             f"{worst_db:.1f} dB" if worst_db is not None else "none",
-            f"{gate_db:.0f} dB",
-            tables.check(worst_db is not None and worst_db >= gate_db),
+            f"{wanted_db:.0f} dB",
+            tables.check(worst_db is not None and worst_db >= wanted_db),
             *("" if value is None else milliseconds(value) for value in times_ms),
         )
 
@@ -202,6 +208,8 @@ def _conditions(bundle: Bundle) -> Iterator[tuple[str, Cell]]:
     yield "measured", conditions(next(iter(bundle.latency.values())))
     if any("sampler" in file for file in bundle.latency):
         yield "", "of the sampler one image: all steps, and its distance is PSNR"
+    if any("decoder" in file for file in bundle.latency):
+        yield "", "of a decoder one image, and its distance is PSNR"
     yield "image", f"{milliseconds(image.p50_ms)} here (p50 of {image.runs}), {milliseconds(image.p90_ms)} p90"
     if plan.profile != "host":
         first, lasting = format_seconds(plan.image_latency_s), format_seconds(plan.sustained_image_latency_s)

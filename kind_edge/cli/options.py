@@ -13,8 +13,9 @@ from kind_edge.errors import UsageError, unknown
 from kind_edge.units import Kind, parse_duration, parse_quantity, parse_share
 
 FormChoice = Literal["auto", "switch", "single", "union"]
-PrecisionChoice = Literal["auto", "fp32", "int8"]
+PrecisionChoice = Literal["auto", "fp32", "fp16", "int8", "int8-qdq", "a16w8", "int8-weights", "int4"]
 UnitChoice = Literal["auto", "cpu", "gpu", "npu"]
+ModulationChoice = Literal["auto", "baked", "baked-fp16", "network"]
 MinimizeChoice = Literal["size", "latency", "flops", "memory"]
 SamplerChoice = Literal["euler", "heun", "dpmsolver++", "ddim"]
 
@@ -113,6 +114,14 @@ Form = Annotated[
 ]
 Precision = Annotated[PrecisionChoice, typer.Option("--precision", help="Of the weights.", rich_help_panel=CHOICES)]
 Unit = Annotated[UnitChoice, typer.Option("--unit", help="The compute unit of the device.", rich_help_panel=CHOICES)]
+Modulation = Annotated[
+    ModulationChoice,
+    typer.Option(
+        "--modulation",
+        help="A table of what each step (and class) does, or the networks that it comes from.",
+        rich_help_panel=CHOICES,
+    ),
+]
 Steps = Annotated[
     int | None,
     typer.Option("--steps", min=1, metavar="N", help="Sampling steps of an image.", rich_help_panel=CHOICES),
@@ -122,6 +131,15 @@ Guidance = Annotated[
     typer.Option("--guidance", metavar="W", help="Guidance weight; 1 is none.", rich_help_panel=CHOICES),
 ]
 Sampler = Annotated[SamplerChoice | None, typer.Option("--sampler", help="The sampler.", rich_help_panel=CHOICES)]
+Autoencoder = Annotated[
+    str | None,
+    typer.Option(
+        "--autoencoder",
+        metavar="DIR",
+        help="Of a latent model: the autoencoder (diffusers) whose decoder makes the pictures.",
+        rich_help_panel=CHOICES,
+    ),
+]
 MaxLatency = Annotated[
     str | None,
     typer.Option(

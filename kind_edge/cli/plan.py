@@ -41,9 +41,11 @@ def plan(
     form: options.Form = "auto",
     precision: options.Precision = "auto",
     unit: options.Unit = "auto",
+    modulation: options.Modulation = "auto",
     steps: options.Steps = None,
     guidance: options.Guidance = None,
     sampler: options.Sampler = None,
+    autoencoder: options.Autoencoder = None,
     max_latency: options.MaxLatency = None,
     max_memory: options.MaxMemory = None,
     max_flops: options.MaxFlops = None,
@@ -106,8 +108,11 @@ def plan(
     }  # fmt: skip
     if arch is not None:
         fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        fixed |= {"pareto": "" if pareto else None, "profiles": profiles}
-        _refuse_with_arch(fixed | {"form": None if form == "auto" else form, "burst": burst or None})
+        fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "burst": burst or None}
+        fixed |= {"autoencoder": autoencoder}
+        chosen = {"form": form, "modulation": modulation}
+        fixed |= {"autoencoder": autoencoder}
+        _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
         _show_architecture(terminal, costs, title, output, as_json)
@@ -117,8 +122,10 @@ def plan(
             "--rank and --num-classes belong to --arch; a checkpoint has its own, and limits set its ranks"
         )
     choices: dict[str, Any] = {
-        "classes": options.split_names(classes), "form": form, "precision": precision, "unit": unit, "steps": steps,
+        "classes": options.split_names(classes), "form": form, "precision": precision, "unit": unit,
+        "modulation": modulation, "steps": steps,
         "guidance": guidance, "sampler": sampler, **limits, "burst": burst,
+        "autoencoder": autoencoder,
     }  # fmt: skip
     if devices:
         plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices, output, as_json)

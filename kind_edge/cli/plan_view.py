@@ -11,6 +11,11 @@ from kind_edge.cli import tables
 from kind_edge.cli.tables import Cell
 from kind_edge.units import format_flops, format_seconds, format_share
 
+_MODULATIONS = {
+    "baked": "baked into a table",
+    "baked-fp16": "baked into a table of fp16",
+    "network": "kept as a network, which costs less here than a table of all steps and classes",
+}
 _FORMS = {
     "switch": "switch: one shared learngene, a tailor per class picked by the class index",
     "single": "single: learngene and tailor folded into one weight",
@@ -46,8 +51,7 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     per_step = tables.count(plan.evaluations_per_step, "evaluation")
     yield "sampler", f"{plan.sampler}, {tables.count(plan.steps, 'step')}, {guided}: {per_step} per step"
     yield "matrices", matrices_summary(plan.matrices)
-    baked = plan.modulation == "baked"
-    yield "modulation", "baked into a table" if baked else "kept as a network: it depends on the label"
+    yield "modulation", _MODULATIONS[plan.modulation]
     limited = "at first" if plan.burst else "sustained"
     yield "latency", f"{plan.latency_source}; a limit holds for the time {limited}"
     yield "truncation", f"{plan.truncation}; calibration {plan.calibration}"

@@ -22,12 +22,18 @@ def verify(
             help="Compute the reference anew from this checkpoint (or shipped model); else the stored one is used.",
         ),
     ] = None,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(
+            "--autoencoder", metavar="DIR", help="With --checkpoint, of a bundle with a decoder: where it is from."
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Check hashes, and every model file against the gated model.
 
     The worst signal-to-noise ratio over classes and timesteps must reach 100 dB in fp32, 25 dB in int8; the images of
-    a sampler 80 dB and 25 dB (PSNR). A parity that is missed exits with 1, a file that was changed with 4.
+    a sampler or a decoder 80 dB and 25 dB (PSNR). A parity that is missed exits with 1, a file that was changed with 4.
     """
     terminal = terminal_of(context)
     with terminal.stages() as begin:
@@ -35,7 +41,7 @@ def verify(
         from kind_edge.deploy import pipeline
 
         try:
-            report = pipeline.verify(bundle, checkpoint)
+            report = pipeline.verify(bundle, checkpoint, autoencoder)
         except GateError as error:
             if as_json and error.report is not None:
                 terminal.json(dict(error.report))

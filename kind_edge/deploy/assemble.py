@@ -9,25 +9,28 @@ import platform
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kind_edge._version import __version__
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+from kind_edge.budget.precision import PRECISIONS, decoder_path
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
 from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
 from kind_edge.deploy.runtime import LoadedBundle
-from kind_edge.deploy.sampler_table import SamplerTable
 from kind_edge.deploy.session import open_session
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.spec import ModelSpec
 from kind_edge.units import format_seconds
+
+if TYPE_CHECKING:
+    from kind_edge.deploy.sampler_table import SamplerTable
 
 LICENCE = "Apache-2.0"
 MAC_PROGRAM = "coreml/verify_on_mac.py"
@@ -36,10 +39,21 @@ _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "
 
 
 def describe(
-    plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], default_model: str, table: SamplerTable
+    plan: Plan,
+    spec: ModelSpec,
+    entries: Mapping[str, Mapping[str, Any]],
+    default_model: str,
+    table: SamplerTable,
+    decoder: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest's values, as far as they are known before anything is measured."""
+    """The manifest's values, as far as they are known before anything is measured. `decoder`: what is said of it."""
     guided = plan.evaluations_per_step > 1
+    drawn = {"channels": spec.channels, "height": spec.image_size, "width": spec.image_size}
+    image: dict[str, Any] = {"image": drawn}
+    if decoder is not None:
+        side = spec.image_size * spec.pixels_per_latent
+        pixels = {"channels": decoder["image_channels"], "height": side, "width": side}
+        image = {"image": pixels, "latent": drawn, "decoder": dict(decoder)}
     return {
         "schema_version": SCHEMA_VERSION,
         "name": f"{plan.model}-{plan.profile}",
@@ -47,7 +61,7 @@ def describe(
         "licence": LICENCE,
         "classes": list(plan.classes),
         "form": plan.form,
-        "image": {"channels": spec.channels, "height": spec.image_size, "width": spec.image_size},
+        **image,
         "models": {path: dict(entry) for path, entry in entries.items()},
         "default_model": default_model,
         "sampler": {
@@ -90,11 +104,16 @@ def save_reference(folder: Path, reference: Mapping[str, np.ndarray[Any, Any]]) 
 
 
 def measure(
-    folder: Path, values: Mapping[str, Any], files: list[str], default_model: str
+    folder: Path, values: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, LatencyReport], LatencyReport]:
-    """One evaluation of every model file, and one whole image of the default model, on this machine."""
+    """One call of every model file, and one whole image of the default model, on this machine."""
     write_manifest(folder, {**values, "files": _files(folder)})  # the measuring process opens the bundle by itself
-    return {name: bench_model(folder / name) for name in files}, bench_image(folder, default_model)
+    slow = ("decoder", "sampler") if "decoder" in values else ()  # seconds a call
+    reports = {
+        path: bench_model(folder / path, warmups=1, runs=5) if entry["role"] in slow else bench_model(folder / path)
+        for path, entry in entries.items()
+    }
+    return reports, bench_image(folder, values["default_model"])
 
 
 def percentiles(report: LatencyReport) -> dict[str, float]:
@@ -102,23 +121,35 @@ def percentiles(report: LatencyReport) -> dict[str, float]:
 
 
 def predict_here_ms(
-    plan: Plan, spec: ModelSpec, entries: Mapping[str, Mapping[str, Any]], rows: int
+    plan: Plan,
+    spec: ModelSpec,
+    entries: Mapping[str, Mapping[str, Any]],
+    rows: int,
+    decoder: DecoderCost | None = None,
 ) -> dict[str, float]:
     """What the cost model says of this machine's CPU for every file: to be compared with what was measured.
 
-    One call of a denoiser is one evaluation, of a sampler one image.
+    One call of a denoiser is one evaluation, of a sampler or a decoder one image.
     """
+    # Here, because the rest of this file also serves bundles joined from packs, without SciPy and without PyTorch.
+
+    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling  # what packs do needs no SciPy
+
     left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
-    request = Request(load_profile(HOST), plan.classes, sampling)
+    request = Request(load_profile(HOST), plan.classes, sampling, decoder=decoder)
     predicted = {}
     for path, entry in entries.items():
+        if entry["role"] == "decoder":
+            decoding = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
+            predicted[path] = 1e3 * decoding.decoder_latency_s(sustained=False)
+            continue
         precisions = plan.matrix_precisions(entry["precision"])
         matrices = {
             shape.name: dataclasses.replace(plan.matrices[shape.name], precision=precisions[shape.name])
             for shape in left.matrices()
         }
-        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu"))
+        deployment = Deployment(left, request, Candidate(plan.form, entry["precision"], "cpu", plan.modulation))
         call_s = deployment.image_latency_s if entry["role"] == "sampler" else deployment.evaluation_latency_s
         predicted[path] = 1e3 * call_s(matrices, sustained=False)
     return predicted
@@ -140,7 +171,9 @@ def draw_preview(folder: Path, manifest: Manifest) -> None:
     if manifest.image.channels not in PICTURE_CHANNELS:
         return
     entry = manifest.models[manifest.default_model]
-    loaded = LoadedBundle(manifest, entry, open_session(folder / entry.path))
+    decoder = manifest.decoder_for(entry)
+    session = open_session(folder / decoder.path) if decoder else None
+    loaded = LoadedBundle(manifest, entry, open_session(folder / entry.path), session)
     switches = "class_index" in entry.input_names()
     images = loaded.generate(manifest.classes if switches else None, PREVIEW_IMAGES, seed=0)
     labels = manifest.classes if switches else [" + ".join(manifest.classes)]
@@ -176,10 +209,17 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
-    once = _sampler_words(whole, values) if whole else ""
+    small = [path for path in values["models"] if path.endswith(".ort")]
+    once = _sampler_words(whole, values) if whole else _static_words(entry)
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
-        picture = "The model draws latents: pictures come from the decoder of the autoencoder it was trained with."
+        picture = (
+            "The model draws latents: pictures come from the decoder of the autoencoder it was trained with. "
+            "Exported with `--autoencoder DIR`, it would be in this bundle."
+        )
+    pixels = "Pixels are (x + 1) * 127.5,\nclipped to 0..255."
+    if "decoder" in values:
+        pixels = _decoder_words(values, plan)
     healed = f"\nCut, then {values['healing']['told']}." if values.get("healing", {}).get("kept") else ""
     return f"""# {values["name"]}
 
@@ -213,8 +253,47 @@ and, with {prediction}, compute
     d = p[i] * x + q[i] * prediction
     x = a[i] * x + b[i] * d + c[i] * (d of the row before; 0 at first)
 
-`step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. Pixels are (x + 1) * 127.5,
-clipped to 0..255. An int8 model takes one image at a time: its activations share one range per call.
+`step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. {pixels}
+An int8 model takes one image at a time: its activations share one range per call.
+{_small_words(small) if small else ""}"""
+
+
+def _decoder_words(values: Mapping[str, Any], plan: Plan) -> str:
+    """How latents become pixels."""
+    facts = values["decoder"]
+    loop = ""
+    if facts["tiles"] > 1:
+        pieces = facts["tiles"] ** 2
+        loop = f"\nIt works on {pieces} overlapping pieces one after the other and needs a runtime with control flow."
+    return f"""The last x is
+a latent: `{decoder_path(str(plan.decoder["precision"]))}` ({facts["autoencoder"]}) takes `latent` float32
+{_shape(values["latent"])} and gives `image` {_shape(values["image"])} in 0..1, scaling included.{loop}"""
+
+
+def _shape(size: Mapping[str, Any]) -> str:
+    return f"[n, {size['channels']}, {size['height']}, {size['width']}]"
+
+
+def _static_words(entry: Mapping[str, Any]) -> str:
+    """Why a model for NPUs comes without a sampler."""
+    if not PRECISIONS[entry["precision"]].static:
+        return ""
+    return f"""
+The model is static, for NPUs: its batch is {entry["inputs"][0]["shape"][0]}, and class indices have 32 bits. A whole
+sampler is not in the bundle, as NPUs have no control flow: the loop below is the app's.
+"""
+
+
+def _small_words(paths: list[str]) -> str:
+    """For apps that build ONNX Runtime themselves."""
+    return f"""
+## A small build of ONNX Runtime
+
+The same models in ORT format, optimised for the CPU already: {", ".join(f"`{path}`" for path in paths)}.
+Any build of ONNX Runtime loads them, a minimal one with few operators as well:
+
+    ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
+        --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
 """
 
 
@@ -235,11 +314,11 @@ def _sampler_words(path: str, values: Mapping[str, Any]) -> str:
     names = [each["name"] for each in values["models"][path]["inputs"]]
     extra = [f"`class_index` int64 [n] (0 to {len(values['classes']) - 1})"] if "class_index" in names else []
     extra += [f"`guidance` float32 [] ({values['sampler']['guidance']:g})"] if "guidance" in names else []
-    image = values["image"]
-    shape = f"[n, {image['channels']}, {image['height']}, {image['width']}]"
+    shape = _shape(values.get("latent", values["image"]))
     given = " and ".join([", ".join([f"Gaussian `noise` float32 {shape}", *extra[:-1]]), *extra[-1:]])
+    made = f"`image` {_shape(values['image'])} in 0..1"
     return f"""
 One call: `{path}` takes {given},
-and gives `image` {shape} in 0..1; all {values["sampler"]["steps"]} steps are in it. It needs a runtime with
+and gives {made}; all {values["sampler"]["steps"]} steps are in it. It needs a runtime with
 control flow (ONNX Runtime on the CPU has it). Step by step, to show progress or to cancel:
 """

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from kind_edge.errors import InputError, nearest
+from kind_edge.budget.precision import decoder_path, decoder_precision
+from kind_edge.errors import InputError, UsageError, nearest
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -31,7 +32,9 @@ class TensorInfo:
 class ModelEntry:
     """One model file of the bundle; `path` is relative to the bundle, with forward slashes.
 
-    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8.
+    `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8. `table_precision`: of the
+    table of modulation, where it is not that of the file. `wide_operators`: matrices or kinds of operators with more
+    bits than the precision says, as rounding them was measured to cost most.
     `functions`: by name the classes, in their own order, of further functions that the file holds.
     """
 
@@ -41,7 +44,15 @@ class ModelEntry:
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     fp32_matrices: tuple[str, ...] = ()
+    table_precision: str | None = None
+    wide_operators: tuple[str, ...] = ()
     functions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch of a static file; None where it is free."""
+        first = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None
+        return first if isinstance(first, int) else None
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -99,7 +110,10 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A validated manifest; `raw` is all of it as read (plan, verification, latency, tools, licence, source)."""
+    """A validated manifest; `raw` is all of it as read (plan, verification, latency, tools, licence, source).
+
+    `image` is what is drawn; `latent` what the loop works on, where a decoder stands between (None: the image itself).
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -109,11 +123,24 @@ class Manifest:
     sampler: Sampler
     files: Mapping[str, FileEntry]
     raw: Mapping[str, Any]
+    latent: ImageSize | None = None
+
+    def decoder_for(self, model: ModelEntry) -> ModelEntry | None:
+        """What ONNX Runtime turns the model's latents into pixels with; None where there is nothing to decode."""
+        if self.latent is None or model.role != "denoiser":
+            return None
+        wanted = decoder_path(decoder_precision(model.precision))
+        return self.models.get(wanted) or self.models.get(decoder_path("fp32"))
 
     @property
     def switches(self) -> bool:
         """Whether a class index picks the class."""
         return any("class_index" in model.input_names() for model in self.models.values())
+
+    def require_classes(self, where: str) -> None:
+        """`UsageError` for the core of class packs, which draws nothing by itself."""
+        if not self.classes:
+            raise UsageError(f"{where}: a core without classes; add some: kind-edge pack add {where} FILE...")
 
     @classmethod
     def from_dict(cls, values: Any, where: str = MANIFEST_NAME) -> Manifest:
@@ -136,6 +163,7 @@ class Manifest:
             sampler=_sampler(root.section("sampler")),
             files={path: _file(files.section(path)) for path in files.values},
             raw=root.values,
+            latent=_image(root.section("latent")) if "latent" in root.values else None,
         )
         _check(manifest, where)
         return manifest
@@ -227,6 +255,8 @@ def _model(section: _Section, path: str) -> ModelEntry:
         inputs=section.sections("inputs", _tensor),
         outputs=section.sections("outputs", _tensor),
         fp32_matrices=section.items("fp32_matrices", str) if "fp32_matrices" in section.values else (),
+        table_precision=section.take("table_precision", str) if "table_precision" in section.values else None,
+        wide_operators=section.items("wide_operators", str) if "wide_operators" in section.values else (),
         functions=_functions(section.section("functions")) if "functions" in section.values else {},
     )
 
@@ -263,7 +293,8 @@ def _sampler(section: _Section) -> Sampler:
 
 def _check(manifest: Manifest, where: str) -> None:
     """What no single key can say."""
-    if not manifest.classes or len(set(manifest.classes)) != len(manifest.classes):
+    # The core of class packs is a bundle without classes.
+    if (not manifest.classes and "packs" not in manifest.raw) or len(set(manifest.classes)) != len(manifest.classes):
         raise InputError(f"{where}: classes: got {list(manifest.classes)}, want at least one, each once")
     if manifest.default_model not in manifest.models:
         raise InputError(f"{where}: default_model {manifest.default_model!r} is not one of {sorted(manifest.models)}")
@@ -276,6 +307,8 @@ def _check(manifest: Manifest, where: str) -> None:
         # A Core ML package is a folder: its files stand below the path.
         if path not in manifest.files and not any(name.startswith(f"{path}/") for name in manifest.files):
             raise InputError(f"{where}: models: {path!r} is not among the files")
+    if manifest.latent is not None and decoder_path("fp32") not in manifest.models:
+        raise InputError(f"{where}: latent: there is no {decoder_path('fp32')} among the models to decode it")
     null_index = manifest.sampler.null_index
     if null_index is not None and null_index != len(manifest.classes):
         raise InputError(

@@ -26,6 +26,7 @@ from kind_edge.errors import InputError, unknown
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.dit import DiT
+from kind_edge.model.one_thread import one_thread
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import ModelSpec, Ranks, branch_of
 from kind_edge.model.truncation import SortedFactors, fold_matrix
@@ -39,6 +40,7 @@ def class_indices(checkpoint: Checkpoint, classes: tuple[str, ...]) -> list[int]
     return [checkpoint.class_names.index(name) for name in classes]
 
 
+@one_thread()
 def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None) -> Checkpoint:
     """The checkpoint with the plan's classes and ranks. `checkpoint` is not changed.
 
@@ -117,6 +119,7 @@ def _parts(factors: SortedFactors) -> dict[str, Tensor]:
     return {"U": factors.U, "s": factors.s, "V": factors.V}
 
 
+@one_thread()
 def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
     """The plain model of a truncated checkpoint, storage as planned; `timesteps` [S] are baked if the plan says so.
 
@@ -138,22 +141,29 @@ def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
         if ts.shape[-1]:
             tailors = Tailors((tv * ts.unsqueeze(1)).float(), tu.mT.float().contiguous())
         linears[name] = PlainLinear(shared, tailors, t[f"{name}.bias"].float())
-    baked = plan.modulation == "baked"
-    span = step_span(spec, plan.steps, timesteps.float() if baked else torch.zeros(1))
+    span = step_span(spec, plan.steps, timesteps.float() if plan.baked else torch.zeros(1))
     if source.y_embed is not None and plan.form == "switch" and not plan.null_branch:
         source.y_embed = nn.Embedding.from_pretrained(source.y_embed.weight[:-1])
-    modulation = bake(source, timesteps, span) if baked else ModulationNetwork(source, span)
+    if plan.baked:
+        half = plan.modulation == "baked-fp16"
+        modulation: nn.Module = bake(source, timesteps, span, plan.form == "switch", half)
+    else:
+        modulation = ModulationNetwork(source, span)
     plain = PlainDiT(spec, source, linears, modulation, plan.form == "switch", Origin(truncated, plan, timesteps))
     return plain.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def bake(model: DiT, timesteps: Tensor, span: Tensor | None = None) -> ModulationTable:
+def bake(
+    model: DiT, timesteps: Tensor, span: Tensor | None = None, switches: bool = True, half: bool = False
+) -> ModulationTable:
     """One row of modulation values per timestep [S]: the adaLN and timestep networks are then not needed any more.
 
-    `span` [S] is what a distilled model takes.
+    `span` [S] is what a distilled model takes. With a label embedding there are such rows for each of its labels; where
+    nothing `switches`, for its last alone, which a folded model has in the place of the null label.
     """
-    if model.spec.label_embedding:
-        raise InputError("modulation depends on the label here; a table per step alone cannot hold it")
-    c = model.condition(timesteps.float(), torch.zeros(len(timesteps), dtype=torch.long), span)
-    return ModulationTable(torch.cat([layer(c) for layer in model.modulators()], -1))
+    labels = torch.arange(model.y_embed.num_embeddings if model.y_embed is not None else 1)
+    per_label = [model.condition(timesteps.float(), label.expand(len(timesteps)), span) for label in labels]
+    tables = torch.stack([torch.cat([layer(c) for layer in model.modulators()], -1) for c in per_label])
+    table = tables if model.y_embed is not None and switches else tables[-1]
+    return ModulationTable(table.half() if half else table)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from kind_edge.budget.plan import Plan, full_rank
@@ -23,6 +25,8 @@ def check_merge(checkpoint: Checkpoint, plan: Plan, timesteps: torch.Tensor) -> 
     """
     spec = checkpoint.spec
     whole = full_rank(plan, {matrix.name: spec.ranks(matrix.name) for matrix in spec.matrices()})
+    if whole.modulation == "baked-fp16":  # its rounding is judged by the gate of the file
+        whole = dataclasses.replace(whole, modulation="baked")
     plain = fold(truncate(checkpoint, whole, None), whole, timesteps)
     gated = checkpoint.model()
     kept = class_indices(checkpoint, plan.classes)
@@ -40,7 +44,7 @@ def check_merge(checkpoint: Checkpoint, plan: Plan, timesteps: torch.Tensor) -> 
         index = torch.full((len(steps),), label)
         open_gates = torch.zeros(len(steps), spec.num_classes, dtype=torch.long)
         open_gates[:, kept if plan.form == "union" else [c for c in (label,) if c < spec.num_classes]] = 1
-        step = steps.int() if plan.modulation == "baked" else t
+        step = steps.int() if plan.baked else t
         with torch.no_grad():
             wanted = gated(x, t, ClassGate.opening(open_gates, index), step_span(spec, plan.steps, t))
             got = plain(x, step, torch.full((len(steps),), position)) if plan.form == "switch" else plain(x, step)

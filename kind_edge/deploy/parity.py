@@ -31,17 +31,23 @@ EXACT_DB = 400.0
 
 
 def gates_db(role: str, path: str = "") -> Mapping[str, float]:
-    """Gate by precision, of a denoiser or of a sampler; `path` tells its format."""
+    """Gate by precision, of a denoiser, or of a sampler or decoder; `path` tells its format."""
     if path.startswith("coreml/"):
         return COREML_GATES_DB
-    return IMAGE_GATES_DB if role == "sampler" else GATES_DB
+    return IMAGE_GATES_DB if role in ("sampler", "decoder") else GATES_DB
+
+
+def gate_db(role: str, precision: str, table_precision: str | None = None, path: str = "") -> float:
+    """The gate of a file whose table of modulation may be of a lower precision than the rest."""
+    gates = gates_db(role, path)
+    return min(gates[name] for name in (precision, table_precision or precision))
 
 
 @dataclass(frozen=True)
 class FileParity:
     """One artefact: its gate, its worst figure and that of every point, in dB, and everything that is wrong.
 
-    Of a denoiser SQNR by class and timestep, of a sampler PSNR by image.
+    Of a denoiser SQNR by class and timestep, of a sampler or decoder PSNR by image.
     """
 
     file: str
@@ -71,7 +77,7 @@ class VerifyReport:
 
     @property
     def parity(self) -> dict[str, float | None]:
-        """Worst SQNR (of a sampler PSNR) in dB by file."""
+        """Worst SQNR (of a sampler or decoder PSNR) in dB by file."""
         return {parity.file: parity.worst_db for parity in self.files}
 
     @property

@@ -6,7 +6,6 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -14,19 +13,19 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from kind_edge.budget.front import Curve, front
-from kind_edge.budget.plan import Plan, check_replayable
+from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Request, Source
-from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
-from kind_edge.deploy import assemble
-from kind_edge.deploy.bench import LatencyReport
-from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
+from kind_edge.budget.profile import load_profile, profile_names
+from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
-from kind_edge.deploy.merge import class_indices, fold, truncate
+from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
+from kind_edge.deploy.merge import class_indices, truncate
+from kind_edge.deploy.packs_bundle import check_packable
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
-from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
+from kind_edge.deploy.replay import check_replay
 from kind_edge.deploy.request import (
     MINIMISED,
     Choices,
@@ -36,16 +35,11 @@ from kind_edge.deploy.request import (
     make_source,
     open_model,
 )
-from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
+from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import load_reference, verify_models
-from kind_edge.errors import GateError, InputError, UsageError
-from kind_edge.model.checkpoint import (
-    load_checkpoint,
-    save_checkpoint,
-    stored_dtype,
-)
+from kind_edge.errors import GateError, UsageError
+from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL
-from kind_edge.registry import Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
@@ -53,58 +47,25 @@ if TYPE_CHECKING:
 
     OnHealing = Callable[[HealingProgress], None]
 
-OnStage = Callable[[str], None]
-
-HEALED = "healed"
-"""Folder of a bundle: the checkpoint that a healed bundle's files were folded from."""
-
 _SIZE_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What an export wrote: `files` bytes by name, `parity` worst SQNR in dB by model file."""
-
-    path: Path
-    files: Mapping[str, int]
-    parity: Mapping[str, float | None]
-    latency: Mapping[str, LatencyReport]
-    image_latency: LatencyReport
-    predicted_here_ms: Mapping[str, float]
-    plan: Plan
-    quality: tuple[Quality, ...]
-    merge_db: float
-    healing: Healing | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "bundle": str(self.path),
-            "files": dict(self.files),
-            "parity": dict(self.parity),
-            "merge_parity": self.merge_db,
-            "latency_ms": {name: assemble.percentiles(report) for name, report in self.latency.items()},
-            "image_latency_ms": assemble.percentiles(self.image_latency),
-            "predicted_here_ms": dict(self.predicted_here_ms),
-            "quality": {each.name: each.to_dict() for each in self.quality},
-            **({"healing": self.healing.to_dict()} if self.healing else {}),
-            "plan": self.plan.to_dict(),
-        }
 
 
 def plan(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
+    autoencoder: str | Path | None = None,
     on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
     `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     request = make_request(opened.checkpoint, device, **choices)
     return make_plan(make_source(opened), request)
 
@@ -113,6 +74,7 @@ def pareto(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
+    autoencoder: str | Path | None = None,
     on_measure: OnProgress | None = None,
     **choices: Unpack[Choices],
 ) -> tuple[Curve, ...]:
@@ -121,7 +83,7 @@ def pareto(
 
     Raises `NoPlanError` when not one point fits.
     """
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
     request = make_request(opened.checkpoint, load_profile(profile), **choices)
     return front(make_source(opened), request, axis)
@@ -134,6 +96,7 @@ def export(
     plan: Plan | None = None,
     output: str | Path | None = None,
     formats: Sequence[str] = ("onnx",),
+    autoencoder: str | Path | None = None,
     heal: str | None = None,
     format_choices: Mapping[str, Mapping[str, Any]] | None = None,
     keep_failed: bool = False,
@@ -146,25 +109,27 @@ def export(
 
     `heal` is a time such as "5m": for so long the cut model learns from the full one, once it is known that it can be
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
+    `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
     ONNX is always among the formats: what an app loads, what is measured and what draws the preview. `format_choices`
     are an exporter's own, by format: {"coreml": {"target": "iOS16"}}.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    exporters = [exporter(name, (format_choices or {}).get(name)) for name in dict.fromkeys(("onnx", *formats))]
+    wanted = Formats.of(formats, format_choices)
     heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
-    opened = open_model(model, on_measure)
+    opened = open_model(model, on_measure, autoencoder)
     request = None
-    for each in exporters:
-        each.check(opened.checkpoint.spec)
+    wanted.check(opened.checkpoint.spec)
     if plan is None:
         if profile is None:
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
         device = load_profile(profile)
+        if wanted.packs and choices.get("form", "auto") == "auto":
+            choices["form"] = "switch"
         request = make_request(opened.checkpoint, device, **choices)
         source = make_source(opened)
         plan = make_plan(source, request)
@@ -172,19 +137,23 @@ def export(
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
-        _check_replay(plan, opened, device.name, choices)
+        check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
+    if wanted.packs:
+        check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, exporters, stage)
+        plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
-            made = _make(opened, plan, folder, exporters, stage, cut)
-        bundle = _finish(opened, plan, device, folder, destination, made, stage)
+            made = make_models(opened, plan, folder, wanted, stage, cut)
+        bundle = finish(opened, plan, device, folder, destination, made, wanted, (source, request), stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
-    return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
+    return dataclasses.replace(
+        bundle, files=sizes_below(destination)
+    )  # the manifest grew when the bundle was completed
 
 
 def _fitted(
@@ -193,13 +162,13 @@ def _fitted(
     source: Source,
     request: Request | None,
     folder: Path,
-    exporters: Sequence[Exporter],
+    formats: Formats,
     stage: OnStage,
-) -> tuple[Plan, _Made]:
+) -> tuple[Plan, Made]:
     """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
     for attempt in range(_SIZE_ATTEMPTS):
         stage("merging")
-        made = _make(model, plan, folder, exporters, stage, make_cut(model, plan))
+        made = make_models(model, plan, folder, formats, stage, make_cut(model, plan))
         excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
         if excess <= 0:
             break
@@ -212,27 +181,6 @@ def _fitted(
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
         plan = make_plan(source, request)
     return plan, made
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below a folder, by path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[str, Any]) -> None:
-    """A stored plan is replayed as it is: nothing may be asked beside it, and it must be for this very model."""
-    if asked := [name for name, value in choices.items() if value not in (None, "auto", False)]:
-        flags = ", ".join("--" + name.replace("_", "-") for name in asked)
-        raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
-    if profile != plan.profile:
-        raise UsageError(f"--profile {profile}: the plan was made for {plan.profile}; leave it out, or plan anew")
-    check_replayable(plan, model.checkpoint.spec)
-    if plan.checkpoint_sha256 != model.sha256:
-        raise InputError(
-            f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "
-            f"this one is {model.sha256[:12]} ({model.name}); solve again"
-        )
 
 
 def heal_cut(
@@ -259,94 +207,23 @@ def heal_cut(
     return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
 
 
-@dataclass(frozen=True)
-class _Made:
-    """The model files in the temporary folder, proven, before they are measured."""
-
-    cut: Cut
-    entries: Mapping[str, Mapping[str, Any]]
-    default_model: str
-    model_bytes: int
-    table: SamplerTable
-    verification: VerifyReport
-
-
-def _make(
-    model: OpenedModel, plan: Plan, folder: Path, exporters: Sequence[Exporter], stage: OnStage, cut: Cut
-) -> _Made:
-    """Export and verify into `folder`; healed weights are in no other checkpoint, so they are kept there."""
-    table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
-    timesteps = torch.from_numpy(table.timestep)
-    truncated = cut.truncated
-    if cut.healed:
-        save_checkpoint(folder / HEALED, truncated, stored_dtype(model.checkpoint))
-    own = model.heldout.of_classes(class_indices(model.checkpoint, plan.classes)) if model.heldout else None
-    plain = fold(truncated, plan, timesteps)
-    stage("exporting")
-    entries = {
-        file.path: file.entry
-        for each in exporters
-        for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
-    }
-    stage("verifying")
-    reference = make_reference(truncated, plan.form, timesteps, own) | make_images(truncated, plan)
-    assemble.save_reference(folder, reference)
-    wanted = {"role": "denoiser", "precision": plan.precision}
-    default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
-    manifest = assemble.manifest_of(
-        assemble.describe(plan, model.checkpoint.spec, entries, default_model, table), folder
-    )
-    verification = verify_models(folder, manifest, reference).require()
-    size = (folder / default_model).stat().st_size
-    return _Made(cut, entries, default_model, size, table, verification)
-
-
-def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The files that ONNX Runtime opens: what an app loads, and what can be measured here."""
-    return {path: entry for path, entry in entries.items() if path.endswith((".onnx", ".ort"))}
-
-
-def _finish(
-    model: OpenedModel, plan: Plan, device: DeviceProfile, folder: Path, destination: Path, made: _Made, stage: OnStage
-) -> Bundle:
-    """Measure, draw the preview and write what the bundle says about itself."""
-    spec = model.checkpoint.spec
-    values = assemble.describe(plan, spec, made.entries, made.default_model, made.table)
-    cut = made.cut
-    values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
-    values["quality"] = {each.name: each.to_dict() for each in cut.quality}
-    if cut.healing:
-        values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
-    stage("measuring")
-    measured = _runnable(made.entries)
-    latency, image = assemble.measure(folder, values, list(measured), made.default_model)
-    predicted = assemble.predict_here_ms(plan, spec, measured, len(made.table.timestep))
-    assemble.latency_gate(plan, device, image)
-    values["latency"] = {
-        "models": {name: report.to_dict() for name, report in latency.items()},
-        "image": image.to_dict(),
-        "predicted_here_ms": predicted,
-    }
-    stage("drawing the preview")
-    assemble.draw_preview(folder, assemble.manifest_of(values, folder))
-    assemble.write_texts(folder, plan, values)
-    write_manifest(folder, values)
-    sizes, parity = _sizes(folder), made.verification.parity
-    known = (cut.quality, cut.merge_db, cut.healing)
-    return Bundle(destination, sizes, parity, latency, image, predicted, plan, *known)
-
-
-def verify(bundle: str | Path, checkpoint: str | Path | None = None) -> VerifyReport:
+def verify(
+    bundle: str | Path, checkpoint: str | Path | None = None, autoencoder: str | Path | None = None
+) -> VerifyReport:
     """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
 
     The stored reference is used; with `checkpoint` it is computed anew from the gated model. Of a healed bundle that is
-    the healed checkpoint in it, and `checkpoint` must be the one that it was cut from.
+    the healed checkpoint in it, and `checkpoint` must be the one that it was cut from. Where there is a decoder, its
+    `autoencoder` must be given as well.
     """
     with open_bundle(bundle) as folder:
         manifest = verified_manifest(folder, str(bundle))
         reference, told = load_reference(folder), VerifyReport.reference
+        if autoencoder is not None and checkpoint is None:
+            raise UsageError("--autoencoder goes with --checkpoint: alone it has nothing to decode")
         if checkpoint is not None:
-            reference, told = _fresh_reference(manifest.raw, folder, checkpoint), f"the gated model of {checkpoint}"
+            reference = _fresh_reference(manifest.raw, folder, checkpoint, autoencoder)
+            told = f"the gated model of {checkpoint}"
             if _is_healed(manifest.raw):
                 told = f"the healed gated model in the bundle, cut from {checkpoint}"
         return dataclasses.replace(verify_models(folder, manifest, reference), reference=told).require()
@@ -356,15 +233,19 @@ def _is_healed(raw: Mapping[str, Any]) -> bool:
     return bool(raw.get("healing", {}).get("kept"))
 
 
-def _fresh_reference(raw: Mapping[str, Any], folder: Path, checkpoint: str | Path) -> Mapping[str, Any]:
+def _fresh_reference(
+    raw: Mapping[str, Any], folder: Path, checkpoint: str | Path, autoencoder: str | Path | None
+) -> Mapping[str, Any]:
     stored = Plan.from_dict(raw["plan"], "manifest.json: plan")
-    model = open_model(checkpoint)
-    _check_replay(stored, model, stored.profile, {})
+    model = open_model(checkpoint, autoencoder=autoencoder)
+    check_replay(stored, model, stored.profile, {})
     table = sampler_table(stored.sampler, model.checkpoint.spec.objective, stored.steps)
     if _is_healed(raw):
+        if not (folder / HEALED).exists():
+            raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
         truncated = truncate(model.checkpoint, stored, model.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
-    return points | make_images(truncated, stored, seed=1)
+    return points | make_images(truncated, stored, model.autoencoder, seed=1)

@@ -18,6 +18,7 @@ from kind_edge.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from kind_edge.budget.plan import Plan
+    from kind_edge.model.autoencoder import Autoencoder
     from kind_edge.model.checkpoint import Checkpoint
 
 
@@ -84,9 +85,10 @@ class PlainLinear(nn.Module):
 
 
 class ModulationTable(nn.Module):
-    """adaLN and timestep networks, evaluated once at the sampler's steps: table [S, L*6D + 2D].
+    """adaLN and timestep networks, evaluated once at the sampler's steps: table [S, L*6D + 2D], fp32 or fp16.
 
-    A dropped branch has no columns in it.
+    Where modulation depends on the label of a class that is switched, [labels, S, L*6D + 2D]: kept classes, then the
+    null class where there is one. A dropped branch has no columns in it.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -94,11 +96,13 @@ class ModulationTable(nn.Module):
         self.table = nn.Parameter(table)
 
     def forward(self, step_index: Tensor, class_index: Tensor | None) -> Tensor:
-        return self.table.index_select(0, step_index)
+        if self.table.ndim == 3:
+            return self.table[class_index, step_index.long()].float()
+        return self.table.index_select(0, step_index).float()
 
 
 class ModulationNetwork(nn.Module):
-    """The same networks kept as they are, for models whose modulation depends on the label too.
+    """The same networks kept as they are: smaller than a table of many steps and classes.
 
     A plan has one number of steps, so the span of a distilled model's steps is a constant: it lies in a bias.
     """
@@ -123,11 +127,15 @@ class ModulationNetwork(nn.Module):
 
 @dataclass(frozen=True)
 class Origin:
-    """What a plain model was folded from: for formats that need more than its graph. `timesteps` [S] are the plan's."""
+    """What a plain model was folded from: for formats that need more than its graph. `timesteps` [S] are the plan's.
+
+    `autoencoder`: what makes pictures of its latents, where one was given.
+    """
 
     truncated: Checkpoint
     plan: Plan
     timesteps: Tensor
+    autoencoder: Autoencoder | None = None
 
 
 class PlainDiT(nn.Module):

@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from kind_edge.budget.plan import Plan
+from kind_edge.deploy.decoder import tile_count
 from kind_edge.deploy.verify import TIMESTEPS
 from kind_edge.errors import InputError
+from kind_edge.model.autoencoder import Autoencoder
 from kind_edge.model.checkpoint import HELDOUT, HELDOUT_IMAGES, HELDOUT_LATENTS, Checkpoint, read_tensors
 from kind_edge.model.diffusion import add_noise
 from kind_edge.model.gated_linear import ClassGate
@@ -20,7 +22,8 @@ from kind_edge.model.sampling import denoiser, sample, step_span
 from kind_edge.model.spec import Form, ModelSpec
 
 IMAGES_PER_POINT = 2
-IMAGE_CLASSES = 10
+IMAGE_CLASSES, DECODED_CLASSES = 10, 3
+"""Of which whole images are compared; fewer where each of them has to be decoded."""
 
 
 @dataclass(frozen=True)
@@ -92,23 +95,31 @@ def make_reference(
     }
 
 
-def make_images(truncated: Checkpoint, plan: Plan, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Images by the gated model through diffusers' scheduler: what a sampler must draw. Of ten classes at most.
+def make_images(
+    truncated: Checkpoint,
+    plan: Plan,
+    autoencoder: Autoencoder | None = None,
+    seed: int = 0,
+    every_class: bool = False,
+) -> dict[str, NDArray[Any]]:
+    """Images by the gated model through diffusers' scheduler: what a sampler must draw. Of ten classes or of all.
 
     Arrays: noise and image [n, ch, H, W], the image clipped to [0, 1]; image_class [n]. Without a switch there is one.
+    With an autoencoder also latent [n, ch, h, w], and image [n, C, H, W] is what it makes of that, in the plan's tiles.
     """
     spec, kept = truncated.spec, len(truncated.class_names)
-    shown = (
-        np.unique(np.linspace(0, kept - 1, IMAGE_CLASSES).round().astype(np.int64)) if plan.form == "switch" else [0]
-    )
+    most = kept if every_class else IMAGE_CLASSES if autoencoder is None else DECODED_CLASSES
+    shown = np.unique(np.linspace(0, kept - 1, most).round().astype(np.int64)) if plan.form == "switch" else [0]
     shape = (len(shown), spec.channels, spec.image_size, spec.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     classes = torch.from_numpy(shown) if plan.form == "switch" else torch.full((1,), kept)
     strength = plan.guidance if plan.inside_guidance is None else plan.inside_guidance
     denoise = denoiser(truncated.model(), plan.steps, strength)
     images = sample(denoise, noise, classes, spec.objective, plan.steps, plan.sampler)
-    image = ((images + 1) / 2).clamp(0, 1)
-    return {"noise": noise.numpy(), "image_class": shown, "image": image.numpy()}
+    found = {"noise": noise.numpy(), "image_class": np.asarray(shown)}
+    if autoencoder is None:
+        return found | {"image": ((images + 1) / 2).clamp(0, 1).numpy()}
+    return found | {"latent": images.numpy(), "image": autoencoder.decode(images, tile_count(plan)).numpy()}
 
 
 def _gate(form: Form, classes: torch.Tensor, kept: int) -> ClassGate:

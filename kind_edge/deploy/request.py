@@ -8,25 +8,31 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, get_args
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.image_time import teacher_of
 from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.loss import LossModel
-from kind_edge.budget.plan import Plan
-from kind_edge.budget.planner import Way, figures_of
+from kind_edge.budget.plan import Modulation, Plan
+from kind_edge.budget.planner import figures_of
+from kind_edge.budget.precision import PRECISIONS, check_unit
 from kind_edge.budget.problem import LIMIT_NAMES, Candidate, Objective, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.solver import LOSS
+from kind_edge.budget.ways import Way
+from kind_edge.deploy.decoder import decoder_costs, planned_decoder
 from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.probe import OnProgress, measure_sensitivity
 from kind_edge.deploy.reference import Heldout, load_heldout
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.sensitivity_file import find_sensitivity, keep_sensitivity
 from kind_edge.errors import UsageError, unknown
+from kind_edge.model.autoencoder import Autoencoder, open_autoencoder
 from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
+from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import find_model
 from kind_edge.model.spec import FORMS, SAMPLERS, Form, check_sampling, recommended
 from kind_edge.units import Kind, parse_quantity, parse_share
@@ -46,7 +52,7 @@ _MOST_FEWER = 64
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A checkpoint with what lies beside it."""
+    """A checkpoint with what lies beside it, and the autoencoder of its latents where one was given."""
 
     name: str
     sha256: str
@@ -55,11 +61,20 @@ class OpenedModel:
     heldout: Heldout | None
     stored_sensitivity: Sensitivity | None = None
     on_measure: OnProgress | None = None
+    autoencoder: Autoencoder | None = None
+
+    @functools.cached_property
+    def decoders(self) -> tuple[DecoderCost, ...]:
+        """What the given autoencoder's decoder costs, whole and in tiles."""
+        return () if self.autoencoder is None else decoder_costs(self.autoencoder)
 
     @functools.cached_property
     def calibration(self) -> Calibration:
         """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
-        return self.stored_calibration or calibrate_on_samples(self.checkpoint.model())
+        if self.stored_calibration is not None:
+            return self.stored_calibration
+        with one_thread():  # the factors follow from it
+            return calibrate_on_samples(self.checkpoint.model())
 
     @functools.cached_property
     def sensitivity(self) -> Sensitivity:
@@ -71,10 +86,12 @@ class OpenedModel:
         return measured
 
 
-def open_model(model: str | Path | OpenedModel, on_measure: OnProgress | None = None) -> OpenedModel:
+def open_model(
+    model: str | Path | OpenedModel, on_measure: OnProgress | None = None, autoencoder: str | Path | None = None
+) -> OpenedModel:
     """`on_measure` is told (done, total) where the model's sensitivity has to be measured first."""
     if isinstance(model, OpenedModel):
-        return model
+        return model if autoencoder is None else _with_autoencoder(model, Path(autoencoder))
     folder = find_model(model)
     checkpoint = load_checkpoint(folder)
     if not checkpoint.spec.factored:
@@ -83,7 +100,13 @@ def open_model(model: str | Path | OpenedModel, on_measure: OnProgress | None = 
     stored = load_calibration(path, checkpoint.spec) if path.exists() else None
     name, sha256 = folder.resolve().name, checkpoint_hash(folder)
     table = find_sensitivity(folder, sha256, checkpoint.spec)
-    return OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
+    opened = OpenedModel(name, sha256, checkpoint, stored, heldout, table, on_measure)
+    return opened if autoencoder is None else _with_autoencoder(opened, Path(autoencoder))
+
+
+def _with_autoencoder(model: OpenedModel, folder: Path) -> OpenedModel:
+    checkpoint = model.checkpoint
+    return dataclasses.replace(model, autoencoder=open_autoencoder(folder, checkpoint.spec, checkpoint.provenance))
 
 
 class Choices(TypedDict, total=False):
@@ -93,6 +116,7 @@ class Choices(TypedDict, total=False):
     form: str
     precision: str
     unit: str
+    modulation: str
     steps: int | None
     guidance: float | None
     sampler: str | None
@@ -113,6 +137,7 @@ def make_request(
     form: str = "auto",
     precision: str = "auto",
     unit: str = "auto",
+    modulation: str = "auto",
     steps: int | None = None,
     guidance: float | None = None,
     sampler: str | None = None,
@@ -125,8 +150,10 @@ def make_request(
     if unknown_names := set(limits) - set(_LIMIT_KINDS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown_names))}")
     _known("--form", form, ("auto", *FORMS))
-    _known("--precision", precision, ("auto", "fp32", "int8"))
+    _known("--precision", precision, ("auto", *PRECISIONS))
     _known("--unit", unit, ("auto", "cpu", "gpu", "npu"))
+    _known("--modulation", modulation, ("auto", *get_args(Modulation)))
+    check_unit(precision, unit)
     if isinstance(classes, str):
         raise UsageError(f"classes: got the text {classes!r}, want a list of names such as [{classes!r}]")
     wanted = tuple(checkpoint.class_names if classes is None else classes)
@@ -149,6 +176,7 @@ def make_request(
         minimise=minimised,  # type: ignore[arg-type]
         max_loss=None if max_quality_loss is None else parse_share(max_quality_loss, "--max-quality-loss"),
         burst=burst,
+        modulation=modulation,  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -208,6 +236,7 @@ def make_source(model: OpenedModel) -> Source:
     return Source(
         model.name, model.sha256, spec, lambda form, classes: losses(form, frozenset(classes)), "whitened",
         model.calibration.source, teacher, table.response,
+        model.decoders,
     )  # fmt: skip
 
 
@@ -220,8 +249,10 @@ def as_replayed(plan: Plan, source: Source, device: DeviceProfile) -> Plan:
     rows = len(sampler_table(plan.sampler, source.spec.objective, plan.steps).timestep)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows, plan.inside_guidance)
     written = "auto" if len(plan.precisions) > 1 else plan.precisions[0]
-    request = Request(device, plan.classes, sampling, plan.form, written, plan.unit)  # type: ignore[arg-type]
-    found = figures_of(source, Way(request, Candidate(plan.form, plan.precision, plan.unit)), plan.matrices)  # type: ignore[arg-type]
+    decoder = planned_decoder(source.decoders, plan)
+    request = Request(device, plan.classes, sampling, plan.form, written, plan.unit, decoder=decoder)  # type: ignore[arg-type]
+    candidate = Candidate(plan.form, plan.precision, plan.unit, plan.modulation)  # type: ignore[arg-type]
+    found = figures_of(source, Way(request, candidate), plan.matrices)
     same = all(getattr(found, name) == getattr(plan, name) for name in ("flops", "params", "evaluations_per_step"))
     known = plan.predicted_loss_increase
     if same and known is not None and math.isclose(known, found.predicted_loss_increase or 0.0, abs_tol=1e-9):

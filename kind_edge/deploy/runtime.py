@@ -5,8 +5,10 @@ Symbols: n images, ch x H x W the network's own input, K classes. One row of the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy.typing as npt
 from kind_edge.deploy.bundle import open_bundle, verified_manifest
 from kind_edge.deploy.manifest import Manifest, ModelEntry, read_manifest
 from kind_edge.deploy.noise import gaussian_noise
+from kind_edge.deploy.packs_join import core_of, join, read_packs
 from kind_edge.deploy.session import open_session
 from kind_edge.errors import InputError, UsageError, unknown
 
@@ -42,16 +45,20 @@ _NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "int32": np.int32,
 class LoadedBundle:
     """A bundle with one of its models opened: a denoiser (one evaluation per call) or a sampler (the whole loop).
 
+    Beside the denoiser of a latent model its `decoder` is open, which takes one image at a time: its activations are
+    large.
+
     The same seed gives the same images whatever `n` is and whichever other classes are asked for. With fp32 and fp16
     that holds up to the rounding of the matrix products, which may differ with the batch: a pixel may move by one of
     255 levels. int8 models quantize activations on the fly with one range for the whole batch, so images of a batch
     would change each other; they are therefore evaluated one image at a time, class and null row of an image in one
-    batch, as an app does that makes a single image.
+    batch, as an app does that makes a single image. So are the images of a static model, whose batch is fixed.
     """
 
     manifest: Manifest
     model: ModelEntry
     session: Any = dataclasses.field(repr=False)
+    decoder: Any = dataclasses.field(default=None, repr=False)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -60,13 +67,13 @@ class LoadedBundle:
     @property
     def batch_images(self) -> int:
         """Images that share a call of the network."""
-        return 1 if self.model.precision == "int8" else MAX_BATCH
+        return 1 if self.model.precision == "int8" or self.model.fixed_batch else MAX_BATCH
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the loop works on."""
-        image = self.manifest.image
-        return image.channels, image.height, image.width
+        size = self.manifest.latent or self.manifest.image
+        return size.channels, size.height, size.width
 
     def generate(
         self,
@@ -91,7 +98,10 @@ class LoadedBundle:
         return to_pixels(images)
 
     def sample_float(self, noise: FloatArray, class_index: IndexArray, on_step: OnStep | None = None) -> FloatArray:
-        """The loop from noise [n, ch, H, W] and classes int64 [n] to images clipped to [-1, 1], [n, ch, H, W]."""
+        """The loop from noise [n, ch, H, W] and classes int64 [n] to images clipped to [-1, 1], [n, ch, H, W].
+
+        Latents are decoded: noise [n, ch, h, w] gives images [n, C, H, W].
+        """
         starts = range(0, len(noise), self.batch_images)
         rows = 1 if self.model.role == "sampler" else len(self.manifest.sampler.tables)
         done = 0
@@ -146,7 +156,12 @@ class LoadedBundle:
             direction = p * sample + q * self.guided_prediction(sample, row, class_index)
             sample, previous = a * sample + b * direction + c * previous, direction
             advance()
-        return sample
+        return self._decode(sample) if self.decoder is not None else sample
+
+    def _decode(self, latent: FloatArray) -> FloatArray:
+        """Latents [n, ch, h, w] to images in [-1, 1], [n, C, H, W]."""
+        parts = [self.decoder.run(["image"], {"latent": latent[at : at + 1]})[0] for at in range(len(latent))]
+        return np.concatenate(parts) * np.float32(2) - np.float32(1)  # the decoder's images are in [0, 1]
 
     def _run_sampler(self, noise: FloatArray, class_index: IndexArray, advance: Callable[[], None]) -> FloatArray:
         guidance = np.array(self.manifest.sampler.guidance)
@@ -184,24 +199,49 @@ def load_bundle(
     threads: int | None = None,
     verify: bool = True,
     provider: str = "cpu",
+    packs: Sequence[Path | str] = (),
 ) -> LoadedBundle:
     """Open a bundle (folder or `.zip`) for generation.
 
     `model` is a precision ("fp32") or a file of the bundle; None takes the bundle's default, the plan's choice.
-    `threads` None leaves the number to ONNX Runtime. With `verify` every hash is checked first.
-    Raises `InputError` for a damaged bundle, `UsageError` for an unknown model or an unavailable provider.
+    `threads` None leaves the number to ONNX Runtime. With `verify` every hash is checked first. `packs` are files of
+    further classes, joined on the way: the bundle itself stays as it is.
+    Raises `InputError` for a damaged bundle or pack, `UsageError` for an unknown model or an unavailable provider.
     """
     with open_bundle(path) as folder:
         manifest = verified_manifest(folder, str(path)) if verify else read_manifest(folder)
         entry = choose_model(manifest, model)
-        _check_entry(entry, manifest, str(path))
-        session = open_session(folder / entry.path, threads, provider)
+        with _with_packs(folder, manifest, entry, packs, str(path)) as (place, manifest):
+            manifest.require_classes(str(path))
+            _check_entry(entry, manifest, str(path))
+            session = open_session(place / entry.path, threads, provider)
+        beside = manifest.decoder_for(entry)
+        decoder = open_session(folder / beside.path, threads, provider) if beside else None
     names = {tensor.name for tensor in session.get_inputs()}
     if names != set(entry.input_names()):
         raise InputError(
             f"{path}: {entry.path}: its inputs are {sorted(names)}, the manifest says {sorted(entry.input_names())}"
         )
-    return LoadedBundle(manifest, entry, session)
+    return LoadedBundle(manifest, entry, session, decoder)
+
+
+@contextlib.contextmanager
+def _with_packs(
+    folder: Path, manifest: Manifest, entry: ModelEntry, packs: Sequence[Path | str], where: str
+) -> Iterator[tuple[Path, Manifest]]:
+    """A folder that holds the model with the packs' classes, and the manifest that goes with it."""
+    if not packs:
+        yield folder, manifest
+        return
+    core = core_of(folder, manifest, where)
+    if entry.path not in core.files:
+        raise UsageError(f"{where}: {entry.path} cannot take packs; those that can: {', '.join(core.files)}")
+    joined = join(folder, manifest, core, None, read_packs(packs, core, manifest.classes), only=[entry.path])
+    with tempfile.TemporaryDirectory(prefix="kind-edge-") as temporary:
+        place = Path(temporary, entry.path)
+        place.parent.mkdir(parents=True)
+        place.write_bytes(joined.models[entry.path])
+        yield Path(temporary), Manifest.from_dict({**joined.values, "files": manifest.raw["files"]}, where)
 
 
 def choose_model(manifest: Manifest, model: str | None = None) -> ModelEntry:
@@ -237,12 +277,13 @@ def _check_entry(entry: ModelEntry, manifest: Manifest, where: str) -> None:
                 f"{where}: {entry.path}: cannot feed input {tensor.name!r} of type {tensor.dtype}; "
                 f"a {entry.role} takes {', '.join(known)}"
             )
-    image = manifest.image
+    size = manifest.latent or manifest.image
     start = next((tensor for tensor in entry.inputs if tensor.name in ("sample", "noise")), None)
-    if not entry.outputs or start is None or start.shape[1:] != (image.channels, image.height, image.width):
+    if not entry.outputs or start is None or start.shape[1:] != (size.channels, size.height, size.width):
+        like = "latent" if manifest.latent else "image"
         raise InputError(
-            f"{where}: {entry.path}: want an output, and an input shaped like the image "
-            f"[batch, {image.channels}, {image.height}, {image.width}]; got {start.shape if start else 'none'}"
+            f"{where}: {entry.path}: want an output, and an input shaped like the {like} "
+            f"[batch, {size.channels}, {size.height}, {size.width}]; got {start.shape if start else 'none'}"
         )
     if entry.role == "denoiser" and manifest.sampler.guided and "class_index" not in entry.input_names():
         raise InputError(f"{where}: {entry.path}: guidance {manifest.sampler.guidance} needs an input class_index")

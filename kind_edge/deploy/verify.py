@@ -1,6 +1,6 @@
 """Does an artefact compute the same function? Layers: names, types, shapes, finiteness, then its distance in dB.
 
-Of a denoiser SQNR per class and timestep, of a sampler PSNR per image; the worst one counts.
+Of a denoiser SQNR per class and timestep, of a sampler or decoder PSNR per image; the worst one counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.deploy.manifest import Manifest, ModelEntry, TensorInfo
-from kind_edge.deploy.parity import FileParity, VerifyReport, gates_db, psnr_db, sqnr_db
+from kind_edge.deploy.parity import FileParity, VerifyReport, gate_db, gates_db, psnr_db, sqnr_db
 from kind_edge.errors import InputError
 from kind_edge.registry import Interpreter, exporter
 
@@ -24,6 +24,11 @@ TIMESTEPS = 5
 REFERENCE_ARRAYS = {"sample", "step_index", "timestep", "class_index", "prediction"}
 IMAGE_ARRAYS = {"noise", "image_class", "image"}
 """Whole images of the gated model; only what `kind-edge` 0.1.0 wrote is without."""
+LATENT_ARRAYS = IMAGE_ARRAYS | {"latent"}
+"""The same of a model of latents with its decoder: `image` is decoded from `latent`."""
+
+_OF_IMAGES = {"noise": "noise", "latent": "latent", "class_index": "image_class"}
+"""Inputs of samplers and decoders, and where the reference has them."""
 
 Reference = Mapping[str, NDArray[Any]]
 
@@ -35,8 +40,9 @@ def load_reference(folder: Path) -> Reference:
             reference = {name: stored[name] for name in stored.files}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: cannot read the stored reference: {error}") from error
-    images = {name: reference[name] for name in IMAGE_ARRAYS & set(reference)}
-    for names, found in ((REFERENCE_ARRAYS, set(reference) - set(images)), (IMAGE_ARRAYS, set(images) or IMAGE_ARRAYS)):
+    images = {name: reference[name] for name in LATENT_ARRAYS & set(reference)}
+    whole = LATENT_ARRAYS if "latent" in images else IMAGE_ARRAYS
+    for names, found in ((REFERENCE_ARRAYS, set(reference) - set(images)), (whole, set(images) or whole)):
         if found != names or len({len(reference[name]) for name in found if name in reference}) > 1:
             raise InputError(f"{path}: want arrays of one length named {', '.join(sorted(names))}")
     return reference
@@ -47,6 +53,7 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
 
     `InputError` if the reference lacks a class, the null class or a timestep: a gap must not pass for parity.
     """
+    manifest.require_classes("BUNDLE")
     sampler = manifest.sampler
     labels = 1
     if manifest.switches:
@@ -57,8 +64,8 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
         raise InputError(f"{REFERENCE_FILE}: has {len(points)} points, want {labels} classes at {steps} timesteps each")
     return VerifyReport(
         tuple(
-            verify_sampler(folder, entry, reference, manifest)
-            if entry.role == "sampler"
+            verify_images(folder, entry, reference, manifest)
+            if entry.role in ("sampler", "decoder")
             else verify_model(folder, entry, reference, manifest.classes)
             for manifest, entry, reference in with_functions(manifest, reference)
         )
@@ -110,15 +117,15 @@ def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes:
     return FileParity(entry.path, gate, worst, tuple(points), tuple(failures))
 
 
-def verify_sampler(folder: Path, entry: ModelEntry, reference: Reference, manifest: Manifest) -> FileParity:
-    """One sampler: its images, one call each, beside those that the gated model draws from the same noise."""
+def verify_images(folder: Path, entry: ModelEntry, reference: Reference, manifest: Manifest) -> FileParity:
+    """One sampler: its images, one call each, beside those that the gated model draws from the same noise; or one
+    decoder, from the same latents."""
     gate = _gate_db(entry)
-    failures = list(_sampler_failures(entry, reference))
+    failures = list(_image_failures(entry, reference))
     points: list[Mapping[str, Any]] = []
     if not failures:
         run = exporter(entry.path.split("/")[0]).open(folder / entry.path)
-        inputs = {"noise": reference["noise"], "class_index": reference["image_class"]}
-        inputs = {name: array for name, array in inputs.items() if name in entry.input_names()}
+        inputs = {name: reference[_OF_IMAGES[name]] for name in entry.input_names() if name in _OF_IMAGES}
         once = (
             {"guidance": np.array(manifest.sampler.guidance, np.float32)} if "guidance" in entry.input_names() else {}
         )
@@ -140,28 +147,29 @@ def verify_sampler(folder: Path, entry: ModelEntry, reference: Reference, manife
 
 def _gate_db(entry: ModelEntry) -> float:
     gates = gates_db(entry.role, entry.path)
-    if entry.precision not in gates:
-        raise InputError(f"{entry.path}: precision {entry.precision!r}, want one of {', '.join(gates)}")
-    return gates[entry.precision]
+    for precision in (entry.precision, entry.table_precision or entry.precision):
+        if precision not in gates:
+            raise InputError(f"{entry.path}: precision {precision!r}, want one of {', '.join(gates)}")
+    return gate_db(entry.role, entry.precision, entry.table_precision, entry.path)
 
 
 def _class_index_type(entry: ModelEntry) -> str:
-    """Core ML has no 64-bit integers."""
-    return "int32" if entry.path.startswith("coreml/") else "int64"
+    """Core ML has no 64-bit integers, and NPUs do not want them."""
+    return "int32" if entry.path.startswith("coreml/") or entry.fixed_batch is not None else "int64"
 
 
-def _sampler_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
-    """Names, types and shapes of a sampler's inputs, as the bundle contract has them."""
-    if not set(reference) >= IMAGE_ARRAYS or not len(reference["image"]):
-        yield "the reference holds no images to compare a sampler's with; export again"
+def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
+    """Names, types and shapes of a sampler's or decoder's inputs, as the bundle contract has them."""
+    first = "latent" if entry.role == "decoder" else "noise"
+    if not set(reference) >= IMAGE_ARRAYS | {first} or not len(reference["image"]):
+        yield f"the reference holds no images to compare a {entry.role}'s with; export again"
         return
-    known: dict[str, tuple[str, list[int | str]]] = {
-        "noise": ("float32", ["batch", *reference["noise"].shape[1:]]),
-        "class_index": (_class_index_type(entry), ["batch"]),
-        "guidance": ("float32", []),
-    }
-    if entry.input_names()[:1] != ("noise",):
-        yield f"inputs are {list(entry.input_names())}, want noise, then class_index and guidance where it has them"
+    known: dict[str, tuple[str, list[int | str]]] = {first: ("float32", ["batch", *reference[first].shape[1:]])}
+    if entry.role == "sampler":
+        known |= {"class_index": (_class_index_type(entry), ["batch"]), "guidance": ("float32", [])}
+    if entry.input_names()[:1] != (first,):
+        rest = ", then class_index and guidance where it has them" if entry.role == "sampler" else " alone"
+        yield f"inputs are {list(entry.input_names())}, want {first}{rest}"
     for tensor in entry.inputs:
         if (tensor.dtype, list(tensor.shape)) != known.get(tensor.name):
             wanted = "{} {}".format(*known[tensor.name]) if tensor.name in known else "no such input"
@@ -199,12 +207,16 @@ def _output_failures(declared: TensorInfo, output: NDArray[Any], wanted: NDArray
 
 
 def _evaluate(run: Interpreter, entry: ModelEntry, reference: Reference) -> NDArray[Any]:
-    """All points; int8 one by one, because dynamic quantization has one range for a whole batch."""
-    inputs = {name: reference[name] for name in entry.input_names()}
+    """All points; int8 one by one, because dynamic quantization has one range for a whole batch.
+
+    A fixed batch is filled up with the last point.
+    """
+    inputs = {tensor.name: reference[tensor.name].astype(tensor.dtype) for tensor in entry.inputs}
     count = len(reference["sample"])
-    size = 1 if entry.precision == "int8" and entry.path.startswith("onnx/") else count
-    parts = [run({name: array[at : at + size] for name, array in inputs.items()}) for at in range(0, count, size)]
-    return np.concatenate(parts)
+    dynamic = entry.precision == "int8" and entry.path.startswith("onnx/")  # one range for the whole batch
+    size = entry.fixed_batch or (1 if dynamic else count)
+    rows = [np.minimum(np.arange(at, at + size), count - 1) for at in range(0, count, size)]
+    return np.concatenate([run({name: array[own] for name, array in inputs.items()}) for own in rows])[:count]
 
 
 def _points(output: NDArray[Any], reference: Reference, classes: tuple[str, ...]) -> Iterator[dict[str, Any]]:

@@ -98,8 +98,8 @@ def open_examiner(
     if subject.latent:
         raise UsageError(
             f"the model draws latents ({subject.channels} channels), and what is judged are pictures: those need the "
-            "decoder of its autoencoder, which no checkpoint and no bundle holds. Decode what it draws with that, and "
-            "compare the pictures with the command `fidelity` of torch-fidelity"
+            "decoder of its autoencoder, which no checkpoint holds. Make a bundle with kind-edge export "
+            "--autoencoder DIR, and evaluate that"
         )
     own = class_map is not None or (data is not None and dataset_at(data) == "files")
     if own and data is None:

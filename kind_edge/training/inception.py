@@ -15,6 +15,7 @@ import os
 import pickle
 import sys
 import tempfile
+import textwrap
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ LAYER = "2048"
 FEATURES = 2048
 BATCH = 50
 CACHE_VERSION = 1
+_REASON_CHARACTERS = 200
 PUBLISHED = "weights-inception-2015-12-05-6726825d.pth"
 
 OnProgress = Callable[[int, int], None]
@@ -88,8 +90,8 @@ class Inception:
         try:
             network = make("inception", [LAYER], feature_extractor_weights_path=str(weights))
         except (RuntimeError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{weights}: not the weights of this network ({reason:.200}); {wanted}") from error
+            reason = textwrap.shorten(str(error), _REASON_CHARACTERS, placeholder=" ...")  # torch names every tensor
+            raise InputError(f"{weights}: not the weights of this network ({reason}); {wanted}") from error
         return cls(network, _file_sha256(weights))
 
     def embed(self, images: NDArray[np.uint8], on_progress: OnProgress | None = None) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from kind_edge.errors import InputError, UsageError, unknown
+from kind_edge.model.autoencoder import autoencoder_files
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import (
@@ -26,7 +27,7 @@ from kind_edge.training.data import (
     load_fashion_mnist,
 )
 from kind_edge.training.hashes import hash_of_files, remembered_hashes
-from kind_edge.training.latents import Encoder, autoencoder_files, open_encoder
+from kind_edge.training.latents import Encoder, open_encoder
 from kind_edge.training.mapping import ClassMap, choose_classes, read_class_map
 from kind_edge.training.prepare import CHUNK, SCHEMA_VERSION, Prepared, Report, Work, describe, failures_file, prepare
 from kind_edge.training.sources import WANTED, Source, open_source

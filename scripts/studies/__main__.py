@@ -43,7 +43,7 @@ classes        pictures of every class, from the same noises
 export         what the README's first command prints
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
 coreml         Core ML packages: size and distance of every way to store weights
-cost           scripts/bench cost: predicted and measured time, size and memory
+cost           scripts/bench costs: predicted and measured time, size and memory
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
 nesting        cuts of the learngene alone, without retraining: the model and its teacher

@@ -15,7 +15,20 @@ from kind_edge.budget.plan import read_plan
 from kind_edge.cli.generate import columns_for
 from kind_edge.cli.run import split_verbosity
 
-VERBS = ("train", "adapt", "distill", "plan", "export", "verify", "bench", "generate", "eval", "inspect", "profiles")
+VERBS = (
+    "train",
+    "adapt",
+    "distill",
+    "pack",
+    "plan",
+    "export",
+    "verify",
+    "bench",
+    "generate",
+    "eval",
+    "inspect",
+    "profiles",
+)
 PLAN_KEYS = {
     "params", "flops", "weight_bytes", "peak_memory_bytes", "steps", "evaluations_per_step", "image_latency_s",
     "sustained_image_latency_s", "form", "classes", "binding", "unit", "optimality_gap", "matrices",

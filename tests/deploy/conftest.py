@@ -156,3 +156,15 @@ def reference_loop() -> Callable[..., np.ndarray]:
         return x.clip(-1, 1)
 
     return loop
+
+
+@pytest.fixture(scope="session")
+def packaged(tiny_folder: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A guided model's bundle of shirt and bag, exported under two limits, with its Kotlin. Only to be read."""
+    from kind_edge.deploy.pipeline import export
+
+    def make(folder: Path) -> None:
+        asked: dict[str, Any] = {"profile": "raspberry-pi-5", "max_flops": "60%", "max_size": "80%"}
+        export(tiny_folder, **asked, classes=["shirt", "bag"], formats=["android"], output=folder / "b")
+
+    return made_once("packaged", make) / "b"

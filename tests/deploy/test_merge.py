@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kind_edge.deploy.merge_check as merge_check
 from kind_edge.budget.plan import MatrixPlan, Plan
-from kind_edge.deploy.merge import bake, class_indices, fold, truncate
+from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.merge_check import check_merge
 from kind_edge.deploy.parity import sqnr_db
 from kind_edge.deploy.plain import ModulationNetwork, ModulationTable, PlainDiT
@@ -41,7 +41,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def plan_of(checkpoint: Checkpoint, form: str, classes: tuple[str, ...], matrices: Mapping[str, MatrixPlan]) -> Plan:
-    modulation = "network" if checkpoint.spec.label_embedding else "baked"
+    modulation = "network" if checkpoint.spec.learned_sigma else "baked"
     return Plan(
         model="tiny", checkpoint_sha256="", profile="host", unit="cpu", form=form, classes=classes, precision="fp32",
         precisions=("fp32",), sampler="euler", steps=4, guidance=1.0, evaluations_per_step=1, modulation=modulation,
@@ -218,8 +218,22 @@ def test_the_deployed_model_holds_no_training_machinery(make_checkpoint: MakeChe
     plain = fold(truncate(labelled, plan, None), plan, TIMESTEPS)
     assert isinstance(plain.modulation, ModulationNetwork)
     assert plain.input_names == ("sample", "timestep", "class_index")
-    with pytest.raises(InputError, match="depends on the label"):
-        bake(labelled.model(), TIMESTEPS)
+
+
+def test_a_table_of_labels_holds_a_row_for_every_class_and_step(make_checkpoint: MakeCheckpoint) -> None:
+    """Of a switch; what is folded into one has the rows of its own label alone."""
+    checkpoint = make_checkpoint(label_embedding=True)
+    classes = ("bag", "coat")
+    plan = plan_of(checkpoint, "switch", classes, matrix_plans(checkpoint, "switch", classes, 1))
+    truncated = truncate(checkpoint, plan, None)
+    table = fold(truncated, plan, TIMESTEPS).modulation.table
+    width = 3 * len(checkpoint.spec.branches()) + 2
+    assert table.shape == (3, 4, width * checkpoint.spec.width)  # the null class is the last
+    half = fold(truncated, dataclasses.replace(plan, modulation="baked-fp16"), TIMESTEPS).modulation.table
+    assert torch.equal(half, table.half())
+    single = plan_of(checkpoint, "single", classes[1:], matrix_plans(checkpoint, "single", classes[1:], 1))
+    alone = fold(truncate(checkpoint, single, None), single, TIMESTEPS).modulation.table
+    assert torch.equal(alone, table[1])
 
 
 def test_plans_of_other_models_are_refused(make_checkpoint: MakeCheckpoint) -> None:

@@ -16,7 +16,7 @@ import torch
 from onnx import numpy_helper
 
 import kind_edge
-import kind_edge.exporters.onnx_graph as onnx_graph
+import kind_edge.exporters.onnx_precisions as onnx_precisions
 from kind_edge.budget.plan import Plan, read_plan
 from kind_edge.budget.profile import HOST, load_profile
 from kind_edge.deploy import pipeline
@@ -36,23 +36,14 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 DEVICE = "raspberry-pi-5"
 FP32, INT8 = "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"
 SAMPLER = "onnx/sampler.onnx"
-FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/reference.npz", FP32, INT8, SAMPLER}
-
-
-def export_both(tiny_folder: Path, output: Path) -> None:
-    """Two classes, cut to 60 % of the dense model's work; what `export --json` prints goes beside the bundle."""
-    stages: list[str] = []
-    asked: dict[str, Any] = {"profile": DEVICE, "classes": ["shirt", "bag"], "max_flops": "60%"}
-    bundle = pipeline.export(tiny_folder, **asked, output=output / "b", on_stage=stages.append)
-    assert ", ".join(stages) == (
-        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview"
-    )
-    (output / "export.json").write_text(json.dumps(bundle.to_dict()))
+CORE = "packs/core.json"
+FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "report.html", "verify/full.png"}
+FILES |= {"verify/reference.npz", FP32, INT8, SAMPLER, CORE}
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder: Path, made_once: MadeOnce) -> Path:
-    return made_once("bundle", lambda folder: export_both(tiny_folder, folder))
+def made(exported_bundle: Path) -> Path:
+    return exported_bundle
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +205,7 @@ def graph_of_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
         graph = onnx.load_model(bundle / FP32)
         weight = next(t for t in graph.graph.initializer if t.name == "patch_embed.weight")
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1 + error), weight.name))
-        monkeypatch.setattr(onnx_graph, "to_onnx", lambda model: graph)
+        monkeypatch.setattr(onnx_precisions, "to_onnx", lambda model: graph)
 
     return take
 
@@ -278,8 +269,8 @@ def test_single_has_no_class_input_and_two_of_them_are_larger_than_a_switch(
 ) -> None:
     asked: dict[str, Any] = {"profile": DEVICE, "classes": ["bag"], "form": "single", "max_flops": "60%"}
     single = pipeline.export(tiny_folder, **asked, precision="fp32", output=tmp_path / "single")
-    assert files_of(single.path) == FILES - {INT8}
-    assert single.files == {name: (single.path / name).stat().st_size for name in FILES - {INT8}}
+    assert files_of(single.path) == FILES - {INT8, CORE}
+    assert single.files == {name: (single.path / name).stat().st_size for name in FILES - {INT8, CORE}}
     assert (single.plan.form, single.plan.guidance, single.plan.evaluations_per_step) == ("single", 1.0, 1)
     manifest = read_manifest(single.path)
     assert manifest.models[FP32].input_names() == ("sample", "step_index")

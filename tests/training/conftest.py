@@ -1,4 +1,4 @@
-"""Small data sets of every kind, and the tiny autoencoders that encode them."""
+"""Small data sets of every kind."""
 
 from __future__ import annotations
 
@@ -60,29 +60,3 @@ def make_config() -> Callable[..., Any]:
         return TrainConfig(spec, "files", images=24, batch_size=6, warmup_steps=1, ema_decay=0.5)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def autoencoders(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
-    """Random AutoencoderKL and AutoencoderTiny in kl/ and tiny/: 8 pixels per latent, 4 channels. Only to be read."""
-
-    def make(folder: Path) -> None:
-        import diffusers
-        import torch
-
-        torch.manual_seed(0)
-        widths = (4, 4, 4, 4)
-        kl = diffusers.AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=widths,
-            norm_num_groups=2,
-            latent_channels=4,
-            scaling_factor=0.5,
-            shift_factor=0.25,
-        )
-        kl.save_pretrained(folder / "kl")
-        tiny = diffusers.AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
-        tiny.save_pretrained(folder / "tiny")
-
-    return made_once("autoencoders", make)
