@@ -2,6 +2,8 @@
 
 costs    calibrates this machine, then: latency, memory and file size of plans, predicted against measured; sizes of a
          DiT-B/2; ten minutes
+peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
+         docs/benchmarks.md; environments of 5 GB and Frechet distances are made once; then ten minutes
 export   how long the main command takes, stage by stage
 graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; ten minutes
 packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
@@ -99,11 +101,25 @@ def packs() -> dict[str, Any]:
     return sizes()
 
 
+def peers() -> dict[str, Any]:
+    """Measured anew, and put into docs/benchmarks.md."""
+    sys.path.append(str(Path(__file__).parent))
+    from peers.summary import summary
+    from studies.__main__ import publish
+    from studies.documents import RESULTS, ROOT
+    from studies.store import read_record
+
+    (ROOT / RESULTS / "peers" / "run.json").unlink(missing_ok=True)
+    publish(["peers"])
+    return summary([read_record(path) for path in sorted((ROOT / RESULTS / "peers").glob("*.json"))])
+
+
 BENCHES = {
     "costs": costs,
     "export": export_time,
     "graph": graph,
     "packs": packs,
+    "peers": peers,
     "solver": solver,
     "steps": steps,
     "training": training,

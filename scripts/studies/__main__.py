@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers import measure as peers
+from peers.text import text as peers_text
+
 from kind_edge.errors import KindEdgeError, UsageError, unknown
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
@@ -44,6 +47,7 @@ export         what the README's first command prints
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
 coreml         Core ML packages: size and distance of every way to store weights
 cost           scripts/bench costs: predicted and measured time, size and memory
+peers          scripts/bench peers: other engines with a dense twin of the model beside our artefacts
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
@@ -73,6 +77,7 @@ BLOCKS = (
     Block("cutting", "docs/results.md", exported.cutting_text),
     Block("cost", "docs/results.md", exported.cost_text),
     Block("coreml", "docs/coreml.md", packages.text),
+    Block("peers", "docs/benchmarks.md", peers_text),
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
@@ -134,6 +139,7 @@ def measure(name: str, job: Job) -> list[Record]:
         return records
     studies = {
         "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "coreml": packages.run,
+        "peers": peers.publish,
         "shipped": shipped.run, "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip
     return studies[name](job.subject, job.output)
