@@ -178,10 +178,14 @@ class Deployment:
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR,
+            "weight_bytes": cost.weight_bytes + cost.operators * self._operator_bytes,
             "peak_memory_bytes": memory_bytes,
             "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
+
+    @property
+    def _operator_bytes(self) -> int:
+        return PRECISIONS[self.candidate.precision].operator_bytes or GRAPH_BYTES_PER_OPERATOR
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
         profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
@@ -207,7 +211,7 @@ class Deployment:
     def fixed_costs(self) -> dict[str, int]:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, decoder_cost(self.spec)
-        file_bytes = fixed.weight_bytes + fixed.operators * GRAPH_BYTES_PER_OPERATOR + 4 * decoder.params
+        file_bytes = fixed.weight_bytes + fixed.operators * self._operator_bytes + 4 * decoder.params
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
