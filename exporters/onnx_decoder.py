@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from kind_edge.budget.onnx_writer import OPSET
 from kind_edge.budget.precision import decoder_precision
-from kind_edge.exporters.onnx_graph import OPSET
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import Origin

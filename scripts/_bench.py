@@ -1,8 +1,12 @@
 """Measurements of the shipped model on this machine; every name prints a table, or one JSON object with --json.
 
-cost     predicted against measured: latency, file size and peak memory of plans from full to a quarter
-costs    calibrates this machine, then: latency and peak memory of plans, predicted against measured; five minutes
+costs    calibrates this machine, then: latency, memory and file size of plans, predicted against measured; sizes of a
+         DiT-B/2; ten minutes
+peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
+         docs/benchmarks.md; environments of 5 GB and Frechet distances are made once; then ten minutes
 export   how long the main command takes, stage by stage
+graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
+packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
@@ -14,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -25,54 +28,6 @@ from rich.console import Console
 from rich.table import Table
 
 CLASSES = ("sneaker", "bag")
-SIZES = (None, "60%", "40%", "25%")
-
-
-def cost(model: str | Path = "fashion-mnist") -> dict[str, Any]:
-    """Plans of several sizes on `host`, each exported and measured; two rounds, the faster counts."""
-    from kind_edge.budget.profile import load_profile
-    from kind_edge.deploy.bench import bench_model
-    from kind_edge.deploy.pipeline import export
-    from kind_edge.errors import GateError
-
-    load_profile("host")  # measured before the clock runs
-    rows: list[dict[str, Any]] = []
-    refused: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in ("fp32", "int8"):
-            for size in SIZES:
-                limit = size if precision == "fp32" or size is None else f"{float(size[:-1]) / 2.5:g}%"
-                out = Path(folder, f"{precision}-{size}".replace("%", ""))
-                try:
-                    bundle = export(
-                        model, profile="host", classes=CLASSES, precision=precision, max_size=limit, output=out
-                    )
-                except GateError as error:
-                    print(f"{precision} within {limit}: {error}", file=sys.stderr)
-                    refused.append({"precision": precision, "max_size": limit or "none", "reason": str(error)})
-                    continue
-                name = next(n for n in bundle.latency if n.endswith("int8.onnx") == (precision == "int8"))
-                rounds = [bundle.latency[name], bench_model(out / name)]
-                rows.append({
-                    "precision": precision,
-                    "max_size": limit or "none",
-                    "predicted_ms": bundle.predicted_here_ms[name],
-                    "measured_ms": min(report.p50_ms for report in rounds),
-                    "predicted_bytes": bundle.plan.weight_bytes,
-                    "file_bytes": bundle.files[name],
-                    "parity_db": bundle.parity[name],
-                    "predicted_peak_bytes": bundle.plan.peak_memory_bytes,
-                    "measured_peak_bytes": max(report.peak_memory_bytes or 0 for report in rounds),
-                })  # fmt: skip
-    latency = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
-    return {
-        "plans": rows,
-        "refused": refused,
-        "latency_error_median": statistics.median(latency),
-        "latency_error_worst": max(latency),
-        "size_error_worst": max(abs(row["predicted_bytes"] / row["file_bytes"] - 1) for row in rows),
-        "peak_memory_error_worst": max(abs(r["predicted_peak_bytes"] / r["measured_peak_bytes"] - 1) for r in rows),
-    }
 
 
 def export_time() -> dict[str, Any]:
@@ -125,6 +80,13 @@ def costs() -> dict[str, Any]:
     return compared()
 
 
+def graph() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_graph import graph as compared
+
+    return compared()
+
+
 def solver() -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parent))
     from _bench_solver import solver as parts
@@ -132,7 +94,36 @@ def solver() -> dict[str, Any]:
     return parts()
 
 
-BENCHES = {"cost": cost, "costs": costs, "export": export_time, "solver": solver, "steps": steps, "training": training}
+def packs() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_packs import packs as sizes
+
+    return sizes()
+
+
+def peers() -> dict[str, Any]:
+    """Measured anew, and put into docs/benchmarks.md."""
+    sys.path.append(str(Path(__file__).parent))
+    from peers.summary import summary
+    from studies.__main__ import publish
+    from studies.documents import RESULTS, ROOT
+    from studies.store import read_record
+
+    (ROOT / RESULTS / "peers" / "run.json").unlink(missing_ok=True)
+    publish(["peers"])
+    return summary([read_record(path) for path in sorted((ROOT / RESULTS / "peers").glob("*.json"))])
+
+
+BENCHES = {
+    "costs": costs,
+    "export": export_time,
+    "graph": graph,
+    "packs": packs,
+    "peers": peers,
+    "solver": solver,
+    "steps": steps,
+    "training": training,
+}
 
 
 def show(result: dict[str, Any]) -> None:

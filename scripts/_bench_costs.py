@@ -86,7 +86,9 @@ class Case:
 
 
 def costs(model: str = "fashion-mnist") -> dict[str, Any]:
-    """Calibrate, export, measure, compare: about five minutes."""
+    """Calibrate, export, measure, compare: about ten minutes."""
+    from _bench_plans import limited, sizes
+
     say("calibrating")
     host = calibrate_host()
     with tempfile.TemporaryDirectory(prefix="kind-edge-costs-") as name:
@@ -96,15 +98,22 @@ def costs(model: str = "fashion-mnist") -> dict[str, Any]:
         rows = _latencies(Path(name), cases)
         say("measuring memory")
         memory = _memories([*(case for case in cases if case.shipped), *_drawn(host, Path(name), MEMORY_SHAPES)])
+    say("exporting within limits")
+    within = limited(model)
     errors = [abs(row["error"]) for row in rows if row["exported"]]
     larger = [abs(row["error"]) for row in rows if not row["exported"]]
     return {
         "latency": rows,
         "memory": memory,
+        "plans": within["plans"],
+        "refused": within["refused"],
+        "sizes": sizes(),
         "latency_error_median": statistics.median(errors),
         "latency_error_worst": max(errors),
         "latency_error_worst_of_larger": max(larger),
         "peak_memory_error_worst": max(abs(row["error"]) for row in memory),
+        "latency_error_median_of_limited": within["latency_error_median"],
+        "size_error_worst_of_limited": within["size_error_worst"],
     }
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TORCH = "torch==2.13.0"
-EXTRAS = "cpu,dev,optimum,train"
+EXTRAS = "cpu,coreml,dev,optimum,train"
 
 
 class SetupError(Exception):

@@ -154,6 +154,27 @@ def tiny_folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> P
     return made_once("tiny", save_tiny)
 
 
+def export_both(tiny_folder: Path, output: Path) -> None:
+    """Two classes, cut to 60 % of the dense model's work; what `export --json` prints goes beside the bundle."""
+    import json
+
+    from kind_edge.deploy import pipeline
+
+    stages: list[str] = []
+    asked: dict[str, Any] = {"profile": "raspberry-pi-5", "classes": ["shirt", "bag"], "max_flops": "60%"}
+    bundle = pipeline.export(tiny_folder, **asked, output=output / "b", on_stage=stages.append)
+    assert ", ".join(stages) == (
+        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview, writing the report"
+    )
+    (output / "export.json").write_text(json.dumps(bundle.to_dict()))
+
+
+@pytest.fixture(scope="session")
+def exported_bundle(tiny_folder: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with the bundle `b` of the tiny model, and `export.json`. Only to be read."""
+    return made_once("bundle", lambda folder: export_both(tiny_folder, folder))
+
+
 @pytest.fixture(scope="session")
 def distilled_folder(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The same with a model that is distilled for 1, 2 and 4 steps, with guidance 1.75 inside. Only to be read."""

@@ -26,7 +26,8 @@ from kind_edge.budget.cost import (
 from kind_edge.budget.decoder import NO_DECODER, DecoderCost, decoder_cost
 from kind_edge.budget.image_time import image_time
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.precision import Precision, Unit, check_unit
+from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.whole_model import PAPER_EVALUATIONS
 from kind_edge.errors import UsageError
 from kind_edge.model.spec import ModelSpec
@@ -122,6 +123,7 @@ def architecture_cost(
         if unit not in ("auto", "gpu") or precision not in ("auto", "fp32"):
             raise UsageError("--convention paper is fp32 at the GPU's peak: leave out --unit and --precision")
         return _paper_cost(arch, spec, rank, profile, steps or PAPER_STEPS, evaluations_per_step)
+    check_unit(precision, unit)
     chosen: Precision = "fp32" if precision == "auto" else precision
     units = profile.units_for(chosen) if unit == "auto" else (unit,)
     steps = steps or EXACT_STEPS

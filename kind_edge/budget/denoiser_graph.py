@@ -10,7 +10,8 @@ r rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from kind_edge.budget.onnx_writer import FLOAT, INT32, INT64, Floats, Graph, Val
 
 TAILORS = "tailors"
 """Names of the tables of tailors start like this."""
+
+_GATHERED_FLOATS = 2**18
+"""Of an image's tailors at once: what is gathered stays in the caches next to a core, and takes little memory."""
 
 
 class Affine(NamedTuple):
@@ -96,12 +100,12 @@ def write(model: Denoiser, fused_attention: bool = True) -> Any:
 
     Without `fused_attention` there are the operators that Attention stands for.
     """
-    return _Writer(model, fused_attention).proto()
+    return Writer(model, fused_attention).proto()
 
 
 @dataclass
 class Tailors:
-    """The tailors that the class index picks, of all layers: a table for each width and side, gathered once."""
+    """The tailors that the class index picks, of as many small layers at once as fit: a table per width and side."""
 
     graph: Graph
     linears: Mapping[str, Linear]
@@ -109,15 +113,28 @@ class Tailors:
     is_open: Value | None
     _factors: dict[str, Value] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def tables(self) -> dict[str, dict[str, Floats]]:
+        """What is gathered at once: name of a table -> factors by name, K x r x width."""
         tables: dict[str, dict[str, Floats]] = {}
+        group = floats = 0
         for name, layer in self.linears.items():
-            for side, rows in (("v", layer.tailor_v), ("u", layer.tailor_u)):
-                if rows is not None:
-                    what = f"{TAILORS}.{side}.{rows.shape[2]}" + (".int8" if layer.precision == "int8" else "")
-                    tables.setdefault(what, {})[f"{name}.{TAILORS}.{side}"] = rows
-        for name, parts in tables.items():
-            self._gather(name, parts)
+            sides = {side: rows for side, rows in (("v", layer.tailor_v), ("u", layer.tailor_u)) if rows is not None}
+            own = sum(rows[0].size for rows in sides.values())
+            group, floats = (group + 1, own) if floats and floats + own > _GATHERED_FLOATS else (group, floats + own)
+            for side, rows in sides.items():
+                what = f"{TAILORS}.{group}.{side}.{rows.shape[2]}" + (".int8" if layer.precision == "int8" else "")
+                tables.setdefault(what, {})[f"{name}.{TAILORS}.{side}"] = rows
+        return tables
+
+    def _factor(self, name: str) -> Value:
+        """A factor of what is gathered when its first is wanted."""
+        if name not in self._factors:
+            self._gather(*next((table, parts) for table, parts in self._tables.items() if name in parts))
+        return self._factors[name]
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, dict[str, Floats]]:
+        return self.tables()
 
     def _gather(self, name: str, parts: Mapping[str, Floats]) -> None:
         graph, table = self.graph, np.concatenate(list(parts.values()), 1)
@@ -129,7 +146,7 @@ class Tailors:
             picked = graph.node("Mul", [wide, scale])
         else:
             picked = graph.node("Gather", [graph.constant(table, name), self.index], axis=0)
-        if self.is_open is not None and f"{TAILORS}.v." in name:
+        if self.is_open is not None and ".v." in name:
             picked = graph.node("Mul", [picked, self.is_open])
         ranks = [rows.shape[1] for rows in parts.values()]
         names = graph.nodes("Split", [picked, graph.integers(*ranks)], list(parts), axis=1)
@@ -139,7 +156,7 @@ class Tailors:
         """y + (x V) U of a layer's tailor; y, where it has none."""
         if self.linears[name].tailor_v is None:
             return y
-        v, u = (self._factors[f"{name}.{TAILORS}.{side}"] for side in "vu")
+        v, u = (self._factor(f"{name}.{TAILORS}.{side}") for side in "vu")
         thin = self.graph.node("MatMul", [x, self.graph.node("Transpose", [v], perm=[0, 2, 1])])
         tailored = self.graph.node("MatMul", [thin, u])
         return tailored if y is None else self.graph.node("Add", [y, tailored])
@@ -155,12 +172,13 @@ def shared_product(graph: Graph, layer: Linear, x: Value, name: str | None = Non
     return x
 
 
-class _Writer:
-    def __init__(self, model: Denoiser, fused_attention: bool) -> None:
+class Writer:
+    """Writes one graph, from the inputs to the prediction."""
+
+    def __init__(self, model: Denoiser, fused_attention: bool = True) -> None:
         self.model, self.graph, self.fused_attention = model, Graph(), fused_attention
-        self.class_index, is_open = self._classes()
-        self.tailors = Tailors(self.graph, model.linears, self.class_index, is_open)
-        self.modulation = iter(self._modulation())
+        self.tailors = self.gather_tailors(*self._classes())
+        self.modulation = iter(self.cut_modulation(self._modulation()))
 
     def proto(self) -> Any:
         model, side = self.model, self.model.image_size
@@ -178,6 +196,15 @@ class _Writer:
         self._unpatchify(x)
         return self.graph.model("denoiser", inputs, {"prediction": ["batch", model.output_channels, side, side]})
 
+    def gather_tailors(self, index: Value, is_open: Value | None) -> Tailors:
+        return Tailors(self.graph, self.model.linears, index, is_open)
+
+    def cut_modulation(self, row: Value) -> Iterable[Value]:
+        """[B, W] in vectors [B, 1, D], in the order in which they are used."""
+        count = 3 * sum(map(len, self.model.blocks)) + 2
+        row = self.graph.node("Unsqueeze", [row, self.graph.integers(1)])
+        return self.graph.nodes("Split", [row], count, axis=2, num_outputs=count)
+
     def _classes(self) -> tuple[Value, Value | None]:
         """The row of every image's tailor, and 0 for the null class or 1, [B, 1, 1]; None: there is no null class."""
         graph, tailored = self.graph, any(layer.tailor_v is not None for layer in self.model.linears.values())
@@ -188,24 +215,19 @@ class _Writer:
         index = graph.node("Where", [known, "class_index", graph.constant(np.array(0, np.int64), "first_index")])
         return index, graph.node("Reshape", [graph.node("Cast", [known], to=FLOAT), graph.integers(-1, 1, 1)])
 
-    def _modulation(self) -> list[Value]:
-        """Vectors [B, 1, D] in the order in which they are used."""
+    def _modulation(self) -> Value:
+        """[B, W]."""
         graph, given = self.graph, self.model.modulation
         if isinstance(given, ModulationNetwork):
-            row = self._conditioned(given)
+            return self._conditioned(given)
+        table = graph.constant(given.table, "modulation.table")
+        if given.table.ndim == 3:
+            step = graph.node("Cast", ["step_index"], to=INT64)
+            both = [graph.node("Unsqueeze", [each, graph.integers(1)]) for each in ("class_index", step)]
+            row = graph.node("GatherND", [table, graph.node("Concat", both, axis=1)])
         else:
-            row, table = "step_index", graph.constant(given.table, "modulation.table")
-            if given.table.ndim == 3:
-                row = graph.node("Cast", [row], to=INT64)
-                both = [graph.node("Unsqueeze", [each, graph.integers(1)]) for each in ("class_index", row)]
-                row = graph.node("GatherND", [table, graph.node("Concat", both, axis=1)])
-            else:
-                row = graph.node("Gather", [table, row], axis=0)
-            if given.table.dtype != np.float32:
-                row = graph.node("Cast", [row], to=FLOAT)
-        count = 3 * sum(map(len, self.model.blocks)) + 2
-        row = graph.node("Unsqueeze", [row, graph.integers(1)])
-        return graph.nodes("Split", [row], count, axis=2, num_outputs=count)
+            row = graph.node("Gather", [table, "step_index"], axis=0)
+        return row if given.table.dtype == np.float32 else graph.node("Cast", [row], to=FLOAT)
 
     def _conditioned(self, network: ModulationNetwork) -> Value:
         graph = self.graph
@@ -255,7 +277,7 @@ class _Writer:
 
     def _attention(self, x: Value, name: str) -> Value:
         graph, heads = self.graph, self.model.heads
-        q, k, v = (self._linear(x, f"{name}.{part}") for part in "qkv")
+        q, k, v = (self.linear(x, f"{name}.{part}") for part in "qkv")
         if self.fused_attention:
             y = graph.node("Attention", [q, k, v], q_num_heads=heads, kv_num_heads=heads)
         else:
@@ -268,13 +290,13 @@ class _Writer:
             scores = graph.node("Mul", [graph.node("MatMul", [q, k]), graph.number((self.model.width / heads) ** -0.5)])
             y = graph.node("MatMul", [graph.node("Softmax", [scores], axis=-1), v])
             y = graph.node("Reshape", [graph.node("Transpose", [y], perm=[0, 2, 1, 3]), graph.integers(0, 0, -1)])
-        return self._linear(y, f"{name}.o")
+        return self.linear(y, f"{name}.o")
 
     def _mlp(self, x: Value, name: str) -> Value:
-        hidden = self.graph.node("Gelu", [self._linear(x, f"{name}.fc1")], approximate="tanh")
-        return self._linear(hidden, f"{name}.fc2")
+        hidden = self.graph.node("Gelu", [self.linear(x, f"{name}.fc1")], approximate="tanh")
+        return self.linear(hidden, f"{name}.fc2")
 
-    def _linear(self, x: Value, name: str) -> Value:
+    def linear(self, x: Value, name: str) -> Value:
         """x [B, N, m] -> [B, N, n]. The bias comes first, to be fused with the product."""
         graph, layer = self.graph, self.model.linears[name]
         bias = graph.constant(layer.bias, f"{name}.bias")

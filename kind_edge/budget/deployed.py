@@ -11,12 +11,12 @@ Symbols: N tokens, D width, L blocks, H hidden width, K kept classes, n x m a ma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from kind_edge.budget.formulas import Storage, matrix_macs, matrix_weights, tailor_macs
-from kind_edge.budget.profile import Precision
+from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.budget.whole_model import CostBreakdown, model_cost
 from kind_edge.model.spec import FREQUENCY_WIDTH, Branch, MatrixShape, ModelSpec
 
@@ -26,18 +26,36 @@ Role = Literal["matmul", "float"]
 SCALE_BYTES = 4
 ZERO_POINT_BYTES = 1
 
-_VALUE_BYTES = {"fp32": 4, "fp16": 2, "int8": 4}
-"""Bytes of an activation, a bias and a table entry: an int8 file keeps all of these in fp32."""
+_VALUE_BYTES: Mapping[Precision, int] = {
+    "fp32": 4, "fp16": 2, "int8": 4, "int8-qdq": 1, "a16w8": 2, "int8-weights": 4, "int4": 4,
+}  # fmt: skip
+"""Bytes of an activation and a table entry: only static quantization narrows what is no matrix."""
 
-_PRODUCT_OPERATORS = {"fp32": 1, "fp16": 1, "int8": 2}
-"""int8: one operator quantizes the activations, one multiplies."""
+_BIAS_BYTES: Mapping[Precision, int] = {**_VALUE_BYTES, "int8-qdq": 12, "a16w8": 12}
+"""Static: a bias of 32 bits, with a scale and a zero point for every output."""
+
+_PRODUCT_OPERATORS = {"int8": 2}
+"""int8: one operator quantizes the activations, one multiplies; all others have a single one."""
 
 
 def linear_weight_bytes(outputs: int, inputs: int, precision: Precision) -> int:
-    """Bytes of one constant matrix: per-channel int8 adds a scale and a zero point per output."""
-    if precision == "int8":
+    """Bytes of one constant matrix: int8 adds a scale and a zero point per output, or a scale per whole block."""
+    traits = PRECISIONS[precision]
+    if traits.block:
+        return outputs * -(-inputs // traits.block) * (traits.block * traits.weight_bits // 8 + SCALE_BYTES)
+    if traits.weight_bits == 8:
         return outputs * (inputs + SCALE_BYTES + ZERO_POINT_BYTES)
-    return outputs * inputs * _VALUE_BYTES[precision]
+    return outputs * inputs * traits.weight_bits // 8
+
+
+def _tailor_bytes(outputs: int, inputs: int, rank: int, precision: Precision) -> int:
+    """Bytes of one class's thin factors: int8 has a scale per component and side, static int8 one for both sides."""
+    traits, values = PRECISIONS[precision], (outputs + inputs) * rank
+    if traits.static:
+        return values + rank * _VALUE_BYTES[precision]
+    if precision == "int4":
+        return sum(rank * (side // 2 + -(-side // traits.block) * SCALE_BYTES) for side in (outputs, inputs))
+    return values + 2 * rank * SCALE_BYTES if traits.weight_bits == 8 else values * traits.weight_bits // 8
 
 
 class Layer(NamedTuple):
@@ -97,16 +115,16 @@ def matrix_cost(
     weight_bytes = operators = activations = 0
     if params and storage == "dense":
         weight_bytes = linear_weight_bytes(n, m, precision)
-        operators, activations = _PRODUCT_OPERATORS[precision], tokens * (n + m)
+        operators, activations = _PRODUCT_OPERATORS.get(precision, 1), tokens * (n + m)
     elif params:
         weight_bytes = linear_weight_bytes(learngene_rank, m, precision) + linear_weight_bytes(
             n, learngene_rank, precision
         )
-        operators, activations = 2 * _PRODUCT_OPERATORS[precision], tokens * (n + m + 2 * learngene_rank)
+        operators, activations = 2 * _PRODUCT_OPERATORS.get(precision, 1), tokens * (n + m + 2 * learngene_rank)
     weight_bytes_read = weight_bytes
     if num_tailors and tailor_rank:
         one = (n + m) * tailor_rank
-        one_bytes = one + 2 * tailor_rank * SCALE_BYTES if precision == "int8" else one * value_bytes
+        one_bytes = _tailor_bytes(n, m, tailor_rank, precision)
         params, weight_bytes = params + num_tailors * one, weight_bytes + num_tailors * one_bytes
         # The gather reads the factors and writes them, widened; the split moves them; the products read them.
         weight_bytes_read += one_bytes + 4 * one * value_bytes
@@ -114,7 +132,8 @@ def matrix_cost(
         activations += tokens * (
             m + 2 * tailor_rank + 3 * n
         )  # x, the thin product twice, the tailor's output and the sum
-        operators += 5  # a transpose, two products, one sum; gathers and splits are shared by all matrices
+        # A transpose, two products, one sum; gathers and splits are shared by all matrices, but for static graphs.
+        operators += {"int8-qdq": 7, "a16w8": 7}.get(precision, 5)
     layer = Layer(tokens, n, m, storage, learngene_rank, tailor_rank if num_tailors else 0, precision)
     return MatrixCost(params, flops, weight_bytes, weight_bytes_read, activations * value_bytes, operators, layer)
 
@@ -254,7 +273,7 @@ def _table(spec: ModelSpec, evaluations: int, labels: int, precision: Precision)
 def _conditioning(spec: ModelSpec, whole: CostBreakdown, labels: int, precision: Precision) -> Iterator[OperatorGroup]:
     """Timestep, label and adaLN networks: they run on one row, so reading their weights is what takes the time."""
     width, values = spec.width, _VALUE_BYTES[precision]
-    products, blocks = _PRODUCT_OPERATORS[precision], baked_table_values(spec, 1) - 2 * spec.width
+    products, blocks = _PRODUCT_OPERATORS.get(precision, 1), baked_table_values(spec, 1) - 2 * spec.width
     layers = {
         # features: 5 operators; SiLU: 2, twice
         "timestep": (((width, FREQUENCY_WIDTH), (width, width)), 2 * products + 9),
@@ -299,7 +318,7 @@ def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -
     for name, (moved, operators) in floats.items():
         part = whole.part(name)
         # A factored spec counts the biases of its matrices as well, so the parts of both kinds of spec are the same.
-        weights = part.params * values
+        weights = part.params * (_BIAS_BYTES if name == "biases" else _VALUE_BYTES)[precision]
         yield OperatorGroup(name, "float", part.params, part.flops, weights, weights, moved * values, operators)
     part = whole.part("final")
     weights = part.params * values  # the exporter keeps the last product in floating point

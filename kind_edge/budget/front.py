@@ -47,7 +47,7 @@ def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...
     curves, failures = [], []
     for classes in kept:
         try:
-            points = _points(source, dataclasses.replace(request, classes=classes, max_loss=None, minimise=LOSS), axis)
+            points = curve_points(source, dataclasses.replace(request, classes=classes), axis)
             curves.append(Curve(classes, tuple(points)))
         except NoPlanError as error:
             failures.append(error)
@@ -56,11 +56,15 @@ def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...
     return tuple(curves)
 
 
-def _points(source: Source, request: Request, axis: Objective) -> Iterator[Mapping[str, float | None]]:
+def curve_points(
+    source: Source, request: Request, axis: Objective, count: int = POINTS
+) -> Iterator[Mapping[str, float | None]]:
+    """Plans of the request's classes with the least predicted loss, by rising `axis`; `NoPlanError` if not one fits."""
+    request = dataclasses.replace(request, max_loss=None, minimise=LOSS)
     low = _smallest(source, request, axis, MOST_LOSS)
     high = max(low, _smallest(source, request, axis, LEAST_LOSS, low))
     best = float("inf")
-    for amount in np.unique(np.geomspace(low, high, POINTS).round()).tolist():
+    for amount in np.unique(np.geomspace(low, high, count).round()).tolist():
         quantity = Quantity(amount / _PER_UNIT.get(axis, 1), _KINDS.get(axis, "bytes"))  # type: ignore[arg-type]
         limits = {**request.limits, limit_name(axis): quantity}
         answer = best_answer(Problems(source), dataclasses.replace(request, limits=limits))

@@ -11,7 +11,8 @@ from typing import Literal
 
 from kind_edge.budget.deployed import FixedCost, MatrixCost, OperatorGroup
 from kind_edge.budget.operator_table import OperatorTable
-from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.precision import PRECISIONS, Precision, Unit
+from kind_edge.budget.profile import DeviceProfile
 
 LatencySource = Literal["measured table", "roofline estimate"]
 
@@ -60,7 +61,7 @@ def fixed_latency_s(
 ) -> float:
     """Seconds of everything else in one call with `batch` rows: the groups run one after another.
 
-    Of an int8 file, what is not quantized runs in fp32, on an NPU in fp16 (NPUs have no fp32 figure).
+    Of a file with int8 matrices, what is not quantized runs in fp32, on an NPU in fp16 (NPUs have no fp32 figure).
     """
     table = profile.operators(unit, cost.precision)
     if table is None:
@@ -95,7 +96,7 @@ def _parts_us(cost: FixedCost, table: OperatorTable, batch: int) -> float:
 def _group_latency_s(
     group: OperatorGroup, precision: Precision, profile: DeviceProfile, unit: Unit, sustained: bool, batch: int
 ) -> float:
-    if precision == "int8" and group.role == "float":
+    if PRECISIONS[precision].weight_bits <= 8 and group.role == "float":
         precision = "fp16" if unit == "npu" else "fp32"
     return operator_latency_s(
         batch * group.flops, group.weight_bytes_read, batch * group.activation_bytes,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.budget.plan import MatrixPlan
+from kind_edge.budget.precision import PRECISIONS, Precision
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class LossModel:
             if branch_of(name) not in dropped:
                 own = self.matrices[name]
                 total += own.shared[chosen.shared_rank] + own.tailor[min(chosen.tailor_rank or 0, len(own.tailor) - 1)]
-                total += own.int8 if chosen.precision == "int8" else 0.0
+                total += own.int8 * PRECISIONS[cast(Precision, chosen.precision)].int8_losses
         return float(total)
 
 

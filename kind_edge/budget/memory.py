@@ -5,7 +5,7 @@ Measured in fresh processes on Linux (glibc, CPU provider, one file without exte
     runtime      code pages, kernels and graph of an empty model, and a little per operator
     weights      once: a matrix is packed for the kernels and the file's copy given back (`deploy.session` sees to it);
                  of matrices too small for a mapping of their own, most of that copy stays in the heap
-    tailors      as weights, and widened after the gather: about half of them are alive at once
+    tailors      as weights, and a copy of the class that is picked, widened, for every row
     activations  the arena takes what the first call needs, then a block for the order that it plans from the second on
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.deployed import FixedCost, Layer, MatrixCost
-from kind_edge.budget.profile import Precision
+from kind_edge.budget.precision import Precision
 
 RUNTIME_BYTES = 12 * 2**20
 OPERATOR_BYTES = 7 * 2**10
@@ -25,7 +25,7 @@ _OWN_MAPPING_BYTES = 128 * 2**10
 _HEAP_COPIES = 1.7
 """Copies of a weight that is smaller than a mapping of its own."""
 
-_WIDENED_ALIVE = 0.5
+_WIDENED_ALIVE = 1.0
 
 
 def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) -> int:

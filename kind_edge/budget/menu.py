@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from kind_edge.budget.loss import MatrixLoss
 from kind_edge.budget.plan import Storage
+from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.budget.problem import Candidate, Deployment, Request, Source, branch_kind
-from kind_edge.budget.profile import Precision
 from kind_edge.budget.solver import Option, Problem
 from kind_edge.model.spec import MatrixShape, branch_of
 
@@ -62,7 +62,7 @@ class _Menu:
             if tailors:
                 opens.append(f"{matrix.name}/{precision}/tailors")
                 groups[opens[-1]] = tuple(self._tailors(matrix, loss, precision))
-            cost = _loss(loss.int8) if precision == "int8" else 0.0
+            cost = _loss(loss.int8 * PRECISIONS[precision].int8_losses)
             precisions.append(Option(precision, 0, cost, self._free, tuple(opens)))
         return {matrix.name: tuple(precisions), **groups}
 

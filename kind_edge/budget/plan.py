@@ -8,9 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from kind_edge.budget.image_time import FACTORS
+from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.errors import InputError, nearest
 from kind_edge.model.spec import Form, ModelSpec, branch_of, default_sampler
 
@@ -26,7 +27,7 @@ Modulation = Literal["baked", "baked-fp16", "network"]
 class MatrixPlan:
     """How one matrix is stored. *switch* has `learngene_rank` and `tailor_rank`; *single* and *union* have `rank`.
 
-    `precision`, fp32 or int8, is that of all its weights (learngene and tailors) in the plan's default file.
+    `precision` is that of all its weights (learngene and tailors) in the plan's default file.
     """
 
     storage: Storage
@@ -53,7 +54,8 @@ class MatrixPlan:
 class Plan:
     """`flops` and `evaluation_latency_s` are one evaluation at batch 1, `*image_latency_s` one whole image.
 
-    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written. `limits` are what was
+    `precision` is what the app loads (int8 where any matrix is), `precisions` what is written: fp32 and int8 unless
+    another one was asked for, which is written alone. `limits` are what was
     asked for, in the solver's units; `binding` those that kept the plan from being better; `prices` what a tenth more
     of each of these would buy: the limit raised, and the figures of the plan within it.
     `predicted_loss_increase` is relative to the loss of the uncut model, `predicted_frechet` the distance that follows
@@ -252,7 +254,7 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
                 "solve again"
             )
     _check_precisions(plan)
-    if not {plan.precision} <= set(plan.precisions) <= {"fp32", "int8"}:
+    if not {plan.precision} <= set(plan.precisions) <= set(PRECISIONS):
         raise InputError(f"the plan's precisions {', '.join(plan.precisions)} cannot be written; solve again")
     if not 0 < plan.guidance < 100 or plan.evaluations_per_step not in (1, 2):
         raise InputError(f"the plan's guidance {plan.guidance} is out of range; solve again")
@@ -263,13 +265,24 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
 
 
 def _check_precisions(plan: Plan) -> None:
-    """Every matrix is fp32 or int8, and the plan's own label says whether any is int8."""
-    for name, matrix in plan.matrices.items():
-        if matrix.precision not in ("fp32", "int8"):
+    """Every matrix has the plan's precision, but that an int8 plan may keep some in fp32; what is gone has none."""
+    left = {name: matrix for name, matrix in plan.matrices.items() if not matrix.gone}
+    for name, matrix in left.items():
+        if matrix.precision not in PRECISIONS:
             raise InputError(f"the plan's matrix {name} is {matrix.precision}, which cannot be written; solve again")
-    label = "int8" if any(matrix.precision == "int8" for matrix in plan.matrices.values()) else "fp32"
-    if plan.precision in ("fp32", "int8") and plan.precision != label:
+        allowed = ("fp32", "int8") if plan.precision in ("fp32", "int8") else (plan.precision,)
+        if matrix.precision not in allowed:
+            raise InputError(f"the plan is {plan.precision}, but its matrix {name} is {matrix.precision}; solve again")
+    if plan.precision in PRECISIONS and plan.precision != (label := file_precision(plan.matrices)):
         raise InputError(f"the plan is called {plan.precision}, but its matrices make it {label}; solve again")
+    if plan.precision in PRECISIONS and plan.unit not in PRECISIONS[plan.precision].units:  # type: ignore[index]
+        raise InputError(f"the plan is {plan.precision}, which does not run on the {plan.unit}; solve again")
+
+
+def file_precision(matrices: Mapping[str, MatrixPlan]) -> Precision:
+    """What a file of these matrices is called: as the matrices that are not fp32, if there are any."""
+    found = [matrix.precision for matrix in matrices.values() if matrix.precision != "fp32" and not matrix.gone]
+    return cast(Precision, found[0]) if found else "fp32"
 
 
 def dropped_branches(matrices: Mapping[str, MatrixPlan]) -> tuple[str, ...]:

@@ -8,29 +8,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
-from kind_edge.budget.plan import MatrixPlan, Modulation, Plan
+from kind_edge.budget.plan import MatrixPlan, Plan, file_precision
 from kind_edge.budget.problem import (
     Candidate,
     Deployment,
     Request,
     Sampling,
     Source,
-    decoder_choices,
     limit_name,
 )
-from kind_edge.budget.profile import Precision
 from kind_edge.budget.solver import GAP, LOSS, Option, Problem, Solution, lower_bound, solve
-from kind_edge.errors import KindEdgeError, NoPlanError, UsageError
-from kind_edge.model.spec import Form
-
-PLANNED_PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
-"""What the exporters can write."""
+from kind_edge.budget.ways import Way, all_baked, ways, written_precisions
+from kind_edge.errors import KindEdgeError, NoPlanError
 
 PRICED = 1.1
 """A price is what so much of a limit would buy."""
@@ -43,14 +38,6 @@ _TIED = 2 * GAP
 _TIED_LOSS = 1e-6
 _CLEARLY_BETTER = 1.02
 """Where nothing is limited, other steps than the recommended ones must be better by more: distances are measured."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to run the model: a request with its sampling settled, and a candidate of it."""
-
-    request: Request
-    candidate: Candidate
 
 
 @dataclass(frozen=True)
@@ -84,92 +71,6 @@ def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
     limits = {name: int(limit * more.get(name, 1.0)) for name, limit in problem.limits.items()}
     max_loss = None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0)
     return dataclasses.replace(problem, limits=limits, max_loss=max_loss)
-
-
-def candidate_forms(request: Request) -> tuple[Form, ...]:
-    """The forms a request allows. Guidance needs the null branch, which *switch* alone has."""
-    guided = request.sampling.guidance != 1.0
-    if request.form != "auto":
-        if request.form == "single" and len(request.classes) != 1:
-            raise UsageError(
-                f"--form single holds one class, got {len(request.classes)}; use switch, or export each apart"
-            )
-        if request.form != "switch" and guided:
-            raise UsageError(
-                f"--form {request.form} has no null branch to guide with: add --guidance 1, or use --form switch"
-            )
-        return (request.form,)
-    return ("switch", "single") if len(request.classes) == 1 and not guided else ("switch",)
-
-
-def candidates(request: Request) -> Iterator[Candidate]:
-    """Every combination of form, precision and unit that the request and the device allow."""
-    precisions = PLANNED_PRECISIONS if request.precision == "auto" else (request.precision,)
-    for form in candidate_forms(request):
-        for precision in precisions:
-            if precision not in PLANNED_PRECISIONS:
-                raise UsageError(f"--precision {precision}: cannot be written yet; choose auto, fp32 or int8")
-            units = request.profile.units_for(precision)
-            for unit in units if request.unit == "auto" else (request.unit,):
-                if unit in units:
-                    yield Candidate(form, precision, unit)
-
-
-def ways(source: Source, request: Request) -> list[Way]:
-    """Every way that a request allows, those at its own sampling first; `UsageError` where there is none.
-
-    A file whose matrices may all be int8 or fp32 is fp32 where all are, unless something else of it is int8.
-    """
-    samplings = [request.sampling] if request.minimise != LOSS else [request.sampling, *request.others]
-    settled = [dataclasses.replace(request, sampling=sampling, others=()) for sampling in samplings]
-    each_way = [
-        Way(dataclasses.replace(each, decoder=decoder), candidate)
-        for each in settled
-        for candidate in candidates(each)
-        for decoder in decoder_choices(source, each, candidate)
-    ]
-    found = [modulated for way in each_way for modulated in _modulated(source, way)]
-    if request.precision == "auto" and not source.decoders:
-        mixed = {_but_precision(way) for way in found if way.candidate.precision == "int8" and _all_baked(way)}
-        found = [way for way in found if way.candidate.precision == "int8" or _but_precision(way) not in mixed]
-    if not found:
-        raise UsageError(
-            f"--unit {request.unit}: profile {request.profile.name!r} cannot run --precision {request.precision} "
-            "there; kind-edge profiles show lists what it can run"
-        )
-    return found
-
-
-def _all_baked(way: Way) -> bool:
-    """Whether there is no network beside the blocks."""
-    return way.candidate.modulation != "network"
-
-
-def _but_precision(way: Way) -> tuple[Sampling, str, str, str]:
-    return way.request.sampling, way.candidate.form, way.candidate.unit, way.candidate.modulation
-
-
-def _modulated(source: Source, way: Way) -> Iterator[Way]:
-    """The way with baked modulation, with its networks, or with either, where neither is cheaper in everything.
-
-    A table grows with steps, and with classes where modulation depends on the label; the networks do not.
-    """
-    asked = way.request.modulation
-    kinds: tuple[Modulation, ...] = ("baked", "network") if asked == "auto" else (asked,)
-    choices = [Way(way.request, dataclasses.replace(way.candidate, modulation=kind)) for kind in kinds]
-    bare = source.spec.without_branches(source.spec.branches())  # all costs lie between those with and without branches
-    costs = [
-        [
-            cost
-            for spec in (source.spec, bare)
-            for cost in Deployment(spec, way.request, each.candidate).fixed_costs().values()
-        ]
-        for each in choices
-    ]
-    for choice, own in zip(choices, costs, strict=True):
-        others = [other for other in costs if other is not own]
-        if not any(all(a <= b for a, b in zip(other, own, strict=True)) and other != own for other in others):
-            yield choice
 
 
 def make_plan(source: Source, request: Request) -> Plan:
@@ -247,7 +148,7 @@ def _is_another(source: Source, way: Way, solution: Solution) -> bool:
     """Whether an int8 file turned out to have no int8 matrix; as other parts of it were counted as int8, it is not the
     fp32 file that it would be called."""
     quantized = any(option.what == "int8" for option in solution.choice.values())
-    more = bool(source.decoders) or not _all_baked(way)
+    more = bool(source.decoders) or not all_baked(way)
     return way.candidate.precision == "int8" and not quantized and more
 
 
@@ -328,7 +229,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     deployment, sampling = Deployment(spec, request, candidate), request.sampling
     totals = deployment.totals(matrices)
     increase = source.losses(candidate.form, request.classes).increase(matrices)
-    precision: Precision = "int8" if any(matrix.precision == "int8" for matrix in matrices.values()) else "fp32"
+    precision = file_precision(matrices)
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
     return Plan(
         model=source.name,
@@ -338,7 +239,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         form=candidate.form,
         classes=request.classes,
         precision=precision,
-        precisions=("fp32",) if request.precision == "fp32" else PLANNED_PRECISIONS,
+        precisions=written_precisions(request, candidate),
         sampler=sampling.sampler,
         steps=sampling.steps,
         guidance=sampling.guidance,

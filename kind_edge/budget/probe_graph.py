@@ -22,7 +22,6 @@ Branch = Literal["attn", "mlp"]
 KEPT_CLASSES = 2
 """Tailors in a table: one is gathered, however many there are."""
 
-_STEPS = 4
 _PERIOD = 4099
 """Values drawn for one weight: a prime, so that no two columns of it are equal."""
 
@@ -50,13 +49,19 @@ class Network:
     blocks: tuple[tuple[Branch, ...], ...]
     layer: Layer
     null_branch: bool = False
+    steps: int = 4
 
 
-def network(shape: Network, fused_attention: bool = True) -> bytes:
-    """The whole denoiser, with a baked modulation table of four rows.
+def network(shape: Network) -> bytes:
+    """The whole denoiser, with a baked modulation table.
 
     Inputs: sample float32 [B, ch, H, W], step_index int32 [B] and, with tailors, class_index int64 [B].
     """
+    return bytes(write(random_denoiser(shape)).SerializeToString())
+
+
+def random_denoiser(shape: Network) -> Denoiser:
+    """The weights of a network."""
     random, width, patch = _Random(), shape.width, shape.patch_size
     linears = {}
     for block, branches in enumerate(shape.blocks):
@@ -67,7 +72,7 @@ def network(shape: Network, fused_attention: bool = True) -> bytes:
             for part, (inputs, outputs) in parts.items():
                 linears[f"blocks.{block}.{kind}.{part}"] = random.linear(inputs, outputs, shape.layer)
     values = shape.output_channels * patch**2
-    model = Denoiser(
+    return Denoiser(
         image_size=shape.image_size,
         channels=shape.channels,
         patch_size=patch,
@@ -78,13 +83,12 @@ def network(shape: Network, fused_attention: bool = True) -> bytes:
         linears=linears,
         patches=Affine(random.weight(width, shape.channels, patch, patch), random.weight(width)),
         positions=random.weight((shape.image_size // patch) ** 2, width),
-        modulation=BakedModulation(random.weight(_STEPS, (3 * sum(map(len, shape.blocks)) + 2) * width)),
+        modulation=BakedModulation(random.weight(shape.steps, (3 * sum(map(len, shape.blocks)) + 2) * width)),
         final=Affine(random.weight(width, values), random.weight(values)),
         switches=bool(shape.layer.tailor_rank),
         kept_classes=KEPT_CLASSES,
         null_branch=shape.null_branch,
     )
-    return bytes(write(model, fused_attention).SerializeToString())
 
 
 def chain(inputs: int, outputs: int, pairs: int, layer: Layer, back: Layer | None = None) -> bytes:

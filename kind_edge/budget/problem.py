@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from kind_edge.budget.cost import (
     FixedCost,
@@ -29,7 +29,8 @@ from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
-from kind_edge.budget.profile import DeviceProfile, Precision, Unit
+from kind_edge.budget.precision import PRECISIONS, Precision, Unit
+from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
@@ -175,8 +176,8 @@ class Deployment:
 
     def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""
-        kept = len(self.request.classes)
-        return matrix_cost(self.spec, matrix, "dropped", 0, rank, kept, precision)
+        null = PRECISIONS[precision].static and not self.spec.distilled  # a row of zeros, in place of arithmetic
+        return matrix_cost(self.spec, matrix, "dropped", 0, rank, len(self.request.classes) + null, precision)
 
     def matrix_costs(self, cost: MatrixCost, precision: Precision) -> dict[str, int]:
         """One part of a matrix in the solver's units."""
@@ -194,10 +195,14 @@ class Deployment:
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR,
+            "weight_bytes": cost.weight_bytes + cost.operators * self._operator_bytes,
             "peak_memory_bytes": memory_bytes,
             "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
+
+    @property
+    def _operator_bytes(self) -> int:
+        return PRECISIONS[self.candidate.precision].operator_bytes or GRAPH_BYTES_PER_OPERATOR
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
         profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
@@ -211,7 +216,7 @@ class Deployment:
                 totals[name] -= amount
         for shape in self.spec.matrices():
             plan = matrices[shape.name]
-            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            precision = cast(Precision, plan.precision)
             for part in (
                 self.shared(shape, plan.storage, plan.shared_rank, precision),
                 self.tailors(shape, plan.tailor_rank or 0, precision),
@@ -225,7 +230,8 @@ class Deployment:
         fixed, decoder = self.fixed, self.decoder
         precision = self.candidate.precision
         file_bytes = fixed.weight_bytes + decoder.weight_bytes(precision)
-        file_bytes += (fixed.operators + decoder.graph_operators(precision)) * GRAPH_BYTES_PER_OPERATOR
+        file_bytes += fixed.operators * self._operator_bytes
+        file_bytes += decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
@@ -247,7 +253,7 @@ class Deployment:
         seconds = fixed_latency_s(left.fixed, profile, unit, sustained, batch)
         for shape in left.spec.matrices():
             plan = matrices[shape.name]
-            precision: Precision = "int8" if plan.precision == "int8" else "fp32"
+            precision = cast(Precision, plan.precision)
             shared = self.shared(shape, plan.storage, plan.shared_rank, precision)
             tailors = self.tailors(shape, plan.tailor_rank or 0, precision)
             seconds += sum(matrix_latency_s(p, profile, unit, precision, sustained, batch) for p in (shared, tailors))
@@ -278,18 +284,23 @@ class Deployment:
         return image_time(sampling.steps, sampling.evaluations, per_step, evaluation_s, decoder_s)
 
     def dense(self) -> dict[str, float]:
-        """The dense fp32 model of the same shape, nothing baked, on the same unit: what percentages refer to."""
+        """The dense fp32 model of the same shape, nothing baked, on the same unit: what percentages refer to.
+
+        Its time on a unit without fp32, as NPUs are, is that of fp16.
+        """
         spec, profile, unit = self.spec.dense(), self.request.profile, self.candidate.unit
-        if "fp32" not in profile.unit(unit).peak_flops_per_s:
-            raise UsageError(f"--unit {unit}: profile {profile.name!r} has no fp32 figure to compare with")
+        timed: Precision = "fp32" if profile.unit(unit).has("fp32") else "fp16"
+        if not profile.unit(unit).has(timed):
+            raise UsageError(f"--unit {unit}: profile {profile.name!r} has no fp32 or fp16 figure to compare with")
         params = model_cost(spec, "exact").params
         fixed = deployed_fixed_cost(spec, spec.num_classes, 1, False, "fp32")
+        fixed_timed = dataclasses.replace(fixed, precision=timed)
         matrices = [matrix_cost(spec, matrix, "dense", 0, 0, 0, "fp32") for matrix in spec.matrices()]
         sustained, batch = not self.request.burst, self.evaluations_per_step
-        seconds = sum(matrix_latency_s(matrix, profile, unit, "fp32", sustained, batch) for matrix in matrices)
-        seconds += fixed_latency_s(fixed, profile, unit, sustained, batch)
+        seconds = sum(matrix_latency_s(matrix, profile, unit, timed, sustained, batch) for matrix in matrices)
+        seconds += fixed_latency_s(fixed_timed, profile, unit, sustained, batch)
         decoder = self.decoder.whole or self.decoder
-        decoder_s = decoder.latency_s(profile, unit, "fp32", sustained)
+        decoder_s = decoder.latency_s(profile, unit, timed, sustained)
         memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
         return {
             "params": params,

@@ -12,15 +12,14 @@ from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import (
     Answer,
     Problems,
-    Way,
     best_answer,
     plan_of,
     price_figures,
-    ways,
     with_more,
 )
 from kind_edge.budget.problem import LIMIT_NAMES, Request, limit_name
 from kind_edge.budget.solver import LOSS, Problem, diagnose, lower_bound, solve
+from kind_edge.budget.ways import Way, ways
 from kind_edge.errors import NoPlanError, UsageError
 
 _PRECISION = 1e-3

@@ -19,6 +19,8 @@ from kind_edge.cli import (
     pack,
     plan,
     profiles,
+    report,
+    serve,
     train,
     verify,
 )
@@ -65,5 +67,7 @@ app.command("bench")(bench.bench)
 app.command("generate")(generate.generate)
 app.command("eval")(eval.evaluate)
 app.command("inspect")(inspect.inspect)
+app.command("report")(report.report)
+app.command("serve")(serve.serve)
 app.add_typer(pack.app, name="pack")
 app.add_typer(profiles.app, name="profiles")

@@ -65,6 +65,11 @@ def export(
             show_default="off",
         ),
     ] = None,
+    coreml_target: options.CoreMLTarget = "iOS18",
+    coreml_weights: options.CoreMLWeights = "auto",
+    coreml_layout: options.CoreMLLayout = "auto",
+    coreml_batch: options.CoreMLBatch = "fixed",
+    coreml_function: options.CoreMLFunction = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
     ] = False,
@@ -85,6 +90,12 @@ def export(
         "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
         "modulation": modulation, "burst": burst, "autoencoder": autoencoder,
     }  # fmt: skip
+    coreml: dict[str, object] = {
+        "target": coreml_target, "weights": coreml_weights, "layout": coreml_layout, "batch": coreml_batch,
+        "functions": options.class_sets(coreml_function),
+    }  # fmt: skip
+    if "coreml" not in wanted and tuple(coreml.values()) != options.COREML_DEFAULTS:
+        raise UsageError("--coreml-...: no Core ML packages are written; add coreml to --formats, or leave that out")
     options.check_writable(output or Path("bundle"))
     with (
         _healing_kept(terminal, heal),
@@ -99,7 +110,9 @@ def export(
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed, heal=heal,
-            on_stage=begin, on_measure=on_measure,
+            on_stage=begin, on_measure=on_measure, format_choices={"coreml": coreml | {
+                "on_progress": lambda done, total: begin.count(done, total, "weights", "palettes")
+            }},
             on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", _healing_details(now)),
             **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
@@ -174,7 +187,7 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     loaded = {manifest.default_model, decoder.path if decoder else ""}
     for file, worst_db in bundle.parity.items():
         entry = manifest.models[file]
-        wanted_db = gate_db(entry.role, entry.precision, entry.table_precision)
+        wanted_db = gate_db(entry.role, entry.precision, entry.table_precision, file)
         report = bundle.latency.get(file)
         predicted_ms = bundle.predicted_here_ms.get(file)
         times_ms = (report.p50_ms, report.p90_ms, report.p99_ms, predicted_ms) if report else (None,) * 4

@@ -115,7 +115,7 @@ def _graph_row(graph: GraphFacts) -> tuple[str, ...]:
         tables.amount(graph.parameters),
         graph.precision,
         tables.amount(graph.macs),
-        str(graph.opset),
+        ", ".join(str(version) if name == "ai.onnx" else f"{name} {version}" for name, version in graph.opsets.items()),
         str(sum(graph.operators.values())),
     )
 
@@ -129,6 +129,8 @@ def _graph_facts(graphs: tuple[GraphFacts, ...]) -> Iterator[tuple[str, Cell]]:
         more = len(graph.operators) - len(shown)
         text = ", ".join(f"{number} {name}" for name, number in shown) + (f", {more} other kinds" if more else "")
         yield "operators" if len(graphs) == 1 else graph.file, text
+        if len(graphs) == 1:
+            yield from ((f"{name} {graph.opsets[name]}", ", ".join(used)) for name, used in graph.used.items())
         if graph.uncounted:
             yield "", f"{tables.count(len(graph.uncounted), 'product')} without a known shape: not in the MACs"
         if graph.has_subgraphs:

@@ -13,12 +13,19 @@ from kind_edge.errors import UsageError, unknown
 from kind_edge.units import Kind, parse_duration, parse_quantity, parse_share
 
 FormChoice = Literal["auto", "switch", "single", "union"]
-PrecisionChoice = Literal["auto", "fp32", "int8"]
+PrecisionChoice = Literal["auto", "fp32", "fp16", "int8", "int8-qdq", "a16w8", "int8-weights", "int4"]
 UnitChoice = Literal["auto", "cpu", "gpu", "npu"]
 ModulationChoice = Literal["auto", "baked", "baked-fp16", "network"]
 MinimizeChoice = Literal["size", "latency", "flops", "memory"]
 SamplerChoice = Literal["euler", "heun", "dpmsolver++", "ddim"]
 
+CoreMLTargetChoice = Literal["iOS16", "iOS17", "iOS18"]
+CoreMLWeightsChoice = Literal["auto", "fp16", "int8", "int4", "palette4", "palette6", "palette8", "mixed"]
+CoreMLLayoutChoice = Literal["auto", "tokens", "channels"]
+CoreMLBatchChoice = Literal["fixed", "flexible"]
+
+COREML = "Core ML packages (--formats coreml)"
+COREML_DEFAULTS = ("iOS18", "auto", "auto", "fixed", ())
 CHOICES, LIMITS = "What to deploy", "Limits, each with a unit, or as a share of the dense fp32 model (40%)"
 SHIPPED = "fashion-mnist"
 
@@ -26,6 +33,17 @@ SHIPPED = "fashion-mnist"
 def split_names(text: str | None) -> list[str] | None:
     """ "a, b" -> ["a", "b"]."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def class_sets(texts: list[str] | None) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """["shoes=sneaker,sandal"] -> (("shoes", ("sneaker", "sandal")),)."""
+    found = []
+    for text in texts or []:
+        name, equals, classes = text.partition("=")
+        if not equals:
+            raise UsageError(f"--coreml-function: got {text!r}, want a name and its classes: shoes=sneaker,sandal")
+        found.append((name.strip(), tuple(split_names(classes) or ())))
+    return tuple(found)
 
 
 def known_profile(text: str | None) -> str | None:
@@ -179,5 +197,36 @@ MaxQualityLoss = Annotated[
 Minimize = Annotated[
     MinimizeChoice | None,
     typer.Option("--minimize", help="What smallest means: size by default.", rich_help_panel=LIMITS),
+]
+CoreMLTarget = Annotated[
+    CoreMLTargetChoice,
+    typer.Option("--coreml-target", help="The oldest system that runs the packages.", rich_help_panel=COREML),
+]
+CoreMLWeights = Annotated[
+    CoreMLWeightsChoice,
+    typer.Option("--coreml-weights", help="How weights are stored; auto: as --precision.", rich_help_panel=COREML),
+]
+CoreMLLayout = Annotated[
+    CoreMLLayoutChoice,
+    typer.Option(
+        "--coreml-layout",
+        help="channels is for the Neural Engine; auto takes it for plans of the NPU.",
+        rich_help_panel=COREML,
+    ),
+]
+CoreMLBatch = Annotated[
+    CoreMLBatchChoice,
+    typer.Option(
+        "--coreml-batch", help="Batches of 1 and 2, or any up to 64 (no Neural Engine).", rich_help_panel=COREML
+    ),
+]
+CoreMLFunction = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--coreml-function",
+        metavar="NAME=A,B",
+        help="A class pack as a function of its own in the same package; may be repeated. Needs iOS18.",
+        rich_help_panel=COREML,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]

@@ -89,7 +89,7 @@ def _change(context: typer.Context, bundle: str, files: list[Path], classes: lis
         changed = change_bundle(bundle, files, classes, begin)
     if changed.left_out:
         terminal.say_warning(
-            f"left out, as they hold the former classes: {', '.join(changed.left_out)}; export them for the new ones"
+            f"left out: {', '.join(changed.left_out)}; a changed bundle holds the files of its plan's precision alone"
         )
     if as_json:
         terminal.json(changed.to_dict())

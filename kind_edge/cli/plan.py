@@ -107,8 +107,9 @@ def plan(
         "max_quality_loss": max_quality_loss, "minimize": minimize,
     }  # fmt: skip
     if arch is not None:
-        fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
+        fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
         fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "burst": burst or None}
+        fixed |= {"autoencoder": autoencoder}
         chosen = {"form": form, "modulation": modulation}
         fixed |= {"autoencoder": autoencoder}
         _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})

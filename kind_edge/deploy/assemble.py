@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from kind_edge._version import __version__
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.precision import decoder_path
+from kind_edge.budget.precision import PRECISIONS, decoder_path
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
@@ -32,8 +33,9 @@ if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
 LICENCE = "Apache-2.0"
+MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
-_TOOLS = ("torch", "onnx", "onnxruntime", "diffusers", "numpy", "safetensors")
+_TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
 
 
 def describe(
@@ -130,7 +132,8 @@ def predict_here_ms(
     One call of a denoiser is one evaluation, of a sampler or a decoder one image.
     """
     # Here, because the rest of this file also serves bundles joined from packs, without SciPy and without PyTorch.
-    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+
+    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling  # what packs do needs no SciPy
 
     left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
@@ -181,6 +184,14 @@ def write_texts(folder: Path, plan: Plan, values: Mapping[str, Any]) -> None:
     """plan.json, which can be replayed, and the bundle's own README."""
     (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(bundle_readme(plan, values), encoding="utf-8")
+    write_mac_program(folder, values)
+
+
+def write_mac_program(folder: Path, values: Mapping[str, Any]) -> None:
+    """Beside Core ML packages, what runs them on a Mac: Core ML itself predicts nowhere else."""
+    if any(path.startswith("coreml/") for path in values["models"]):
+        program = files("kind_edge.deploy").joinpath("templates", MAC_PROGRAM)
+        (folder / MAC_PROGRAM).write_bytes(program.read_bytes())
 
 
 def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
@@ -198,7 +209,8 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
         prediction = "the guided prediction (null + guidance * (class - null))"
     first = f'"{plan.classes[0]}", ' if plan.form == "switch" else ""
     whole = next((path for path, each in values["models"].items() if each["role"] == "sampler"), None)
-    once = _sampler_words(whole, values) if whole else ""
+    small = [path for path in values["models"] if path.endswith(".ort")]
+    once = _sampler_words(whole, values) if whole else _static_words(entry)
     picture = f"![images drawn by {values['default_model']}](preview.png)"
     if values["image"]["channels"] not in PICTURE_CHANNELS:
         picture = (
@@ -224,7 +236,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 ```
 
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
-
+{_mac_words(values)}
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
 {once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
@@ -243,7 +255,7 @@ and, with {prediction}, compute
 
 `step_index` is i; `timestep`, where the model has that input instead, is `timestep[i]`. {pixels}
 An int8 model takes one image at a time: its activations share one range per call.
-"""
+{_small_words(small) if small else ""}"""
 
 
 def _decoder_words(values: Mapping[str, Any], plan: Plan) -> str:
@@ -260,6 +272,41 @@ a latent: `{decoder_path(str(plan.decoder["precision"]))}` ({facts["autoencoder"
 
 def _shape(size: Mapping[str, Any]) -> str:
     return f"[n, {size['channels']}, {size['height']}, {size['width']}]"
+
+
+def _static_words(entry: Mapping[str, Any]) -> str:
+    """Why a model for NPUs comes without a sampler."""
+    if not PRECISIONS[entry["precision"]].static:
+        return ""
+    return f"""
+The model is static, for NPUs: its batch is {entry["inputs"][0]["shape"][0]}, and class indices have 32 bits. A whole
+sampler is not in the bundle, as NPUs have no control flow: the loop below is the app's.
+"""
+
+
+def _small_words(paths: list[str]) -> str:
+    """For apps that build ONNX Runtime themselves."""
+    return f"""
+## A small build of ONNX Runtime
+
+The same models in ORT format, optimised for the CPU already: {", ".join(f"`{path}`" for path in paths)}.
+Any build of ONNX Runtime loads them, a minimal one with few operators as well:
+
+    ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
+        --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
+"""
+
+
+def _mac_words(values: Mapping[str, Any]) -> str:
+    packages = [f"`{path}`" for path in values["models"] if path.startswith("coreml/")]
+    if not packages:
+        return ""
+    return f"""
+## Xcode
+
+Drop {" and ".join(packages)} into the project. On a Mac, `python3 {MAC_PROGRAM}` (with coremltools) compares
+them with the stored outputs and times them on the CPU, the GPU and the Neural Engine.
+"""
 
 
 def _sampler_words(path: str, values: Mapping[str, Any]) -> str:

@@ -1,4 +1,8 @@
-"""The measuring process of `bench`: one JSON request as its argument, one JSON answer as the last line of stdout."""
+"""The measuring process of `bench`: a JSON request as its argument, one JSON answer a line on stdout.
+
+It loads and warms up, says so, and then times as many calls as each line on stdin asks for; at the end of stdin it
+says how much memory all that took. In between it sleeps, so that two of them can take turns.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +25,9 @@ import numpy as np
 from kind_edge.deploy.bench import Conditions
 from kind_edge.deploy.ort import require_onnxruntime
 from kind_edge.deploy.placement import check_placement
+from kind_edge.deploy.providers import is_simulated, resolve_provider
 from kind_edge.deploy.runtime import load_bundle
-from kind_edge.deploy.session import open_session
+from kind_edge.deploy.session import open_session, return_freed_blocks
 from kind_edge.errors import InputError, KindEdgeError
 
 _TELLING_FLAGS = (
@@ -41,30 +46,42 @@ _NUMPY_TYPES = {
 _LINUX_STATUS = Path("/proc/self/status")
 
 Action = Callable[[], object]
+Say = Callable[[dict[str, Any]], None]
 
 
-def measure(request: dict[str, Any]) -> dict[str, Any]:
+def serve(request: dict[str, Any], say: Say) -> None:
     """Load, warm up and time what the request names."""
     require_onnxruntime()
     gc.collect()
     baseline_bytes = reset_peak_memory()
     started = time.perf_counter()
-    action, session = _prepare(request)
+    action = _prepare(request)
     cold_load_ms = (time.perf_counter() - started) * 1e3
     for _ in range(request["warmups"]):
         action()
-    latencies_ms = [_timed_ms(action) for _ in range(request["runs"])]
-    peak_bytes = peak_memory()
-    if request["provider"] != "cpu":
-        _check_provider(request, session)
-    return {
+    say({
         "cold_load_ms": cold_load_ms,
-        "latencies_ms": latencies_ms,
-        "peak_memory_bytes": None
-        if peak_bytes is None or baseline_bytes is None
-        else max(peak_bytes - baseline_bytes, 0),
         "conditions": dataclasses.asdict(conditions(request["threads"], request["provider"])),
-    }
+    })  # fmt: skip
+    for line in sys.stdin:
+        asked = json.loads(line)
+        for _ in range(asked["untimed"]):
+            action()
+        say({"latencies_ms": [_timed_ms(action) for _ in range(asked["runs"])]})
+    peak_bytes = peak_memory()
+    known = peak_bytes is not None and baseline_bytes is not None
+    say({"peak_memory_bytes": max(peak_bytes - baseline_bytes, 0) if known else None})  # type: ignore[operator]
+
+
+def place(request: dict[str, Any], say: Say) -> None:
+    """Say where the nodes of a model run, or refuse it."""
+    path = Path(request["path"])
+    feeds = random_inputs(open_session(path))
+    with tempfile.TemporaryDirectory(prefix="kind-edge-bench-") as folder:
+        found = check_placement(
+            path, feeds, request["provider"], request["threads"], Path(folder), request["allow_fallback"]
+        )
+    say(dataclasses.asdict(found))
 
 
 def random_inputs(session: Any, batch: int = 1) -> dict[str, Any]:
@@ -94,6 +111,7 @@ def conditions(threads: int | None, provider: str) -> Conditions:
         provider=provider,
         spinning=False,
         system=platform.platform(),
+        simulated=is_simulated(resolve_provider(provider)),
     )
 
 
@@ -128,30 +146,22 @@ def _linux_status(key: str) -> int | None:
     return None
 
 
-def _prepare(request: dict[str, Any]) -> tuple[Action, Any]:
-    """What one run does, and the session that it uses."""
+def _prepare(request: dict[str, Any]) -> Action:
+    """What one run does. It ends when its result is an array in the host's memory, on every provider."""
     threads, provider = request["threads"], request["provider"]
     if request["subject"] == "image":
         bundle = load_bundle(request["path"], request["model"], threads, verify=False, provider=provider)
         name = bundle.classes[0] if len(bundle.classes) == 1 or "class_index" in bundle.model.input_names() else None
-        return lambda: bundle.generate(name), bundle.session
+        return lambda: bundle.generate(name)
     session = open_session(request["path"], threads, provider)
-    feeds = random_inputs(session, request.get("batch", 1))
-    return lambda: session.run(None, feeds), session
+    feeds = random_inputs(session, request["batch"])
+    return lambda: session.run(None, feeds)
 
 
 def _timed_ms(action: Action) -> float:
     started = time.perf_counter_ns()
     action()
     return (time.perf_counter_ns() - started) / 1e6
-
-
-def _check_provider(request: dict[str, Any], session: Any) -> None:
-    """Fail if the requested provider leaves the work to the CPU."""
-    path = Path(request["path"])
-    model = path / request["model"] if request["subject"] == "image" else path
-    with tempfile.TemporaryDirectory(prefix="kind-edge-bench-") as folder:
-        check_placement(model, random_inputs(session), request["provider"], request["threads"], Path(folder))
 
 
 def _processor() -> tuple[str, frozenset[str]]:
@@ -169,12 +179,19 @@ def _processor() -> tuple[str, frozenset[str]]:
 
 
 def main() -> int:
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def say(answer: dict[str, Any]) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    return_freed_blocks()
+    request = json.loads(sys.argv[1])
     try:
-        answer = measure(json.loads(sys.argv[1]))
+        (place if request["subject"] == "placement" else serve)(request, say)
     except KindEdgeError as error:
-        print(json.dumps({"error": {"kind": type(error).__name__, "message": str(error)}}))
+        say({"error": {"kind": type(error).__name__, "message": str(error)}})
         return error.exit_code
-    print(json.dumps(answer))
     return 0
 
 

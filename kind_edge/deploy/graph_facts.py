@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,17 @@ _PRODUCTS = {
 _FILTER_INPUT = {"QLinearConv": 3}
 """Where a convolution's filter is not input 1."""
 
+DEFAULT_DOMAIN = "ai.onnx"
+"""What a file writes as "" mostly."""
+
 Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class GraphFacts:
     """One ONNX file. `macs` are of one evaluation at batch 1; `uncounted` products had no shapes to count from.
+
+    `opset` is ai.onnx's; `opsets` and `used` are by domain: its version, and the sorted names of its operators here.
 
     `constant_bytes` groups constants by the operator that reads them; `parameters` is how many values they hold.
     """
@@ -47,6 +52,8 @@ class GraphFacts:
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     has_subgraphs: bool
+    opsets: Mapping[str, int] = field(default_factory=dict)
+    used: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def flops(self) -> int:
@@ -58,13 +65,13 @@ def graph_facts(path: Path, name: str | None = None) -> GraphFacts:
     """Read one `.onnx` file. Raises `InputError` for a file that is missing or is no ONNX model."""
     import onnx
 
-    model = _load(path)
+    model = load_graph(path)
     initializers = [tensor for graph in _graphs(model.graph) for tensor in graph.initializer]
     sizes = {tensor.name: _tensor_bytes(tensor) for tensor in initializers}
     nodes = [node for graph in _graphs(model.graph) for node in graph.node]
     shapes = _shapes(model)
     macs, uncounted = _count(nodes, shapes)
-    domain = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    used = operators_by_domain(model)
     types = Counter({tensor.data_type: 0 for tensor in initializers})
     for tensor in initializers:
         types[tensor.data_type] += sizes[tensor.name]
@@ -73,7 +80,7 @@ def graph_facts(path: Path, name: str | None = None) -> GraphFacts:
     return GraphFacts(
         file=name or path.name,
         size_bytes=path.stat().st_size,
-        opset=domain,
+        opset=opsets(model).get(DEFAULT_DOMAIN, 0),
         precision=onnx.TensorProto.DataType.Name(largest).lower(),
         parameters=sum(math.prod(tensor.dims) for tensor in initializers),
         constant_bytes=_constant_bytes(nodes, sizes),
@@ -83,10 +90,45 @@ def graph_facts(path: Path, name: str | None = None) -> GraphFacts:
         inputs={value.name: _interface(value) for value in model.graph.input if value.name not in constants},
         outputs={value.name: _interface(value) for value in model.graph.output},
         has_subgraphs=len(list(_graphs(model.graph))) > 1,
+        opsets={domain: opsets(model).get(domain, 0) for domain in used},
+        used=used,
     )
 
 
-def _load(path: Path) -> Any:
+def bytes_by_part(path: Path) -> dict[str, int]:
+    """Where the bytes of an exported model lie, by the names that the exporter gives its constants."""
+    parts = dict.fromkeys(("shared matrices", "tailors", "modulation table", "embeddings, final layer", "graph"), 0)
+    for graph in _graphs(load_graph(path).graph):
+        for tensor in graph.initializer:
+            parts[_part_of(tensor.name)] += _tensor_bytes(tensor)
+    parts["graph"] = path.stat().st_size - sum(parts.values())
+    return {name: size for name, size in parts.items() if size > 0}
+
+
+def _part_of(name: str) -> str:
+    if name.startswith("tailors.") or ".tailors." in name:
+        return "tailors"
+    if name.startswith("blocks."):
+        return "shared matrices"
+    return "modulation table" if name.startswith("modulation.") else "embeddings, final layer"
+
+
+def opsets(model: Any) -> dict[str, int]:
+    """The version of every operator domain that a model imports."""
+    return {entry.domain or DEFAULT_DOMAIN: int(entry.version) for entry in model.opset_import}
+
+
+def operators_by_domain(model: Any) -> dict[str, list[str]]:
+    """The operators of a graph and of every graph inside it, by domain, each once, sorted."""
+    found: dict[str, set[str]] = {}
+    for graph in _graphs(model.graph):
+        for node in graph.node:
+            found.setdefault(node.domain or DEFAULT_DOMAIN, set()).add(str(node.op_type))
+    return {domain: sorted(names) for domain, names in sorted(found.items())}
+
+
+def load_graph(path: Path) -> Any:
+    """The `onnx.ModelProto` of a file, weights beside it left there; `InputError` if it is none."""
     import onnx
     from google.protobuf.message import DecodeError
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -33,7 +33,9 @@ class ModelEntry:
     """One model file of the bundle; `path` is relative to the bundle, with forward slashes.
 
     `fp32_matrices`: block matrices that the plan keeps in fp32 although the file is int8. `table_precision`: of the
-    table of modulation, where it is not that of the file.
+    table of modulation, where it is not that of the file. `wide_operators`: matrices or kinds of operators with more
+    bits than the precision says, as rounding them was measured to cost most.
+    `functions`: by name the classes, in their own order, of further functions that the file holds.
     """
 
     path: str
@@ -43,6 +45,14 @@ class ModelEntry:
     outputs: tuple[TensorInfo, ...]
     fp32_matrices: tuple[str, ...] = ()
     table_precision: str | None = None
+    wide_operators: tuple[str, ...] = ()
+    functions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch of a static file; None where it is free."""
+        first = self.inputs[0].shape[0] if self.inputs and self.inputs[0].shape else None
+        return first if isinstance(first, int) else None
 
     def input_names(self) -> tuple[str, ...]:
         return tuple(tensor.name for tensor in self.inputs)
@@ -246,7 +256,13 @@ def _model(section: _Section, path: str) -> ModelEntry:
         outputs=section.sections("outputs", _tensor),
         fp32_matrices=section.items("fp32_matrices", str) if "fp32_matrices" in section.values else (),
         table_precision=section.take("table_precision", str) if "table_precision" in section.values else None,
+        wide_operators=section.items("wide_operators", str) if "wide_operators" in section.values else (),
+        functions=_functions(section.section("functions")) if "functions" in section.values else {},
     )
+
+
+def _functions(section: _Section) -> dict[str, tuple[str, ...]]:
+    return {name: section.items(name, str) for name in section.values}
 
 
 def _tensor(section: _Section) -> TensorInfo:
@@ -285,7 +301,9 @@ def _check(manifest: Manifest, where: str) -> None:
     for path in manifest.files:
         if not is_safe_path(path) or path == MANIFEST_NAME:
             raise InputError(f"{where}: files: {path!r} is not a plain relative path inside the bundle")
-    for path in manifest.models:
+    for path, model in manifest.models.items():
+        if strange := {name for classes in model.functions.values() for name in classes} - set(manifest.classes):
+            raise InputError(f"{where}: models: {path}: functions: {sorted(strange)} are no classes of the bundle")
         # A Core ML package is a folder: its files stand below the path.
         if path not in manifest.files and not any(name.startswith(f"{path}/") for name in manifest.files):
             raise InputError(f"{where}: models: {path!r} is not among the files")

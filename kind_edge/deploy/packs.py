@@ -52,12 +52,14 @@ class CoreFile:
 
 @dataclass(frozen=True)
 class Core:
-    """What packs are for: its hash is that of its text. `sampling` is what the packs' reference images were drawn with.
+    """What packs are for: the files that an app loads, of one precision; its hash is that of its text.
 
-    The hash says everything about what the classes share, and nothing about which classes there are.
+    `sampling` is what the packs' reference images were drawn with. The hash says everything about what the classes
+    share, and nothing about which classes there are.
     """
 
     sha256: str
+    precision: str
     sampling: Mapping[str, Any]
     tables: Mapping[str, Table]
     files: Mapping[str, CoreFile]
@@ -72,13 +74,14 @@ class Core:
         return list(_tables(self.files[path].parts))
 
 
-def core_text(sampling: Mapping[str, Any], tables: Mapping[str, Table], files: Mapping[str, CoreFile]) -> bytes:
+def core_text(core: Core) -> bytes:
     """`core.json`: the same core gives the same bytes."""
     values = {
         "schema_version": CORE_SCHEMA,
-        "sampling": sampling,
-        "tables": {name: {"dtype": table.dtype, "shape": table.shape} for name, table in tables.items()},
-        "files": {path: {"sha256": file.sha256, "parts": file.parts} for path, file in files.items()},
+        "precision": core.precision,
+        "sampling": core.sampling,
+        "tables": {name: {"dtype": table.dtype, "shape": table.shape} for name, table in core.tables.items()},
+        "files": {path: {"sha256": file.sha256, "parts": file.parts} for path, file in core.files.items()},
     }
     return json.dumps(values, separators=(",", ":"), sort_keys=True, allow_nan=False).encode() + b"\n"
 
@@ -91,7 +94,7 @@ def read_core(text: bytes, where: str) -> Core:
             raise InputError(f"{where}: schema_version {values['schema_version']}, this kind-edge reads {CORE_SCHEMA}")
         tables = {name: Table(each["dtype"], tuple(each["shape"])) for name, each in values["tables"].items()}
         files = {path: CoreFile(each["sha256"], tuple(each["parts"])) for path, each in values["files"].items()}
-        core = Core(hashlib.sha256(text).hexdigest(), values["sampling"], tables, files)
+        core = Core(hashlib.sha256(text).hexdigest(), values["precision"], values["sampling"], tables, files)
         known = all(name in tables for path in files for name in core.tables_of(path))
         if not known or core.row_bytes < 0:
             raise KeyError("tables")

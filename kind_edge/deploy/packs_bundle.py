@@ -11,13 +11,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.budget.memory import held_bytes
 from kind_edge.budget.plan import Plan
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bundle import (
     hash_files,
@@ -35,6 +36,9 @@ from kind_edge.deploy.packs_recipe import joinable, make_core
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import UsageError
+
+if TYPE_CHECKING:
+    from kind_edge.model.spec import ModelSpec
 
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
 _STAY = ("packs/", "web/", "android/", "onnx/decoder", "LICENSE")
@@ -180,7 +184,7 @@ def _write(path: Path, content: bytes) -> None:
 def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list[str]) -> dict[str, Any]:
     """The plan with other classes: every class has the same share of parameters and bytes."""
     if plan["classes"] == classes:
-        return dict(plan)
+        return {**plan, "precisions": [core.precision]}
     tables = [core.tables[name] for name in core.tables_of(default_model)]
     counts = (len(plan["classes"]), len(classes))
     held = [sum(held_bytes(count * table.row_bytes) for table in tables) for count in counts]
@@ -191,7 +195,7 @@ def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list
         "peak_memory_bytes": held[1] - held[0],
     }
     changed = {name: plan[name] + each for name, each in more.items()}
-    return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes}
+    return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes, "precisions": [core.precision]}
 
 
 def _weights(core: Core, path: str) -> set[str]:
@@ -199,18 +203,45 @@ def _weights(core: Core, path: str) -> set[str]:
     return {name for name in core.tables_of(path) if not name.endswith(".scale")}
 
 
+@dataclass(frozen=True)
+class PacksPackager:
+    """Writes `packs/`: the core as a bundle without classes, and every class apart."""
+
+    def check(self, spec: ModelSpec) -> None:
+        """Which plans can be taken apart is known when there is one."""
+
+    def write(self, folder: Path, values: Mapping[str, Any]) -> None:
+        write_packs(folder, values, load_reference(folder))
+
+
+PACKAGER = PacksPackager()
+
+
+def check_packable(plan: Plan) -> None:
+    """`UsageError` for a plan whose model files are not made of classes."""
+    traits = PRECISIONS.get(plan.precision)
+    if plan.form != "switch" or (traits and traits.static):
+        raise UsageError(
+            f"--formats packs: this plan is {plan.form} in {plan.precision}; only --form switch keeps classes apart, "
+            "and ranges that were calibrated (int8-qdq, a16w8) are not for others"
+        )
+
+
 def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
-    """Write `packs/core.json` of a *switch* bundle's model files; returns the manifest's section, None without any."""
+    """Write `packs/core.json` of the files that an app loads of a *switch* bundle, those of the plan's precision.
+
+    Returns the manifest's section; None where classes cannot be added or removed.
+    """
     files = {
-        path: (str(entry["precision"]), (folder / path).read_bytes())
+        path: (folder / path).read_bytes()
         for path, entry in entries.items()
-        if joinable(path, entry)
+        if entry["precision"] == plan.precision and joinable(path, entry)
     }
     if plan.form != "switch" or not files:
         return None
     inside = plan.inside_guidance
     sampling = {"sampler": plan.sampler, "steps": plan.steps, "guidance": plan.guidance if inside is None else inside}
-    text, core = make_core(files, len(plan.classes), sampling)
+    text, core = make_core(files, len(plan.classes), plan.precision, sampling)
     _write(folder / CORE_FILE, text)
     return {"core": core.sha256, "order": list(plan.classes)}
 

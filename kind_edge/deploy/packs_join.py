@@ -39,7 +39,8 @@ def core_of(folder: Path, manifest: Manifest, where: str) -> Core:
     told = manifest.raw.get("packs")
     if CORE_FILE not in manifest.files or not isinstance(told, dict):
         raise UsageError(
-            f"{where}: its classes cannot be changed: it has no {CORE_FILE}; export it again with --form switch"
+            f"{where}: its classes cannot be changed: it has no {CORE_FILE}, which every bundle of --form switch has "
+            "unless its ranges were calibrated (int8-qdq, a16w8); export it again"
         )
     core = read_core((folder / CORE_FILE).read_bytes(), f"{where}: {CORE_FILE}")
     missing = [path for path in core.files if path not in manifest.models]
@@ -47,8 +48,8 @@ def core_of(folder: Path, manifest: Manifest, where: str) -> Core:
         raise InputError(f"{where}: {CORE_FILE} is not that of this bundle; export or copy it again")
     if manifest.default_model not in core.files:
         raise UsageError(
-            f"{where}: {manifest.default_model} was calibrated for its classes and cannot take others; export it for "
-            f"those that you want, or in another precision ({', '.join(core.files)} can)"
+            f"{where}: {manifest.default_model} cannot take other classes; export it for those that you want "
+            f"({', '.join(core.files)} can)"
         )
     return core
 

@@ -5,6 +5,7 @@ Standard library only. Symbols: K classes.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -75,21 +76,20 @@ def joinable(path: str, entry: Mapping[str, Any]) -> bool:
     return path.endswith(".onnx") and entry["role"] in ("denoiser", "sampler") and not (traits and traits.static)
 
 
-def make_core(files: Mapping[str, tuple[str, bytes]], count: int, sampling: Mapping[str, Any]) -> tuple[bytes, Core]:
-    """The core of a bundle's model files, path -> (precision, content), of `count` classes; its text, and itself.
+def make_core(
+    files: Mapping[str, bytes], count: int, precision: str, sampling: Mapping[str, Any]
+) -> tuple[bytes, Core]:
+    """The core of a bundle's model files of one precision, of `count` classes; its text, and itself.
 
-    Tables of one name and precision are the same in all files. The core is proven: every file is taken apart by it.
+    Tables of one name are the same in all files. The core is proven: every file is taken apart by it.
     """
     tables: dict[str, Table] = {}
-    made: dict[str, CoreFile] = {}
-    for path, (precision, content) in files.items():
-        parts = tuple(_message(memoryview(content), "model", count, precision, tables).found)
-        made[path] = CoreFile("", parts)
-    draft = Core("", sampling, tables, made)
+    parts = {path: tuple(_message(memoryview(each), "model", count, tables).found) for path, each in files.items()}
+    made = Core("", precision, sampling, tables, {path: CoreFile("", each) for path, each in parts.items()})
     rows: dict[str, bytes] = {}
-    for path, (_, content) in files.items():
-        draft = _hashed(draft, path, content, count, rows)
-    text = core_text(sampling, tables, draft.files)
+    for path, content in files.items():
+        made = _hashed(made, path, content, count, rows)
+    text = core_text(made)
     return text, read_core(text, "core.json")
 
 
@@ -99,12 +99,12 @@ def _hashed(core: Core, path: str, content: bytes, count: int, rows: dict[str, b
     for name in own[0] if own else ():
         joined = b"".join(each[name] for each in own)
         if rows.setdefault(name, joined) != joined:
-            raise KindEdgeError(f"{path}: {name} is not what it is in the other files of that precision")
-    files = {**core.files, path: CoreFile(bare_sha256(core, path, shared), core.files[path].parts)}
-    return Core(core.sha256, core.sampling, core.tables, files)
+            raise KindEdgeError(f"{path}: {name} is not what it is in the other files")
+    file = CoreFile(bare_sha256(core, path, shared), core.files[path].parts)
+    return dataclasses.replace(core, files={**core.files, path: file})
 
 
-def _message(data: memoryview, kind: str, count: int, precision: str, tables: dict[str, Table]) -> _Parts:
+def _message(data: memoryview, kind: str, count: int, tables: dict[str, Table]) -> _Parts:
     """Parts of one message that holds graphs."""
     parts, at = _Parts(), 0
     for each in _fields(data):
@@ -112,9 +112,7 @@ def _message(data: memoryview, kind: str, count: int, precision: str, tables: di
         if each.wire != _BYTES or (inner is None and (kind, each.number) != _INITIALIZER):
             continue
         content = data[each.value : each.end]
-        found = (
-            _message(content, inner, count, precision, tables) if inner else _tensor(content, count, precision, tables)
-        )
+        found = _message(content, inner, count, tables) if inner else _tensor(content, count, tables)
         if found.any_own:
             parts.shared(each.tag_end - at)
             parts.own("message", found.found)
@@ -123,7 +121,7 @@ def _message(data: memoryview, kind: str, count: int, precision: str, tables: di
     return parts
 
 
-def _tensor(data: memoryview, count: int, precision: str, tables: dict[str, Table]) -> _Parts:
+def _tensor(data: memoryview, count: int, tables: dict[str, Table]) -> _Parts:
     """Parts of an initializer: one piece of shared bytes unless it belongs to classes."""
     fields = list(_fields(data))
     name = next((str(data[f.value : f.end], "utf-8") for f in fields if f.number == _NAME), "")
@@ -148,10 +146,9 @@ def _tensor(data: memoryview, count: int, precision: str, tables: dict[str, Tabl
             raise KindEdgeError(f"{name}: its rows are not whole bytes")
         dtype = _TYPES.get(next(_number(data, f) for f in fields if f.number == _TYPE), "U8")
         shape = tuple(dims[1:]) if math.prod(dims[1:]) * ITEM_BYTES[dtype] == stored else (stored,)
-        key = f"{precision}/{name}"
-        tables[key] = Table(dtype, shape)
+        tables[name] = Table(dtype, shape)
         parts.shared(raw.tag_end - at)
-        parts.own("message", [{"rows": key}, *([stored] if dims[0] > count else [])])
+        parts.own("message", [{"rows": name}, *([stored] if dims[0] > count else [])])
     else:
         parts.shared(raw.value)
         parts.own("int64", int.from_bytes(data[raw.value : raw.end], "little") - count)

@@ -21,19 +21,25 @@ GATES_DB: Mapping[str, float] = {name: traits.gate_db for name, traits in PRECIS
 """Of a denoiser's prediction, SQNR."""
 IMAGE_GATES_DB: Mapping[str, float] = {name: traits.image_gate_db for name, traits in PRECISIONS.items()}
 """Of a sampler's image, PSNR: what every step adds has added up there. 80 dB are 1e-4 of an image's range."""
+COREML_GATES_DB: Mapping[str, float] = {
+    "fp16": 40.0, "int8": 25.0, "palette8": 25.0, "mixed": 25.0, "palette6": 20.0, "int4": 12.0, "palette4": 10.0,
+}  # fmt: skip
+"""By the weights of a Core ML package, whose arithmetic is fp16 always: SQNR of predictions, PSNR of images."""
 MERGE_GATE_DB = 100.0
 EXACT_DB = 400.0
 """What is reported for outputs that do not differ at all: more than float64 can tell apart, and still a JSON number."""
 
 
-def gates_db(role: str) -> Mapping[str, float]:
-    """Gate by precision, of a denoiser, or of a sampler or decoder."""
+def gates_db(role: str, path: str = "") -> Mapping[str, float]:
+    """Gate by precision, of a denoiser, or of a sampler or decoder; `path` tells its format."""
+    if path.startswith("coreml/"):
+        return COREML_GATES_DB
     return IMAGE_GATES_DB if role in ("sampler", "decoder") else GATES_DB
 
 
-def gate_db(role: str, precision: str, table_precision: str | None = None) -> float:
+def gate_db(role: str, precision: str, table_precision: str | None = None, path: str = "") -> float:
     """The gate of a file whose table of modulation may be of a lower precision than the rest."""
-    gates = gates_db(role)
+    gates = gates_db(role, path)
     return min(gates[name] for name in (precision, table_precision or precision))
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -17,19 +15,15 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.precision import decoder_path
 from kind_edge.budget.problem import Request, Source
-from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
-from kind_edge.deploy import assemble
-from kind_edge.deploy.bench import LatencyReport
-from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, write_manifest, writing_bundle
+from kind_edge.budget.profile import load_profile, profile_names
+from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
-from kind_edge.deploy.decoder import decoder_facts, planned_decoder
-from kind_edge.deploy.merge import class_indices, fold, truncate
-from kind_edge.deploy.packs_bundle import write_core, write_packs
+from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
+from kind_edge.deploy.merge import class_indices, truncate
+from kind_edge.deploy.packs_bundle import check_packable
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
-from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.replay import check_replay
 from kind_edge.deploy.request import (
@@ -41,13 +35,11 @@ from kind_edge.deploy.request import (
     make_source,
     open_model,
 )
-from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
+from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError, UsageError
-from kind_edge.model.checkpoint import load_checkpoint, save_checkpoint, stored_dtype
-from kind_edge.model.one_thread import one_thread
+from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL
-from kind_edge.registry import PACKS, Exporter, exporter
 from kind_edge.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
@@ -55,42 +47,7 @@ if TYPE_CHECKING:
 
     OnHealing = Callable[[HealingProgress], None]
 
-OnStage = Callable[[str], None]
-
-HEALED = "healed"
-"""Folder of a bundle: the checkpoint that a healed bundle's files were folded from."""
-
 _SIZE_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class Bundle:
-    """What an export wrote: `files` bytes by name, `parity` worst SQNR in dB by model file."""
-
-    path: Path
-    files: Mapping[str, int]
-    parity: Mapping[str, float | None]
-    latency: Mapping[str, LatencyReport]
-    image_latency: LatencyReport
-    predicted_here_ms: Mapping[str, float]
-    plan: Plan
-    quality: tuple[Quality, ...]
-    merge_db: float
-    healing: Healing | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "bundle": str(self.path),
-            "files": dict(self.files),
-            "parity": dict(self.parity),
-            "merge_parity": self.merge_db,
-            "latency_ms": {name: assemble.percentiles(report) for name, report in self.latency.items()},
-            "image_latency_ms": assemble.percentiles(self.image_latency),
-            "predicted_here_ms": dict(self.predicted_here_ms),
-            "quality": {each.name: each.to_dict() for each in self.quality},
-            **({"healing": self.healing.to_dict()} if self.healing else {}),
-            "plan": self.plan.to_dict(),
-        }
 
 
 def plan(
@@ -141,6 +98,7 @@ def export(
     formats: Sequence[str] = ("onnx",),
     autoencoder: str | Path | None = None,
     heal: str | None = None,
+    format_choices: Mapping[str, Mapping[str, Any]] | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
     on_healing: OnHealing | None = None,
@@ -152,19 +110,19 @@ def export(
     `heal` is a time such as "5m": for so long the cut model learns from the full one, once it is known that it can be
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
     `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
-    ONNX is always among the formats: what an app loads, what is measured and what draws the preview.
+    ONNX is always among the formats: what an app loads, what is measured and what draws the preview. `format_choices`
+    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
-    wanted = _Formats.of(formats)
+    wanted = Formats.of(formats, format_choices)
     heal_s = None if heal is None else parse_duration(heal, "--heal")
     if output is not None:
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
     opened = open_model(model, on_measure, autoencoder)
     request = None
-    for each in wanted.exporters:
-        each.check(opened.checkpoint.spec)
+    wanted.check(opened.checkpoint.spec)
     if plan is None:
         if profile is None:
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
@@ -182,18 +140,20 @@ def export(
         check_replay(plan, opened, device.name, choices)
         source = make_source(opened)
         plan = as_replayed(plan, source, device)
-    if wanted.packs and plan.form != "switch":
-        raise UsageError(f"--formats packs: only --form switch keeps classes apart, this plan is {plan.form}")
+    if wanted.packs:
+        check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     with writing_bundle(destination, keep_failed) as folder:
         plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
-            made = _make(opened, plan, folder, wanted, stage, cut)
-        bundle = _finish(opened, plan, device, folder, destination, made, stage)
+            made = make_models(opened, plan, folder, wanted, stage, cut)
+        bundle = finish(opened, plan, device, folder, destination, made, wanted, (source, request), stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
-    return dataclasses.replace(bundle, files=_sizes(destination))  # the manifest grew when the bundle was completed
+    return dataclasses.replace(
+        bundle, files=sizes_below(destination)
+    )  # the manifest grew when the bundle was completed
 
 
 def _fitted(
@@ -202,13 +162,13 @@ def _fitted(
     source: Source,
     request: Request | None,
     folder: Path,
-    formats: _Formats,
+    formats: Formats,
     stage: OnStage,
-) -> tuple[Plan, _Made]:
+) -> tuple[Plan, Made]:
     """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
     for attempt in range(_SIZE_ATTEMPTS):
         stage("merging")
-        made = _make(model, plan, folder, formats, stage, make_cut(model, plan))
+        made = make_models(model, plan, folder, formats, stage, make_cut(model, plan))
         excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
         if excess <= 0:
             break
@@ -221,12 +181,6 @@ def _fitted(
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
         plan = make_plan(source, request)
     return plan, made
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below a folder, by path."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def heal_cut(
@@ -251,107 +205,6 @@ def heal_cut(
     lesson = Lesson(model.checkpoint, cut.truncated, kept, plan.form, rows, guidance, plan.null_branch)
     done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None), clock)
     return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
-
-
-@dataclass(frozen=True)
-class _Formats:
-    """What is written beside the bundle's own files."""
-
-    exporters: tuple[Exporter, ...]
-    packs: bool
-
-    @classmethod
-    def of(cls, names: Sequence[str]) -> _Formats:
-        """ONNX is always among them."""
-        each = dict.fromkeys(("onnx", *names))
-        return cls(tuple(exporter(name) for name in each if name != PACKS), PACKS in each)
-
-
-@dataclass(frozen=True)
-class _Made:
-    """The model files in the temporary folder, proven, before they are measured. `values` are those of the manifest,
-    `model_bytes` what an app loads."""
-
-    cut: Cut
-    values: Mapping[str, Any]
-    model_bytes: int
-    table: SamplerTable
-    verification: VerifyReport
-    core: Mapping[str, Any] | None
-    """The manifest's section of class packs, where classes can be added and removed."""
-    packs: bool
-
-
-def _make(model: OpenedModel, plan: Plan, folder: Path, formats: _Formats, stage: OnStage, cut: Cut) -> _Made:
-    """Export and verify into `folder`; healed weights are in no other checkpoint, so they are kept there."""
-    table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
-    timesteps = torch.from_numpy(table.timestep)
-    truncated = cut.truncated
-    if cut.healed:
-        save_checkpoint(folder / HEALED, truncated, stored_dtype(model.checkpoint))
-    own = model.heldout.of_classes(class_indices(model.checkpoint, plan.classes)) if model.heldout else None
-    plain = fold(truncated, plan, timesteps)
-    plain.origin = dataclasses.replace(plain.origin, autoencoder=model.autoencoder)
-    stage("exporting")
-    entries = {
-        file.path: file.entry
-        for each in formats.exporters
-        for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
-    }
-    core = write_core(folder, entries, plan)
-    stage("verifying")
-    with one_thread() if formats.packs else contextlib.nullcontext():  # it goes into the packs
-        images = make_images(truncated, plan, model.autoencoder, every_class=formats.packs)
-        reference = make_reference(truncated, plan.form, timesteps, own) | images
-    assemble.save_reference(folder, reference)
-    wanted = {"role": "denoiser", "precision": plan.precision}
-    default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
-    decoder = decoder_facts(model.autoencoder, plan, reference["latent"]) if model.autoencoder else None
-    values = assemble.describe(plan, model.checkpoint.spec, entries, default_model, table, decoder)
-    verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
-    loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
-    size = sum((folder / file).stat().st_size for file in loaded)
-    return _Made(cut, values, size, table, verification, core, formats.packs)
-
-
-def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The files that ONNX Runtime opens: what an app loads, and what can be measured here."""
-    return {path: entry for path, entry in entries.items() if path.endswith((".onnx", ".ort"))}
-
-
-def _finish(
-    model: OpenedModel, plan: Plan, device: DeviceProfile, folder: Path, destination: Path, made: _Made, stage: OnStage
-) -> Bundle:
-    """Measure, draw the preview and write what the bundle says about itself."""
-    spec = model.checkpoint.spec
-    values, cut = dict(made.values), made.cut
-    values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
-    values["quality"] = {each.name: each.to_dict() for each in cut.quality}
-    if made.core:
-        values["packs"] = dict(made.core)
-    if cut.healing:
-        values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
-    stage("measuring")
-    measured = _runnable(values["models"])
-    latency, image = assemble.measure(folder, values, measured)
-    rows, decoder = len(made.table.timestep), planned_decoder(model.decoders, plan)
-    predicted = assemble.predict_here_ms(plan, spec, measured, rows, decoder)
-    assemble.latency_gate(plan, device, image)
-    values["latency"] = {
-        "models": {name: report.to_dict() for name, report in latency.items()},
-        "image": image.to_dict(),
-        "predicted_here_ms": predicted,
-    }
-    stage("drawing the preview")
-    assemble.draw_preview(folder, assemble.manifest_of(values, folder))
-    assemble.write_texts(folder, plan, values)
-    if made.packs:
-        stage("writing packs")
-        write_packs(folder, values, load_reference(folder))
-    write_manifest(folder, values)
-    sizes, parity = _sizes(folder), made.verification.parity
-    known = (cut.quality, cut.merge_db, cut.healing)
-    return Bundle(destination, sizes, parity, latency, image, predicted, plan, *known)
 
 
 def verify(

@@ -15,11 +15,13 @@ from kind_edge.budget.image_time import teacher_of
 from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import Modulation, Plan
-from kind_edge.budget.planner import Way, figures_of
+from kind_edge.budget.planner import figures_of
+from kind_edge.budget.precision import PRECISIONS, check_unit
 from kind_edge.budget.problem import LIMIT_NAMES, Candidate, Objective, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.solver import LOSS
+from kind_edge.budget.ways import Way
 from kind_edge.deploy.decoder import decoder_costs, planned_decoder
 from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.probe import OnProgress, measure_sensitivity
@@ -148,9 +150,10 @@ def make_request(
     if unknown_names := set(limits) - set(_LIMIT_KINDS):
         raise TypeError(f"unknown arguments: {', '.join(sorted(unknown_names))}")
     _known("--form", form, ("auto", *FORMS))
-    _known("--precision", precision, ("auto", "fp32", "int8"))
+    _known("--precision", precision, ("auto", *PRECISIONS))
     _known("--unit", unit, ("auto", "cpu", "gpu", "npu"))
     _known("--modulation", modulation, ("auto", *get_args(Modulation)))
+    check_unit(precision, unit)
     if isinstance(classes, str):
         raise UsageError(f"classes: got the text {classes!r}, want a list of names such as [{classes!r}]")
     wanted = tuple(checkpoint.class_names if classes is None else classes)

@@ -52,7 +52,7 @@ class LoadedBundle:
     that holds up to the rounding of the matrix products, which may differ with the batch: a pixel may move by one of
     255 levels. int8 models quantize activations on the fly with one range for the whole batch, so images of a batch
     would change each other; they are therefore evaluated one image at a time, class and null row of an image in one
-    batch, as an app does that makes a single image.
+    batch, as an app does that makes a single image. So are the images of a static model, whose batch is fixed.
     """
 
     manifest: Manifest
@@ -67,7 +67,7 @@ class LoadedBundle:
     @property
     def batch_images(self) -> int:
         """Images that share a call of the network."""
-        return 1 if self.model.precision == "int8" else MAX_BATCH
+        return 1 if self.model.precision == "int8" or self.model.fixed_batch else MAX_BATCH
 
     @property
     def noise_shape(self) -> tuple[int, int, int]:

@@ -5,45 +5,17 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, ModuleType
 from typing import Any
 
-from kind_edge.deploy.ort import require_onnxruntime
-from kind_edge.errors import InputError, UsageError, unknown
+from kind_edge.deploy.ort import require_onnxruntime, runtime_errors
+from kind_edge.deploy.providers import plugin_device, plugin_options, resolve_provider
+from kind_edge.errors import InputError, UsageError
 
-CPU = "CPUExecutionProvider"
-PROVIDERS: Mapping[str, str] = MappingProxyType({
-    "cpu": CPU,
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "directml": "DmlExecutionProvider",
-    "nnapi": "NnapiExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "qnn": "QNNExecutionProvider",
-    "webgpu": "WebGpuExecutionProvider",
-    "xnnpack": "XnnpackExecutionProvider",
-})  # fmt: skip
-"""Short names of ONNX Runtime's execution providers; the long names are understood as well."""
-
+__all__ = ["open_session", "return_freed_blocks", "runtime_errors"]
 
 _M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES = -3, 128 * 1024
 """glibc's mallopt parameter, and the value with which it starts: larger blocks are mappings of their own."""
-
-
-def resolve_provider(provider: str) -> str:
-    """ONNX Runtime's name of a provider; `UsageError` if it is unknown or not in the installed onnxruntime."""
-    name = PROVIDERS.get(provider.lower(), provider)
-    if provider.lower() not in PROVIDERS and not provider.endswith("ExecutionProvider"):
-        raise unknown("provider", provider, PROVIDERS)
-    available = require_onnxruntime().get_available_providers()
-    if name not in available:
-        short = {long: key for key, long in PROVIDERS.items()}
-        listed = ", ".join(short.get(other, other) for other in available)
-        raise UsageError(f"provider {provider!r} is not in the installed onnxruntime; available here: {listed}")
-    return name
 
 
 def open_session(
@@ -69,9 +41,11 @@ def open_session(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile_prefix is not None:
         options.enable_profiling, options.profile_file_prefix = True, profile_prefix
-    _return_freed_blocks()
+    device = plugin_device(name)
+    if device is not None:
+        options.add_provider_for_devices([device], plugin_options(name))
     try:
-        session = runtime.InferenceSession(str(path), options, providers=[name])
+        session = runtime.InferenceSession(str(path), options, providers=None if device is not None else [name])
     except runtime_errors(runtime) as error:
         raise InputError(f"{path}: ONNX Runtime cannot load it: {error}") from error
     if name not in session.get_providers():
@@ -82,21 +56,15 @@ def open_session(
     return session
 
 
-def _return_freed_blocks() -> None:
-    """Let glibc give large freed blocks back to the system at once.
+def return_freed_blocks() -> None:
+    """Let glibc give large freed blocks back to the system at once, in this whole process and from now on.
 
     While a session is made, weights are packed for the kernels and the file's copies freed. By default glibc soon takes
     blocks of their size from its heap, where what is freed stays, or not, by chance: up to a whole copy of the weights.
+    Only for processes of our own: in somebody's server it is not for a library to say how memory is kept.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and bionic have none, nor the need
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
-
-
-def runtime_errors(runtime: ModuleType) -> tuple[type[Exception], ...]:
-    """What ONNX Runtime raises; its exceptions have no common base of their own."""
-    state = runtime.capi.onnxruntime_pybind11_state
-    found = [value for value in vars(state).values() if isinstance(value, type) and issubclass(value, Exception)]
-    return (*found, ValueError)

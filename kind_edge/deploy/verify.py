@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,34 @@ def verify_models(folder: Path, manifest: Manifest, reference: Reference) -> Ver
             verify_images(folder, entry, reference, manifest)
             if entry.role in ("sampler", "decoder")
             else verify_model(folder, entry, reference, manifest.classes)
-            for entry in manifest.models.values()
+            for manifest, entry, reference in with_functions(manifest, reference)
         )
     )
+
+
+def with_functions(manifest: Manifest, reference: Reference) -> Iterator[tuple[Manifest, ModelEntry, Reference]]:
+    """Every model file with what to compare it with; every further function of one as a file of its own, with its own
+    classes ("coreml/Denoiser.mlpackage#shoes")."""
+    for entry in manifest.models.values():
+        yield manifest, entry, reference
+        for name, classes in entry.functions.items():
+            own = _of_classes(reference, [manifest.classes.index(known) for known in classes], len(manifest.classes))
+            if entry.role == "denoiser" or len(own.get("image", ())):  # whole images are stored of some classes only
+                yield replace(manifest, classes=classes), replace(entry, path=f"{entry.path}#{name}"), own
+
+
+def _of_classes(reference: Reference, classes: list[int], null: int) -> Reference:
+    """The points and images of these classes, numbered anew by their order, and of the null class, which comes last."""
+    order = [*classes, null]
+    chosen = dict(reference)
+    for index in ("class_index", "image_class"):
+        if index in reference:
+            kept = np.isin(reference[index], order)
+            together = LATENT_ARRAYS if index == "image_class" else REFERENCE_ARRAYS
+            chosen |= {name: reference[name][kept] for name in together & set(reference)}
+            numbers = [order.index(number) for number in chosen[index].tolist()]
+            chosen[index] = np.array(numbers, reference[index].dtype)
+    return chosen
 
 
 def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes: tuple[str, ...]) -> FileParity:
@@ -120,11 +146,16 @@ def verify_images(folder: Path, entry: ModelEntry, reference: Reference, manifes
 
 
 def _gate_db(entry: ModelEntry) -> float:
-    gates = gates_db(entry.role)
+    gates = gates_db(entry.role, entry.path)
     for precision in (entry.precision, entry.table_precision or entry.precision):
         if precision not in gates:
             raise InputError(f"{entry.path}: precision {precision!r}, want one of {', '.join(gates)}")
-    return gate_db(entry.role, entry.precision, entry.table_precision)
+    return gate_db(entry.role, entry.precision, entry.table_precision, entry.path)
+
+
+def _class_index_type(entry: ModelEntry) -> str:
+    """Core ML has no 64-bit integers, and NPUs do not want them."""
+    return "int32" if entry.path.startswith("coreml/") or entry.fixed_batch is not None else "int64"
 
 
 def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
@@ -135,7 +166,7 @@ def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
         return
     known: dict[str, tuple[str, list[int | str]]] = {first: ("float32", ["batch", *reference[first].shape[1:]])}
     if entry.role == "sampler":
-        known |= {"class_index": ("int64", ["batch"]), "guidance": ("float32", [])}
+        known |= {"class_index": (_class_index_type(entry), ["batch"]), "guidance": ("float32", [])}
     if entry.input_names()[:1] != (first,):
         rest = ", then class_index and guidance where it has them" if entry.role == "sampler" else " alone"
         yield f"inputs are {list(entry.input_names())}, want {first}{rest}"
@@ -149,7 +180,7 @@ def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
 
 def _interface_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
     """Names, types and shapes of the inputs, as the bundle contract has them."""
-    known = {"sample": "float32", "step_index": "int32", "timestep": "float32", "class_index": "int64"}
+    known = {"sample": "float32", "step_index": "int32", "timestep": "float32", "class_index": _class_index_type(entry)}
     names = entry.input_names()
     if names[:1] != ("sample",) or len({"step_index", "timestep"} & set(names)) != 1:
         yield f"inputs are {list(names)}, want sample, then step_index or timestep, then class_index if it switches"
@@ -176,12 +207,16 @@ def _output_failures(declared: TensorInfo, output: NDArray[Any], wanted: NDArray
 
 
 def _evaluate(run: Interpreter, entry: ModelEntry, reference: Reference) -> NDArray[Any]:
-    """All points; int8 one by one, because dynamic quantization has one range for a whole batch."""
-    inputs = {name: reference[name] for name in entry.input_names()}
+    """All points; int8 one by one, because dynamic quantization has one range for a whole batch.
+
+    A fixed batch is filled up with the last point.
+    """
+    inputs = {tensor.name: reference[tensor.name].astype(tensor.dtype) for tensor in entry.inputs}
     count = len(reference["sample"])
-    size = 1 if entry.precision == "int8" else count
-    parts = [run({name: array[at : at + size] for name, array in inputs.items()}) for at in range(0, count, size)]
-    return np.concatenate(parts)
+    dynamic = entry.precision == "int8" and entry.path.startswith("onnx/")  # one range for the whole batch
+    size = entry.fixed_batch or (1 if dynamic else count)
+    rows = [np.minimum(np.arange(at, at + size), count - 1) for at in range(0, count, size)]
+    return np.concatenate([run({name: array[own] for name, array in inputs.items()}) for own in rows])[:count]
 
 
 def _points(output: NDArray[Any], reference: Reference, classes: tuple[str, ...]) -> Iterator[dict[str, Any]]:

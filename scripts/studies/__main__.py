@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers import measure as peers
+from peers.text import text as peers_text
+
 from kind_edge.errors import KindEdgeError, UsageError, unknown
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL, find_model
@@ -21,6 +24,7 @@ from studies import (
     exported,
     healed,
     nesting,
+    packages,
     pictures,
     prediction,
     response,
@@ -41,7 +45,9 @@ Of the shipped model, or of --checkpoint; with --into FILE they go into a docume
 classes        pictures of every class, from the same noises
 export         what the README's first command prints
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
-cost           scripts/bench cost: predicted and measured time, size and memory
+coreml         Core ML packages: size and distance of every way to store weights
+cost           scripts/bench costs: predicted and measured time, size and memory
+peers          scripts/bench peers: other engines with a dense twin of the model beside our artefacts
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
@@ -70,6 +76,8 @@ BLOCKS = (
     Block("export", "README.md", exported.listing_text),
     Block("cutting", "docs/results.md", exported.cutting_text),
     Block("cost", "docs/results.md", exported.cost_text),
+    Block("coreml", "docs/coreml.md", packages.text),
+    Block("peers", "docs/benchmarks.md", peers_text),
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
@@ -130,8 +138,9 @@ def measure(name: str, job: Job) -> list[Record]:
         pictures.draw_anysize(sizes, records, job.album)
         return records
     studies = {
-        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "shipped": shipped.run,
-        "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
+        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "coreml": packages.run,
+        "peers": peers.publish,
+        "shipped": shipped.run, "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip
     return studies[name](job.subject, job.output)
 

@@ -88,10 +88,10 @@ def stamp(picture: Path, model_sha256: str) -> None:
 def as_recommended(record: Record, advice: Sampling) -> bool:
     """Whether a run of the model was drawn as it recommends, or so without guidance.
 
-    `shipped` and `steps` try all there is.
+    `shipped`, `steps` and `peers` try all there is.
     """
     own = record["conditions"]
-    if record["study"] == "steps":
+    if record["study"] in ("steps", "peers"):
         return True
     if record["study"] == "shipped":
         return bool(own.get("recommended", asdict(advice)) == asdict(advice))

@@ -2,7 +2,7 @@
 
 listing    what the first command of the README prints
 cutting    two pairs of classes, cut to 40 % of the dense size: change on held-out images, accuracy of the bundle's
-cost       `scripts/bench cost`: predicted and measured
+cost       `scripts/bench costs`: predicted and measured
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import _bench
+import _bench_plans
 
 from kind_edge.deploy.evaluation import evaluate
 from kind_edge.deploy.pipeline import export
@@ -77,8 +77,8 @@ def _cut(model: Path, classes: Sequence[str]) -> dict[str, Any]:
 
 def cost(subject: Subject, output: Path) -> list[Record]:
     store = Store(output, "cost", subject)
-    conditions = {"kind": "cost", "profile": "host", "classes": list(_bench.CLASSES), **_advice(subject)}
-    store.run("plans", conditions, lambda: _bench.cost(subject.folder))
+    conditions = {"kind": "cost", "profile": "host", "classes": list(_bench_plans.CLASSES), **_advice(subject)}
+    store.run("plans", conditions, lambda: _bench_plans.limited(subject.folder))
     return store.finished()
 
 
@@ -127,7 +127,7 @@ def _cost_part(record: Record) -> str:
     }  # fmt: skip
     refused = [f"Refused: {row['precision']} within {row['max_size']}: {row['reason']}." for row in figures["refused"]]
     told = (
-        f"`scripts/bench cost`, on {record['hardware']}, classes {', '.join(record['conditions']['classes'])}, one "
+        f"`scripts/bench costs`, on {record['hardware']}, classes {', '.join(record['conditions']['classes'])}, one "
         "evaluation; of two rounds the faster median"
     )
     missed = (

@@ -15,6 +15,9 @@ from typing import Any
 from kind_edge.errors import InputError, UsageError
 
 SCHEMA_VERSION = 1
+TWIN = Path(__file__).resolve().parents[1] / "peers" / "fashion-mnist-dense"
+"""The dense model of the shipped one's shape, data, objective and number of images seen."""
+
 Record = dict[str, Any]
 
 
@@ -22,7 +25,8 @@ Record = dict[str, Any]
 class Subject:
     """The model a study is about. `weights_sha256` is over the weights alone, `sha256` also over what they mean.
 
-    `teacher_sha256`: of the model that it was distilled from, if it was; a study may compare the two.
+    `teacher_sha256`: of the model that it was distilled from, if it was; a study may compare the two. `twin_sha256`: of
+    the dense model that stands beside it, trained likewise.
     """
 
     name: str
@@ -30,11 +34,12 @@ class Subject:
     sha256: str
     weights_sha256: str
     teacher_sha256: str | None = None
+    twin_sha256: str | None = None
 
     @property
     def family(self) -> set[str]:
         """Hashes of the models that its figures may be of."""
-        return {self.sha256} | ({self.teacher_sha256} if self.teacher_sha256 else set())
+        return {sha256 for sha256 in (self.sha256, self.teacher_sha256, self.twin_sha256) if sha256}
 
 
 def subject_of(model: str | Path) -> Subject:
@@ -43,7 +48,7 @@ def subject_of(model: str | Path) -> Subject:
 
     folder = find_model(model)
     distilled = read_config(folder)["provenance"].get("distilled", {})
-    hashes = checkpoint_hash(folder), weights_hash(folder), distilled.get("teacher_sha256")
+    hashes = checkpoint_hash(folder), weights_hash(folder), distilled.get("teacher_sha256"), checkpoint_hash(TWIN)
     return Subject(folder.resolve().name, folder, *hashes)
 
 

@@ -17,7 +17,7 @@ from kind_edge.budget.deployed import deployed_fixed_cost
 from kind_edge.budget.loss import LossModel, MatrixLoss
 from kind_edge.budget.menu import rank_levels
 from kind_edge.budget.plan import Plan, check_replayable
-from kind_edge.budget.planner import candidate_forms, candidates, make_plan
+from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import (
     GRAPH_BYTES_PER_OPERATOR,
     Candidate,
@@ -29,6 +29,7 @@ from kind_edge.budget.problem import (
 from kind_edge.budget.profile import HOST, DeviceProfile, Precision, load_profile, profile_names
 from kind_edge.budget.response import Judged, Response
 from kind_edge.budget.sensitivity import loss_model
+from kind_edge.budget.ways import candidate_forms, candidates, ways
 from kind_edge.budget.whole_model import model_cost
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.probe import measure_sensitivity
@@ -237,12 +238,29 @@ def test_figures_equal_a_recount_from_the_matrices(
         flops += 2 * checkpoint.spec.tokens * (shared + tailor)
         params += shared + len(classes) * tailor
         operators += {"dense": 1, "factored": 2 if chosen.shared_rank else 0, "dropped": 0}[chosen.storage]
-        operators += 5 if tailor else 0  # two gathers, two products, one sum
+        operators += 5 if tailor else 0  # a transpose, two products, one sum, and a share of the gathers
     assert made.flops == flops
     assert made.params == params
     assert made.weight_bytes == 4 * params + GRAPH_BYTES_PER_OPERATOR * operators
     plain = fold(truncate(checkpoint, made, calibration), made, torch.arange(4.0))
     assert made.params == sum(parameter.numel() for parameter in plain.parameters())
+
+
+def test_modulation_is_what_is_cheaper_or_what_is_asked_for(plan: MakePlan, source: MakeSource) -> None:
+    """A table of as many rows as the model is wide is as large as the networks."""
+    labelled = dataclasses.replace(source(), spec=dataclasses.replace(source().spec, label_embedding=True))
+    width, found = labelled.spec.width, {}
+    for steps in (1, width // 8, width // 2, width, 20 * width):
+        request = Request(PHONE, TWO, Sampling("euler", steps, 1.5, steps), precision="fp32", form="switch")
+        found[steps] = {way.candidate.modulation for way in ways(labelled, request)}
+        asked = dataclasses.replace(request, modulation="baked-fp16")
+        assert {way.candidate.modulation for way in ways(labelled, asked)} == {"baked-fp16"}
+    assert found[1] == found[width // 8] == {"baked"}
+    assert found[20 * width] == {"baked", "network"}  # a table is still quicker
+    assert plan().modulation == "baked"
+    assert plan(modulation="network").modulation == "network"
+    sizes = {kind: plan(modulation=kind, precision="fp32").weight_bytes for kind in ("baked", "baked-fp16", "network")}
+    assert sizes["baked-fp16"] < sizes["baked"] < sizes["network"]
 
 
 def test_int8_is_smaller_and_a_kept_class_more_is_larger(plan: MakePlan) -> None:

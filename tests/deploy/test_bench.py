@@ -1,8 +1,11 @@
-"""Measurements carry their conditions, see memory that is really used, and refuse a silent fallback."""
+"""Measurements carry their conditions, see memory that is really used, and survive the death of what they measure."""
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +15,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from kind_edge.deploy.bench import bench_image, bench_model, percentile
-from kind_edge.deploy.placement import node_macs, profile
+from kind_edge.deploy.bench import bench_image, bench_model, evaluation, percentile
+from kind_edge.deploy.measuring import MeasuringProcess
+from kind_edge.deploy.runtime import load_bundle
 from kind_edge.errors import GateError, InputError, UsageError
 
 BALLAST = 12 * 2**20
@@ -68,39 +72,6 @@ def test_report_of_an_image(make_bundle: Callable[..., Path]) -> None:
         bench_image(folder)
 
 
-def test_provider_that_leaves_the_work_to_the_cpu_is_an_error(ballast_model: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    if "AzureExecutionProvider" not in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has no provider that takes no node")
-    with pytest.raises(GateError, match="'AzureExecutionProvider' leaves 100% of the work to the CPU"):
-        bench_model(ballast_model, threads=1, warmups=0, runs=1, provider="AzureExecutionProvider")
-
-
-def test_macs_of_a_profiled_run(ballast_model: Path, tmp_path: Path) -> None:
-    feeds = {"x": np.ones((1, 16), np.float32), "index": np.zeros(1, np.int64)}
-    placement = profile(ballast_model, feeds, "cpu", 1, tmp_path)
-    assert placement.cpu_macs == BALLAST
-    assert placement.nodes == placement.cpu_nodes >= 2
-
-
-@pytest.mark.parametrize(
-    ("name", "inputs", "output", "macs"),
-    [
-        ("MatMul", [[2, 3, 5], [5, 7]], [2, 3, 7], 2 * 3 * 7 * 5),
-        ("Gemm", [[5, 3], [5, 7]], [3, 7], 3 * 7 * 5),  # transA
-        ("Conv", [[1, 4, 8, 8], [6, 2, 3, 3]], [1, 6, 8, 8], 6 * 8 * 8 * 2 * 9),  # two groups
-        ("Add", [[2, 3], [2, 3]], [2, 3], 0),
-    ],
-)
-def test_macs_of_a_node(name: str, inputs: list[list[int]], output: list[int], macs: int) -> None:
-    node = {
-        "op_name": name,
-        "input_type_shape": [{"float": shape} for shape in inputs],
-        "output_type_shape": [{"float": output}],
-    }
-    assert node_macs(node) == macs
-
-
 def test_refusals(tmp_path: Path, ballast_model: Path) -> None:
     with pytest.raises(UsageError, match="unknown provider 'cdua'; did you mean: cuda"):
         bench_model(ballast_model, provider="cdua")
@@ -119,3 +90,20 @@ def test_percentiles_are_linear_between_neighbours() -> None:
     values = [1.0, 2.0, 4.0, 8.0, 16.0]
     for percent in (0, 50, 90, 99, 100):
         assert percentile(values, percent) == pytest.approx(np.percentile(values, percent))
+
+
+def test_a_process_that_dies_is_a_failed_gate(ballast_model: Path) -> None:
+    with MeasuringProcess(evaluation(ballast_model, threads=1, warmups=0).request) as process:
+        assert process.answer()["cold_load_ms"] > 0
+        assert len(process.ask(2, untimed=1)) == 2
+        os.kill(process.process_id, signal.SIGKILL)
+        with pytest.raises(GateError, match=r"ballast\.onnx: the measuring process was killed by signal 9"):
+            process.ask(1)
+
+
+def test_loading_a_bundle_leaves_the_heap_of_the_process_alone(
+    make_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only our own processes change how glibc keeps memory; this one stands for somebody's server."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: pytest.fail("the C library was asked for something"))
+    assert load_bundle(make_bundle()).generate("bag").shape == (1, 6, 5, 1)

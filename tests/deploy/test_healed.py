@@ -113,7 +113,7 @@ def test_a_stopped_export_keeps_what_was_learned_and_no_bundle(
         if now.step == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "_make", unwritten)
+    monkeypatch.setattr(pipeline, "make_models", unwritten)
     monkeypatch.setattr(healing, "SAVE_EVERY_S", 0.0)
     monkeypatch.setattr(healing, "SAVING_SHARE", math.inf)
     with pytest.raises(KeyboardInterrupt):

@@ -21,7 +21,7 @@ def test_the_installed_runtime_is_returned() -> None:
 
 
 def test_two_distributions_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for distribution in DISTRIBUTIONS:
+    for distribution in DISTRIBUTIONS[:2]:
         _pretend_installed(tmp_path, distribution)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError, match="-m pip uninstall -y onnxruntime onnxruntime-gpu && "):

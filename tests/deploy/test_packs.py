@@ -43,7 +43,8 @@ MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 DEVICE = "raspberry-pi-5"
 ROOT = Path(__file__).parents[2]
 CLASSES = ("sneaker", "bag", "coat", "shirt")
-MODELS = ("onnx/denoiser.onnx", "onnx/denoiser.int8.onnx", "onnx/sampler.onnx")
+FP32, MODELS = "onnx/denoiser.onnx", ("onnx/denoiser.int8.onnx", "onnx/sampler.onnx")
+"""The plan is int8: that is what an app loads, and what its packs hold."""
 
 
 def plain(folder: Path, plan: Plan) -> Any:
@@ -56,7 +57,7 @@ def plain(folder: Path, plan: Plan) -> Any:
 @pytest.fixture(scope="module")
 def exported(tiny_folder: Path, made_once: MadeOnce) -> Path:
     """All four classes, cut, with packs. Only to be read."""
-    asked: dict[str, Any] = {"profile": DEVICE, "max_flops": "60%", "formats": ["packs"]}
+    asked: dict[str, Any] = {"profile": DEVICE, "max_flops": "60%", "precision": "int8", "formats": ["packs"]}
     return made_once("packs", lambda place: pipeline.export(tiny_folder, **asked, output=place / "b")) / "b"
 
 
@@ -98,10 +99,18 @@ def test_core_and_packs_are_a_direct_export(exported: Path, direct: Path, tmp_pa
         assert models_of(folder) == models_of(direct)
         assert json.loads((folder / "plan.json").read_text()) == changed.manifest.raw["plan"]
         assert "0 sneaker, 1 coat, 2 none" in (folder / "README.md").read_text()
-    for model in MODELS[:2]:
+    for model in MODELS:
         whole, joined = load_bundle(exported, model, threads=1), load_bundle(core, model, threads=1)
         for name in joined.classes:
             np.testing.assert_array_equal(joined.generate(name, 2, seed=1), whole.generate(name, 2, seed=1))
+
+
+def test_files_in_fp32_are_joined_alike(exported: Path, direct: Path) -> None:
+    whole, wanted = (folder / FP32 for folder in (exported, direct))
+    core = make_core({FP32: whole.read_bytes()}, 4, "fp32", {})[1]
+    shared, rows = take_apart(core, FP32, whole.read_bytes(), 4)
+    assert join_file(core, FP32, shared, [rows[0], rows[2]]) == wanted.read_bytes()
+    assert make_core({FP32: wanted.read_bytes()}, 2, "fp32", {})[1] == core
 
 
 def test_a_plan_for_other_classes_costs_what_it_is_planned_to(
@@ -171,7 +180,7 @@ def test_what_does_not_fit_is_refused(exported: Path, bundle: Path) -> None:
     refused(bundle, [pack_of(exported, "shirt")], InputError, "has 'shirt' already")
     refused(bundle, [pack_of(exported, "bag")] * 2, InputError, "'bag' is given twice")
     refused(bundle, made(core_sha256="ab" * 32), InputError, "pack of 'bag' is for core abababababab, this bundle has")
-    refused(bundle, [bundle / "onnx/denoiser.onnx"], InputError, "not a class pack")
+    refused(bundle, [bundle / MODELS[0]], InputError, "not a class pack")
     refused(bundle, [bundle / "none"], InputError, "cannot read the pack")
     # Whole, of this core, and yet another class's: only its reference can tell.
     refused(bundle, made(rows=coat.rows), GateError, "parity failed: .*bag at step")
@@ -195,15 +204,15 @@ def test_a_damaged_pack_never_passes(data: st.DataObject, exported: Path, tmp_pa
 
 def test_a_bundle_that_was_changed_is_refused(exported: Path, bundle: Path) -> None:
     """Even where its hashes were made to match: the core knows its files."""
-    path = bundle / "onnx/denoiser.onnx"
+    path = bundle / MODELS[0]
     path.write_bytes(path.read_bytes().replace(b"LayerNormalization", b"layerNormalization"))
-    refused(bundle, [], InputError, "denoiser.onnx: sha256 is")
+    refused(bundle, [], InputError, "denoiser.int8.onnx: sha256 is")
     (bundle / "packs/core.zip").unlink()
     values = json.loads((bundle / "manifest.json").read_text())
     del values["files"]["packs/core.zip"]
     from kind_edge.deploy.bundle import hash_file
 
-    values["files"]["onnx/denoiser.onnx"]["sha256"] = hash_file(path)
+    values["files"][MODELS[0]]["sha256"] = hash_file(path)
     (bundle / "manifest.json").write_text(json.dumps(values))
     refused(bundle, [], InputError, "not the file that packs/core.json describes")
 
@@ -264,13 +273,13 @@ def test_rows_of_labels_belong_to_packs(
         folder = tmp_path / str(len(classes))
         timesteps = torch.from_numpy(sampler_table(own.sampler, "flow", own.steps).timestep)
         exporter("onnx").export(fold(truncate(checkpoint, own, None), own, timesteps), folder, ("fp32",))
-        files[classes] = {name: (folder / name).read_bytes() for name in (MODELS[0],)}
-        cores[classes] = make_core({MODELS[0]: ("fp32", files[classes][MODELS[0]])}, len(classes), {})[1]
+        files[classes] = {name: (folder / name).read_bytes() for name in (FP32,)}
+        cores[classes] = make_core(files[classes], len(classes), "fp32", {})[1]
     core = cores[CLASSES]
-    assert ("fp32/modulation.y_embed.weight" if modulation == "network" else "fp32/modulation.table") in core.tables
+    assert ("modulation.y_embed.weight" if modulation == "network" else "modulation.table") in core.tables
     assert core.sha256 == cores[CLASSES[2:3]].sha256
-    shared, rows = take_apart(core, MODELS[0], files[CLASSES][MODELS[0]], 4)
-    assert join_file(core, MODELS[0], shared, [rows[2]]) == files[CLASSES[2:3]][MODELS[0]]
+    shared, rows = take_apart(core, FP32, files[CLASSES][FP32], 4)
+    assert join_file(core, FP32, shared, [rows[2]]) == files[CLASSES[2:3]][FP32]
 
 
 def test_another_process_writes_the_same_bytes(exported: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -285,7 +294,7 @@ def test_another_process_writes_the_same_bytes(exported: Path, tiny_folder: Path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     compared = [name for name in content(exported) if name.startswith(("onnx/", "packs/"))]
-    assert len(compared) == len(MODELS) + len(CLASSES) + 2
+    assert len(compared) == len((FP32, *MODELS)) + len(CLASSES) + 2
     again = content(tmp_path / "again")
     assert [name for name in compared if again[name] != (exported / name).read_bytes()] == []
 
@@ -311,7 +320,7 @@ def test_joining_and_taking_apart_are_inverse(
     parts: list[Any] = [{"count": extra}, {"message": [{"rows": "a"}, extra]}, {"int64": extra}]
     for size in inner:
         parts = [size, {"message": [*parts, size]}]
-    core = Core("", {}, {"a": Table("U8", (row,))}, {"f": CoreFile("", (*parts, 1))})
+    core = Core("", "", {}, {"a": Table("U8", (row,))}, {"f": CoreFile("", (*parts, 1))})
     needed = 2 * sum(inner) + extra + 1
     shared = (shared * needed)[:needed]
     rows = [{"a": bytes([i % 256]) * row} for i in range(classes)]

@@ -16,7 +16,7 @@ import torch
 from onnx import numpy_helper
 
 import kind_edge
-import kind_edge.exporters.onnx_graph as onnx_graph
+import kind_edge.exporters.onnx_precisions as onnx_precisions
 from kind_edge.budget.plan import Plan, read_plan
 from kind_edge.budget.profile import HOST, load_profile
 from kind_edge.deploy import pipeline
@@ -37,23 +37,13 @@ DEVICE = "raspberry-pi-5"
 FP32, INT8 = "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"
 SAMPLER = "onnx/sampler.onnx"
 CORE = "packs/core.json"
-FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/reference.npz", FP32, INT8, SAMPLER, CORE}
-
-
-def export_both(tiny_folder: Path, output: Path) -> None:
-    """Two classes, cut to 60 % of the dense model's work; what `export --json` prints goes beside the bundle."""
-    stages: list[str] = []
-    asked: dict[str, Any] = {"profile": DEVICE, "classes": ["shirt", "bag"], "max_flops": "60%"}
-    bundle = pipeline.export(tiny_folder, **asked, output=output / "b", on_stage=stages.append)
-    assert ", ".join(stages) == (
-        "reading the model, planning, merging, exporting, verifying, measuring, drawing the preview"
-    )
-    (output / "export.json").write_text(json.dumps(bundle.to_dict()))
+FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "report.html", "verify/full.png"}
+FILES |= {"verify/reference.npz", FP32, INT8, SAMPLER, CORE}
 
 
 @pytest.fixture(scope="module")
-def made(tiny_folder: Path, made_once: MadeOnce) -> Path:
-    return made_once("bundle", lambda folder: export_both(tiny_folder, folder))
+def made(exported_bundle: Path) -> Path:
+    return exported_bundle
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +205,7 @@ def graph_of_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
         graph = onnx.load_model(bundle / FP32)
         weight = next(t for t in graph.graph.initializer if t.name == "patch_embed.weight")
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1 + error), weight.name))
-        monkeypatch.setattr(onnx_graph, "to_onnx", lambda model: graph)
+        monkeypatch.setattr(onnx_precisions, "to_onnx", lambda model: graph)
 
     return take
 

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from kind_edge.budget.cost import deployed_fixed_cost, matrix_cost
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.parity import sqnr_db
 from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.errors import InputError, UsageError
-from kind_edge.exporters.onnx_graph import OPSET
+from kind_edge.exporters.onnx_graph import OPSET, to_onnx
 from kind_edge.exporters.onnx_int8 import _per_component, quantize_int8
 from kind_edge.model.checkpoint import Checkpoint
-from kind_edge.registry import FORMATS, PACKS, exporter
+from kind_edge.registry import FORMATS, exporter, exporters, packagers
 
 MakeCheckpoint = Callable[..., Checkpoint]
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -40,7 +41,7 @@ MATRICES = {
 }  # fmt: skip
 
 
-def plain_model(checkpoint: Checkpoint) -> PlainDiT:
+def plain_model(checkpoint: Checkpoint, modulation: str | None = None) -> PlainDiT:
     """A switch model of two classes with every kind of matrix, baked unless it has a label embedding."""
     spec = checkpoint.spec
     matrices = {f"blocks.0.{name}": MatrixPlan(storage, "fp32", *ranks) for name, (storage, *ranks) in MATRICES.items()}
@@ -48,7 +49,7 @@ def plain_model(checkpoint: Checkpoint) -> PlainDiT:
     unknown = {field.name: None for field in dataclasses.fields(Plan)}  # truncate and fold look at these alone:
     plan = Plan(**{
         **unknown, "checkpoint_sha256": "", "form": "switch", "classes": CLASSES, "matrices": matrices,
-        "modulation": "network" if spec.label_embedding else "baked",
+        "modulation": modulation or ("network" if spec.label_embedding else "baked"), "steps": 4,
     })  # fmt: skip
     timesteps = torch.from_numpy(sampler_table(sampler, spec.objective, 4).timestep)
     return fold(truncate(checkpoint, plan, None), plan, timesteps)
@@ -124,6 +125,42 @@ def test_a_model_with_labels_and_a_learned_variance(labelled: PlainDiT, exported
     assert entry["outputs"] == [{"name": "prediction", "dtype": "float32", "shape": ["batch", 6, 8, 8]}]
 
 
+@pytest.mark.parametrize(("modulation", "gate_db"), [("baked", 100), ("baked-fp16", 45), ("network", 100)])
+@pytest.mark.parametrize("label_embedding", [False, True])
+def test_modulation_holds_what_is_counted_and_keeps_its_gate(
+    modulation: str, gate_db: float, label_embedding: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Of a batch of several classes at several steps, the null class among them."""
+    checkpoint = make_checkpoint(**WIDE, label_embedding=label_embedding)
+    exact, model = (plain_model(checkpoint, each) for each in ("network", modulation))
+    onnx.save_model(to_onnx(model), tmp_path / "model.onnx")
+    spec, baked, half = model.spec, modulation != "network", modulation == "baked-fp16"
+    costs = [
+        matrix_cost(spec, shape, MATRICES[shape.name[9:]][0], *MATRICES[shape.name[9:]][1:], 2, "fp32")
+        for shape in spec.matrices()
+    ]
+    predicted = deployed_fixed_cost(spec, 2, 4, baked, "fp32", half_table=half).weight_bytes
+    predicted += sum(cost.weight_bytes for cost in costs)
+    held = sum(value.nbytes for value in initializers(tmp_path / "model.onnx").values())
+    # Beside it: the normalisations' ones, sizes, and in a network the frequencies of the timestep.
+    assert 0 <= held - predicted <= 4 * spec.width + 4 * 128 + 300
+    sample, rows, classes = torch.randn(6, 1, 8, 8), torch.arange(6) % 4, torch.arange(6) % 3
+    timesteps = model.origin.timesteps[rows].float()
+    step = {"step_index": rows.int().numpy()} if baked else {"timestep": timesteps.numpy()}
+    got = exporter("onnx").open(tmp_path / "model.onnx")(
+        {"sample": sample.numpy(), "class_index": classes.numpy(), **step}
+    )
+    wanted = exact(sample, timesteps, classes).numpy()
+    worst = min(sqnr_db(*pair) for pair in zip(wanted, got, strict=True))
+    assert gate_db <= worst <= (100 if half else 1000)
+
+
+def test_attention_may_be_spelt_out(plain: PlainDiT, tmp_path: Path) -> None:
+    onnx.save_model(to_onnx(plain, fused_attention=False), tmp_path / "model.onnx")
+    assert not [node for node in onnx.load_model(tmp_path / "model.onnx").graph.node if node.op_type == "Attention"]
+    assert worst_db(plain, tmp_path / "model.onnx", 2) >= 100
+
+
 def test_a_batch_may_mix_classes_and_steps(plain: PlainDiT, exported: Path) -> None:
     sample, step, classes = torch.randn(4, 1, 8, 8), torch.tensor([3, 0, 2, 1]).int(), torch.tensor([2, 0, 1, 0])
     got = exporter("onnx").open(exported / FP32)(
@@ -174,8 +211,8 @@ def test_int8_leaves_no_large_matrix_in_floating_point(exported: Path) -> None:
     tables = {name: value for name, value in values.items() if name.startswith("tailors.") and value.ndim > 1}
     kinds = {name: str(value.dtype) for name, value in tables.items()}
     # A table for each side and width, of four matrices with tailors of rank 2 + 1 + 2 + 2; the last has 128 inputs.
-    assert kinds == {f"tailors.{table}.int8": "int8" for table in ("v.32", "v.128", "u.32")} | {
-        f"tailors.{table}.int8.scale": "float32" for table in ("v.32", "v.128", "u.32")
+    assert kinds == {f"tailors.0.{table}.int8": "int8" for table in ("v.32", "v.128", "u.32")} | {
+        f"tailors.0.{table}.int8.scale": "float32" for table in ("v.32", "v.128", "u.32")
     }
     shapes = {name: value.shape for name, value in tables.items() if name.endswith(".int8")}
     assert sorted(shapes.values()) == [(2, 2, 128), (2, 5, 32), (2, 7, 32)]
@@ -238,8 +275,9 @@ def test_int8_components_are_within_half_a_step(classes: int, size: int, rank: i
 
 
 def test_formats_are_found_by_name_and_files_that_are_none_refused(tmp_path: Path) -> None:
-    named = [name for name in FORMATS if name != PACKS]
-    assert [exporter(name).name for name in named] == named
+    names = [each.name for each in exporters(FORMATS)]
+    assert [name for name in FORMATS if name in names] == names
+    assert len(names) + len(packagers(FORMATS)) == len(FORMATS)
     with pytest.raises(UsageError, match="unknown format 'onxn'; did you mean: onnx"):
         exporter("onxn")
     with pytest.raises(InputError, match="no such model file"):

@@ -1,0 +1,190 @@
+"""Smaller weights: palettes of 4, 6 and 8 bits, int8 by channel, int4 by block. What is stored, not what is computed.
+
+Every target runs palettes of one table per weight, and int8; iOS18 adds palettes by groups of channels and int4 blocks.
+Tailors are compressed class by class where the target can, so that one class's weights do not depend on another's.
+Tables (positions, labels, modulation, masks), biases, the first and the last layer stay fp16: a few kB that cost dear.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kind_edge.errors import UsageError
+from kind_edge.exporters.coreml_convert import PREFIXES, Target, constants, quiet, require_coremltools
+
+Weights = Literal["fp16", "int8", "int4", "palette4", "palette6", "palette8", "mixed"]
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+
+TABLES = ("pos_embed", "y_embed", "modulation_table", "mask_", "class_map", "patch_embed", "final_")
+"""Constants whose names hold one of these are left as they are."""
+SMALLEST = 1024
+"""Weights of fewer elements are left as they are: a table of their own would cost what it saves."""
+BLOCK = 32
+_LARGEST_LUT_SHARE = 0.05
+
+
+def weights_for(precision: str, target: Target) -> Weights:
+    """What a plan's precision is in Core ML. Weights alone are compressed; arithmetic is fp16 always."""
+    if precision in ("fp32", "fp16"):
+        return "fp16"
+    if precision == "int4":
+        return "int4" if target == "iOS18" else "palette4"
+    return "int8"
+
+
+def check_weights(weights: Weights, target: Target) -> None:
+    """`UsageError` names the target that has what this one lacks."""
+    if weights == "int4" and target != "iOS18":
+        raise UsageError(
+            f"--coreml-weights int4 --coreml-target {target}: blocks of 4 bits need iOS18; "
+            "take --coreml-target iOS18, or palette4, which every target has"
+        )
+
+
+def compressible(model: Any) -> dict[str, NDArray[np.float16]]:
+    """Constants of an `MLModel` just converted that may be compressed, by name."""
+    return {
+        name: value
+        for name, value in constants(model).items()
+        if name.startswith(PREFIXES[0])
+        and np.ndim(value) >= 2
+        and np.size(value) >= SMALLEST
+        and not any(table in name for table in TABLES)
+    }
+
+
+def matrix_of(constant: str) -> str | None:
+    """The block matrix ("blocks.0.attn.q") that a constant is part of."""
+    found = re.search(r"blocks_(\d+)_(attn|mlp)_(q|k|v|o|fc1|fc2)_", constant)
+    return "blocks.{}.{}.{}".format(*found.groups()) if found else None
+
+
+def compress(
+    model: Any,
+    weights: Weights | Mapping[str, int],
+    target: Target,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Any:
+    """A new `MLModel`; `weights` may be the bits of a palette by matrix (16: as it is), others have 8. `model` stays.
+
+    `on_progress` is told (done, total) of the weights that get palettes: finding them takes long.
+    """
+    if weights == "fp16":
+        return model
+    require_coremltools()
+    from coremltools.optimize import coreml as optimize
+
+    names = compressible(model)
+    if weights in ("int8", "int4"):
+        linear = {name: _linear(optimize, value, weights, target) for name, value in names.items()}
+        with quiet():
+            return optimize.linear_quantize_weights(
+                model, optimize.OptimizationConfig(global_config=None, op_name_configs=linear)
+            )
+    if isinstance(weights, Mapping):
+        bits = {name: weights.get(matrix_of(name) or "", 8) for name in names}
+    else:
+        bits = dict.fromkeys(names, int(weights.removeprefix("palette")))
+    narrow = [name for name in names if bits[name] < 16]
+    palettes = {}
+    for at, name in enumerate(narrow):
+        tell = None if on_progress is None else functools.partial(on_progress, at, len(narrow))
+        palettes[name] = _palette(optimize, names[name], bits[name], target, tell)
+    with quiet():
+        return optimize.palettize_weights(
+            model, optimize.OptimizationConfig(global_config=None, op_name_configs=palettes)
+        )
+
+
+def _linear(optimize: Any, value: NDArray[Any], weights: str, target: Target) -> Any:
+    """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs."""
+    common = {"mode": "linear_symmetric", "dtype": weights, "weight_threshold": SMALLEST - 1}
+    if weights == "int8" and (target != "iOS18" or value.ndim != 3):
+        return optimize.OpLinearQuantizerConfig(**common, granularity="per_channel")
+    return optimize.OpLinearQuantizerConfig(**common, granularity="per_block", block_size=_blocks(value, weights))
+
+
+def _blocks(value: NDArray[Any], weights: str) -> tuple[int, ...]:
+    """Elements that share a scale, along every axis (0: all of it)."""
+    if value.ndim == 3:  # tailors [K, m, r] and [K, r, n]: what is long is shared
+        long = 1 if value.shape[1] >= value.shape[2] else 2
+        size = math.gcd(value.shape[long], BLOCK) if weights == "int4" else 0
+        return (1, size, 1) if long == 1 else (1, 1, size)
+    return (1, math.gcd(value.shape[1], BLOCK), *(0,) * (value.ndim - 2))
+
+
+def _palette(optimize: Any, value: NDArray[Any], bits: int, target: Target, tell: Callable[[], None] | None) -> Any:
+    """One table per weight, or at iOS18 one per group of channels (per class of a tailor)."""
+
+    def table(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+        if tell is not None:
+            tell()
+        return clusters(values, bits)
+
+    common = {"mode": "custom", "lut_function": table, "weight_threshold": SMALLEST - 1}
+    group = palette_group(value.shape, bits, target)
+    if group == value.shape[0]:
+        return optimize.OpPalettizerConfig(**common, granularity="per_tensor")
+    return optimize.OpPalettizerConfig(**common, granularity="per_grouped_channel", channel_axis=0, group_size=group)
+
+
+def palette_group(shape: tuple[int, ...], bits: int, target: Target) -> int:
+    """Rows that share a table: the fewest whose table (fp16) takes at most 5 % of what their indices take.
+
+    Before iOS18 all of them.
+    """
+    rows, each = int(shape[0]), math.prod(shape[1:])
+    fits = (
+        group
+        for group in range(1, rows)
+        if rows % group == 0 and 16 * 2**bits <= _LARGEST_LUT_SHARE * bits * group * each
+    )
+    return next(fits, rows) if target == "iOS18" else rows
+
+
+def palette_bytes(shape: tuple[int, ...], bits: int, target: Target) -> int:
+    """Indices and tables; of 16 bits the weights themselves."""
+    elements = math.prod(shape)
+    if bits == 16:
+        return 2 * elements
+    return elements * bits // 8 + 2 * 2**bits * shape[0] // palette_group(shape, bits, target)
+
+
+def palettized(value: NDArray[Any], bits: int, target: Target) -> NDArray[Any]:
+    """The weights as they come out of their palettes."""
+    groups = np.split(value, value.shape[0] // palette_group(value.shape, bits, target))
+    found = [(clusters(group, bits), group.shape) for group in groups]
+    return np.concatenate([table[indices].reshape(shape) for (table, indices), shape in found])
+
+
+def clusters(values: NDArray[Any], bits: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """The best table of 2^bits values and the index of each of `values`: optimal k-means of one dimension."""
+    flat = np.ascontiguousarray(values).reshape(-1)
+    return _clusters(flat.tobytes(), flat.dtype.str, bits)
+
+
+def forget_clusters() -> None:
+    """Free what was kept for the next package of the same weights."""
+    _clusters.cache_clear()
+
+
+@functools.cache  # a denoiser and its sampler have the same weights, and clustering takes long
+def _clusters(values: bytes, dtype: str, bits: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """By coremltools' own k-means, without its detour by scikit-learn for small weights, which is neither optimal nor
+    always installed."""
+    from coremltools._deps import _kmeans1d
+
+    flat = np.frombuffer(values, dtype)
+    unique, inverse, counts = np.unique(flat, return_inverse=True, return_counts=True)
+    size = min(len(unique), 2**bits)
+    found = _kmeans1d.cluster(unique.astype(np.float64), size, weights=counts.astype(np.float64))
+    table = np.zeros(2**bits, flat.dtype)
+    table[:size] = np.asarray(found.centroids)
+    return table, np.asarray(found.clusters, np.uint8)[inverse.reshape(-1)]

@@ -1,0 +1,186 @@
+"""The page in a real browser: headless Chromium loads it, draws, goes offline, and meets a damaged model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kind_edge.deploy.packs_bundle import change_bundle
+from kind_edge.deploy.pipeline import export
+from kind_edge.deploy.runtime import LoadedBundle, load_bundle
+from kind_edge.deploy.serve import make_server, page_folder
+from kind_edge.deploy.web import PACKAGER
+
+pytestmark = pytest.mark.slow
+CLASSES = ["sneaker", "bag"]
+DRAWN = "!document.querySelector('#draw').disabled && document.querySelectorAll('#gallery a').length == %d"
+FAILED = "document.querySelector('#status.failed')"
+
+
+@pytest.fixture(scope="session")
+def bundle(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """The shipped model for two classes, with its page. Only to be read."""
+
+    def make(folder: Path) -> None:
+        export(
+            "fashion-mnist", profile="snapdragon8g3", classes=CLASSES, formats=["web", "packs"], output=folder / "out"
+        )
+
+    return made_once("web", make) / "out"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if found is None and "CI" not in os.environ:
+        pytest.skip("no Chromium on this machine: scripts/fetch-chromium brings it")
+    with sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    with make_server(page_folder(folder), 0) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A browser without any past, on a phone's screen; an uncaught error of the page fails the test."""
+    errors: list[str] = []
+    with browser.new_context(viewport={"width": 390, "height": 844}) as context:
+        opened = context.new_page()
+        opened.set_default_timeout(60_000)
+        opened.on("pageerror", lambda error: errors.append(str(error)))
+        yield opened
+    assert not errors
+
+
+def psnr_db(reference: np.ndarray, found: np.ndarray) -> float:
+    """Of images in [-1, 1]."""
+    return float(10 * np.log10(4 / np.mean((reference.astype(np.float64) - found) ** 2)))
+
+
+def expected(loaded: LoadedBundle, name: str, seed: int, n: int) -> np.ndarray:
+    """What the Python runtime draws, before it is rounded to pixels: [n, 28, 28]."""
+    from kind_edge.deploy.noise import gaussian_noise
+
+    noise = gaussian_noise(seed, 0, n, loaded.noise_shape)
+    return loaded.sample_float(noise, np.full(n, loaded.classes.index(name)))[:, 0]
+
+
+def test_pictures_are_those_of_python(bundle: Path, page: Any) -> None:
+    draw = """async ([model, name, seed]) => {
+        const { load } = await import("/kind-edge.js");
+        const opened = await load(".", { model });
+        const pictures = await opened.generate(name, { n: 2, seed });
+        return pictures.map((picture) => Array.from(picture.values));
+    }"""
+    with served(bundle) as url:
+        page.goto(url)
+        assert page.evaluate("crossOriginIsolated"), "the server's headers give the page threads"
+        for precision, seed in (("fp32", "0"), ("int8", "81985529216486895")):
+            found = np.array(page.evaluate(draw, [precision, "bag", seed])).reshape(2, 28, 28)
+            reference = expected(load_bundle(bundle, precision), "bag", int(seed), 2)
+            assert psnr_db(reference, found) >= 25
+            if precision == "fp32":
+                assert np.abs(reference - found).max() / 2 < 1e-3
+
+
+def test_draws_by_keyboard_and_again_without_a_network(bundle: Path, page: Any) -> None:
+    with served(bundle) as url:
+        page.goto(url)
+        page.get_by_role("combobox", name="Class").select_option("bag")
+        page.get_by_role("spinbutton", name="Pictures").fill("3")
+        page.get_by_label("Seed").fill("5")
+        page.keyboard.press("Enter")
+        page.wait_for_function(DRAWN % 3)
+        assert "3 pictures" in page.get_by_role("status").inner_text()
+        assert page.get_by_role("link", name="bag, seed 5, number 2; save").count() == 1
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "fits a phone's screen"
+        page.wait_for_selector("body[data-offline=ready]")
+    page.context.set_offline(True)  # and the server has gone, too
+    page.reload()
+    page.wait_for_selector("#draw:not([disabled])")
+    page.click("#draw")
+    page.wait_for_function(DRAWN % 8)
+
+
+def test_can_be_stopped(bundle: Path, page: Any) -> None:
+    with served(bundle) as url:
+        page.goto(url)
+        page.wait_for_selector("#draw:not([disabled])")
+        page.get_by_role("spinbutton", name="Pictures").fill("64")
+        page.click("#draw")
+        page.wait_for_selector("#gallery a")
+        page.click("#stop")
+        page.wait_for_selector("#draw:not([disabled])")
+        assert page.get_by_role("status").inner_text() == "Stopped."
+        assert page.locator("#gallery a").count() < 64
+
+
+def test_a_damaged_model_is_refused_in_words_and_mended_by_a_whole_one(bundle: Path, page: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "web"
+    shutil.copytree(bundle / "web", copy)
+    model = copy / "models" / "denoiser.onnx"
+    whole = model.read_bytes()
+    model.write_bytes(whole[:-1000] + bytes(1000))
+    with served(copy) as url:
+        page.goto(url)
+        page.wait_for_selector("#draw:not([disabled])")
+        page.click("#draw")
+        page.wait_for_function(FAILED)
+        assert "models/denoiser.onnx is damaged" in page.get_by_role("status").inner_text()
+        page.wait_for_selector("body[data-offline=ready]")  # the damaged copy lies in the offline cache now
+        model.write_bytes(whole)
+        page.reload()
+        page.wait_for_selector("#draw:not([disabled])")
+        page.click("#draw")
+        page.wait_for_function(DRAWN % 8)
+
+
+def test_takes_a_class_that_was_left_out(bundle: Path, page: Any, tmp_path: Path) -> None:
+    small = shutil.copytree(bundle, tmp_path / "small", ignore=shutil.ignore_patterns("web"))
+    values = json.loads((small / "manifest.json").read_text())
+    values["files"] = {name: each for name, each in values["files"].items() if not name.startswith("web/")}
+    (small / "manifest.json").write_text(json.dumps(values))
+    change_bundle(small, remove=["bag"])
+    PACKAGER.write(small, json.loads((small / "manifest.json").read_text()))
+    pack = bundle / "packs" / "bag.safetensors"
+    draw = """async (bytes) => {
+        const { load } = await import("/kind-edge.js");
+        const model = await load(".", { packs: [Uint8Array.from(bytes)] });
+        const [picture] = await model.generate("bag", { seed: 3 });
+        return Array.from(picture.values);
+    }"""
+    with served(small) as url:
+        page.goto(url)
+        page.wait_for_selector("#draw:not([disabled])")
+        page.get_by_label("Add classes").set_input_files(pack)
+        page.wait_for_function("document.querySelector('#status').textContent == 'Added: bag.'")
+        page.click("#draw")
+        page.wait_for_function(DRAWN % 8)
+        assert page.get_by_role("link", name="bag, seed 0, number 7; save").count() == 1
+        found = np.array(page.evaluate(draw, list(pack.read_bytes()))).reshape(28, 28)
+        reference = expected(load_bundle(bundle), "bag", 3, 1)[0]
+        assert np.abs(reference - found).max() / 2 < 1e-3
+        page.get_by_label("Add classes").set_input_files(pack)
+        page.wait_for_function(FAILED)
+        assert "bag is there already" in page.get_by_role("status").inner_text()
