@@ -34,14 +34,20 @@ from studies.store import Record, Store, Subject
 
 NAME = "coreml"
 PROFILE = "apple-a18"
-KINDS: tuple[tuple[Target, Layout], ...] = (("iOS18", "tokens"), ("iOS18", "channels"), ("iOS16", "tokens"))
+KINDS: tuple[tuple[Target, Layout, tuple[Weights, ...]], ...] = (
+    ("iOS18", "tokens", WEIGHTS),
+    ("iOS18", "channels", ("fp16", "int8", "palette4")),
+    ("iOS16", "tokens", ("fp16", "int8", "palette4", "palette6")),
+)
 
 
 def run(subject: Subject, output: Path) -> list[Record]:
     store = Store(output, NAME, subject)
-    for target, layout in KINDS:
-        conditions = {"kind": "packages", "profile": PROFILE, "target": target, "layout": layout}
-        store.run(f"{target.lower()}-{layout}", conditions, partial(_measured, subject.folder, target, layout))
+    for target, layout, ways in KINDS:
+        conditions = {
+            "kind": "packages", "profile": PROFILE, "target": target, "layout": layout, "weights": list(ways),
+        }  # fmt: skip
+        store.run(f"{target.lower()}-{layout}", conditions, partial(_measured, subject.folder, target, layout, ways))
     forget_clusters()
     return store.finished()
 
@@ -54,7 +60,7 @@ def _plain(folder: Path) -> PlainDiT:
     return fold(make_cut(opened, plan).truncated, plan, torch.from_numpy(table.timestep))
 
 
-def _measured(folder: Path, target: Target, layout: Layout) -> dict[str, Any]:
+def _measured(folder: Path, target: Target, layout: Layout, ways: Sequence[Weights]) -> dict[str, Any]:
     model = _plain(folder)
     denoiser = Denoiser(model, layout)
     sizes = batches(target, "fixed", model.origin.plan.evaluations_per_step)
@@ -63,7 +69,6 @@ def _measured(folder: Path, target: Target, layout: Layout) -> dict[str, Any]:
         place = Path(temporary)
         exporter("onnx").export(model, place, ("fp32",))
         onnx_bytes = (place / "onnx/denoiser.onnx").stat().st_size
-        ways = [weights for weights in WEIGHTS if weights != "int4" or target == "iOS18"]
         rows = [{"weights": way, **_package(model, denoiser, program, way, target, place)} for way in ways]
     return {"onnx_fp32_bytes": onnx_bytes, "packages": rows}
 

@@ -30,6 +30,11 @@ USAGE = {
     "megabits": ((*PLAN, "--max-memory", "300Mb"), "bits"),
     "format": (("export", "--profile", "apple-a18", "--formats", "onx"), "onnx"),
     "no format": (("export", "--profile", "apple-a18", "--formats", ","), "onnx"),
+    "Core ML not asked for": (("export", "--profile", "apple-a18", "--coreml-target", "iOS16"), "add coreml"),
+    "nameless class pack": (
+        ("export", "--profile", "apple-a18", "--formats", "coreml", "--coreml-function", "bag"), "shoes=",
+    ),
+    "bench of a package": (("bench", "b/coreml/Denoiser.mlpackage"), "kind-edge verify"),
     "steps": ((*PLAN, "--steps", "0"), "'--steps'"),
     "preset": (("train", "--preset", "smok", "-o", "x"), "smoke"),
     "two configurations": (("train", "--preset", "smoke", "--config", "c.toml", "-o", "x"), "either"),
@@ -43,7 +48,7 @@ USAGE = {
     "loud and quiet": (("-v", "profiles", "list", "-q"), "contradict"),
     "no folder": (("export", "--profile", "apple-a18", "-o", f"{os.devnull}/out"), os.devnull),
     "nowhere to write": (("train", "--preset", "smoke", "-o", "/proc/out"), "/proc"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "hint"), USAGE.values(), ids=USAGE)

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kind_edge.budget.plan import MatrixPlan, Plan
-from kind_edge.deploy.manifest import ModelEntry, TensorInfo
+from kind_edge.deploy import pipeline
+from kind_edge.deploy.manifest import ModelEntry, TensorInfo, read_manifest
 from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.parity import COREML_GATES_DB, psnr_db, sqnr_db
 from kind_edge.deploy.plain import PlainDiT
@@ -58,6 +59,7 @@ MATRICES = {
     "mlp.fc1": ("dense", 12, 0), "mlp.fc2": ("factored", 12, 2),
 }  # fmt: skip
 PACKS = (("shoes", ("sneaker",)), ("rest", ("bag", "coat")))
+PACKAGE = "Model.mlpackage"
 DENOISER, SAMPLER = "coreml/Denoiser.mlpackage", "coreml/Sampler.mlpackage"
 
 
@@ -183,45 +185,45 @@ def test_class_packs_share_all_weights(distilled: PlainDiT, packed: Path, tmp_pa
             assert np.array_equal(got, wanted), (name, label)
 
 
-@pytest.mark.slow
-def test_another_process_writes_the_same_bytes(
-    distilled: PlainDiT, packed: Path, tmp_path: Path, make_checkpoint: MakeCheckpoint
-) -> None:
-    torch.save(distilled, tmp_path / "model.pt")
-    script = """
-import sys, torch
-from kind_edge.registry import exporter
-model = torch.load(sys.argv[1], weights_only=False)
-exporter("coreml", {"functions": eval(sys.argv[3])}).export(model, __import__("pathlib").Path(sys.argv[2]), ())
-"""
-    command = [sys.executable, "-P", "-W", "ignore", "-c", script]
-    command += [str(tmp_path / "model.pt"), str(tmp_path), repr(PACKS)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"}, stdout=subprocess.DEVNULL)
-    files = [path.relative_to(packed) for path in (packed / "coreml").rglob("*") if path.is_file()]
-    assert len(files) == 6
-    for file in files:
-        assert (packed / file).read_bytes() == (tmp_path / file).read_bytes(), file
-
-
 @pytest.fixture(scope="module")
 def labelled(make_checkpoint: MakeCheckpoint) -> PlainDiT:
     return plain_model(make_checkpoint(**WIDE, **LABELLED), unit="npu", precision="int4")
 
 
-def test_the_oldest_target_in_the_neural_engines_layout(
-    labelled: PlainDiT, made_once: MadeOnce, tmp_path: Path
-) -> None:
-    folder = made_once("coreml-channels", lambda folder: export(labelled, folder, target="iOS16"))
-    assert_parity(labelled, folder)  # timesteps up to 999 among them: their sines are not for fp16
-    raw, entry = entry_of(folder, DENOISER)
+@pytest.fixture(scope="module")
+def channels(labelled: PlainDiT, made_once: MadeOnce) -> Path:
+    """Palettes of 4 bits for iOS16, in the layout for the Neural Engine."""
+    return made_once("coreml-channels", lambda folder: export(labelled, folder, target="iOS16"))
+
+
+def test_the_oldest_target_in_the_neural_engines_layout(labelled: PlainDiT, channels: Path) -> None:
+    assert_parity(labelled, channels)  # timesteps up to 999 among them: their sines are not for fp16
+    raw, entry = entry_of(channels, DENOISER)
     assert (entry.precision, raw["layout"], raw["target"]) == ("palette4", "channels", "iOS16")
-    found = specification(folder / DENOISER)
+    found = specification(channels / DENOISER)
     assert list(found.description.input[0].type.multiArrayType.shape) == [2, 4, 8, 8]  # class and null in one call
-    assert not (folder / SAMPLER).exists()
+    assert not (channels / SAMPLER).exists()
     kinds = {op.type for block in found.mlProgram.functions["main"].block_specializations.values()
              for op in block.operations}  # fmt: skip
     assert {"conv", "constexpr_lut_to_dense", "layer_norm"} <= kinds
     assert not kinds & {"transpose", "rsqrt"}
+
+
+@pytest.mark.slow
+def test_another_process_writes_the_same_bytes(labelled: PlainDiT, channels: Path, tmp_path: Path) -> None:
+    torch.save(labelled, tmp_path / "model.pt")
+    script = """
+import sys, torch, pathlib
+from kind_edge.registry import exporter
+model = torch.load(sys.argv[1], weights_only=False)
+exporter("coreml", {"target": "iOS16"}).export(model, pathlib.Path(sys.argv[2]), ())
+"""
+    command = [sys.executable, "-P", "-W", "ignore", "-c", script, str(tmp_path / "model.pt"), str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": "1"}, stdout=subprocess.DEVNULL)
+    files = [path.relative_to(channels) for path in (channels / "coreml").rglob("*") if path.is_file()]
+    assert len(files) == 3
+    for file in files:
+        assert (channels / file).read_bytes() == (tmp_path / file).read_bytes(), file
 
 
 @pytest.fixture(scope="module")
@@ -298,9 +300,9 @@ def test_a_failed_conversion_names_module_and_operator(distilled: PlainDiT) -> N
         coreml_convert.convert(broken, coreml_convert.interface_of(broken), "iOS18", (1,))
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+@pytest.mark.parametrize(("kind", "weights"), [("AutoencoderKL", "fp16"), ("AutoencoderTiny", "int8")])
 def test_decoders_keep_their_gate(
-    kind: str, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, weights: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import diffusers
 
@@ -332,10 +334,22 @@ def test_decoders_keep_their_gate(
     monkeypatch.setattr(coreml_export, "_autoencoder", lambda model: known)
     made = coreml_export.CoreMLExporter()._decoder(model)
     assert made is not None
-    latent = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    for weights in ("fp16", "int8"):
-        path = tmp_path / f"{weights}.mlpackage"
-        save_package(compress(made.program, weights, "iOS18"), path, Description("", "", "", "", {}))
-        image = exporter("coreml").open(path)({"latent": latent.numpy()})
-        assert image.shape == (2, 3, 64, 64)
-        assert psnr_db(decoder(latent).numpy(), image) >= COREML_GATES_DB[weights]
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    save_package(compress(made.program, weights, "iOS18"), tmp_path / PACKAGE, Description("", "", "", "", {}))
+    image = exporter("coreml").open(tmp_path / PACKAGE)({"latent": latent.numpy()})
+    assert image.shape == (1, 3, 64, 64)
+    assert psnr_db(decoder(latent).numpy(), image) >= COREML_GATES_DB[weights]
+
+
+@pytest.mark.slow
+def test_a_bundle_with_packages_proves_itself(tiny_folder: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"profile": "apple-a18", "classes": ["shirt", "bag"], "precision": "int8"}
+    choices = {"coreml": {"target": "iOS17", "layout": "channels"}}
+    bundle = pipeline.export(tiny_folder, **asked, output=tmp_path / "b", formats=["coreml"], format_choices=choices)
+    assert bundle.parity[DENOISER] >= COREML_GATES_DB["int8"]
+    assert DENOISER not in bundle.latency  # Core ML runs on Apple's systems alone
+    entry = read_manifest(bundle.path).raw["models"][DENOISER]
+    assert (entry["precision"], entry["target"], entry["layout"]) == ("int8", "iOS17", "channels")
+    size = sum(size for name, size in bundle.files.items() if name.startswith(DENOISER))
+    assert size == entry["package_bytes"]
+    assert pipeline.verify(bundle.path).parity == bundle.parity
