@@ -36,13 +36,16 @@ from kind_edge.deploy.packs_recipe import joinable, make_core
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import UsageError
+from kind_edge.registry import packagers
 
 if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
-_STAY = ("packs/", "web/", "android/", "onnx/decoder", "LICENSE")
+_STAY = ("packs/", "onnx/decoder", "LICENSE")
 """Beginnings of what does not depend on the classes; everything else of a bundle is made anew or left out."""
+_MADE_ANEW = ("android", "web")
+"""Formats whose folders follow from the manifest and the model files."""
 
 _UNKNOWN_NOW: Mapping[str, Any] = {
     "predicted_loss_increase": None, "predicted_frechet": None, "optimality_gap": None, "limits": {}, "binding": [],
@@ -162,6 +165,8 @@ def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: On
     on_stage("drawing the preview")
     assemble.draw_preview(new, made)
     assemble.write_texts(new, Plan.from_dict(plan, f"{MANIFEST_NAME}: plan"), values)
+    for each in packagers([name for name in _MADE_ANEW if any(f.startswith(f"{name}/") for f in manifest.files)]):
+        each.write(new, values)
     write_manifest(new, values)
     return report
 

@@ -107,7 +107,7 @@ def _values(
 ) -> dict[str, Any]:
     """What the manifest says of the same core with these classes."""
     values: dict[str, Any] = copy.deepcopy({
-        key: value for key, value in manifest.raw.items() if key not in ("files", "latency", "verification")
+        key: value for key, value in manifest.raw.items() if key not in ("files", "latency", "verification", "report")
     })  # fmt: skip
     values["classes"] = classes
     kept = [path for path, entry in manifest.models.items() if path in core.files or entry.role == "decoder"]

@@ -57,7 +57,12 @@ def plain(folder: Path, plan: Plan) -> Any:
 @pytest.fixture(scope="module")
 def exported(tiny_folder: Path, made_once: MadeOnce) -> Path:
     """All four classes, cut, with packs. Only to be read."""
-    asked: dict[str, Any] = {"profile": DEVICE, "max_flops": "60%", "precision": "int8", "formats": ["packs"]}
+    asked: dict[str, Any] = {
+        "profile": DEVICE,
+        "max_flops": "60%",
+        "precision": "int8",
+        "formats": ["packs", "android"],
+    }
     return made_once("packs", lambda place: pipeline.export(tiny_folder, **asked, output=place / "b")) / "b"
 
 
@@ -131,10 +136,13 @@ def test_a_plan_for_other_classes_costs_what_it_is_planned_to(
 def test_removed_and_added_again_is_the_same(exported: Path, direct: Path, bundle: Path) -> None:
     change_bundle(bundle, remove=["bag", "shirt"])
     assert models_of(bundle) == models_of(direct)
+    assert '"sneaker", "coat"' in (bundle / "android" / "KindEdge.kt").read_text()
     change_bundle(bundle, [pack_of(bundle, "shirt")])
     change_bundle(bundle, [pack_of(bundle, "bag")])
     assert read_manifest(bundle).classes == CLASSES
     assert models_of(bundle) == models_of(exported)
+    made = [name for name in content(exported) if name.startswith(("android/", "packs/"))]
+    assert [name for name in made if content(bundle)[name] != content(exported)[name]] == []
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
