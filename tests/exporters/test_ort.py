@@ -23,6 +23,7 @@ from kind_edge.deploy.model_files import recorded
 from kind_edge.deploy.runtime import choose_model, load_bundle
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError
+from kind_edge.exporters.onnx_graph import OPSET
 from kind_edge.exporters.ort_export import CONFIG
 from kind_edge.registry import exporter
 
@@ -108,12 +109,12 @@ def test_the_manifest_records_opset_and_operators(models: Mapping[str, Any]) -> 
     for path, entry in models.items():
         assert entry["opset"].keys() == entry["operators"].keys()
         assert all(names == sorted(set(names)) for names in entry["operators"].values()), path
-    assert models["onnx/denoiser.onnx"]["opset"] == {"ai.onnx": 20}
+    assert models["onnx/denoiser.onnx"]["opset"] == {"ai.onnx": OPSET}
     assert "Loop" in models["onnx/sampler.onnx"]["operators"]["ai.onnx"]
     assert "MatMul" in models["onnx/sampler.onnx"]["operators"]["ai.onnx"]  # inside the Loop
     assert "MatMulInteger" in models["onnx/denoiser.int8.onnx"]["operators"]["ai.onnx"]
     small = models["onnx/denoiser.int8.ort"]  # fused already: what a small build must have, not what was exported
-    assert small["opset"] == {"ai.onnx": 20, "com.microsoft": 1}
+    assert small["opset"] == {"ai.onnx": OPSET, "com.microsoft": 1}
     assert "DynamicQuantizeMatMul" in small["operators"]["com.microsoft"]
     assert small["source"] == "onnx/denoiser.int8.onnx"
 
