@@ -137,7 +137,7 @@ class CoreMLExporter:
 
     def _decoder(self, model: PlainDiT) -> _Made | None:
         """What makes pictures of latents, where an autoencoder was given. It takes one image at a time."""
-        autoencoder = _autoencoder(model)
+        autoencoder = model.origin.autoencoder
         if autoencoder is None:
             return None
         spec, side = model.spec, model.spec.image_size * model.spec.pixels_per_latent
@@ -199,11 +199,6 @@ class CoreMLExporter:
             return run({n: a.astype(np.int32) if a.dtype == np.int64 else a for n, a in inputs.items()})
 
         return with_32_bits
-
-
-def _autoencoder(model: PlainDiT) -> Any:
-    """What makes pictures of the model's latents, if it was given."""
-    return getattr(model.origin, "autoencoder", None)
 
 
 def _sampler(model: PlainDiT, denoiser: Denoiser) -> Sampler | None:

@@ -26,7 +26,7 @@ from kind_edge.deploy.parity import COREML_GATES_DB, psnr_db, sqnr_db
 from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.deploy.verify import verify_model, verify_sampler
+from kind_edge.deploy.verify import verify_images, verify_model
 from kind_edge.errors import UsageError
 from kind_edge.exporters import coreml_convert, coreml_export
 from kind_edge.exporters.coreml_compress import (
@@ -89,12 +89,18 @@ def plain_model(checkpoint: Checkpoint, form: str = "switch", dropped: tuple[str
 
 @pytest.mark.parametrize("layout", ["tokens", "channels"])
 @pytest.mark.parametrize("form", ["switch", "union"])
-@pytest.mark.parametrize("overrides", [{}, DISTILLED, LABELLED])
+@pytest.mark.parametrize("overrides", [{}, DISTILLED, LABELLED, {"label_embedding": True, **DISTILLED}])
+@pytest.mark.parametrize("modulation", ["baked", "network"])
 @pytest.mark.parametrize("dropped", [(), ("blocks.0.attn",), ("blocks.0.attn", "blocks.0.mlp")])
 def test_layouts_compute_the_same(
-    make_checkpoint: MakeCheckpoint, layout: Any, form: str, overrides: dict[str, Any], dropped: tuple[str, ...]
+    make_checkpoint: MakeCheckpoint,
+    layout: Any,
+    form: str,
+    overrides: dict[str, Any],
+    modulation: str,
+    dropped: tuple[str, ...],
 ) -> None:
-    plain = plain_model(make_checkpoint(**{**WIDE, **overrides}), form, dropped)
+    plain = plain_model(make_checkpoint(**{**WIDE, **overrides}), form, dropped, modulation=modulation)
     denoiser, spec = Denoiser(plain, layout, mapped=form == "switch"), plain.spec
     sample = torch.randn(5, spec.channels, 8, 8, generator=torch.Generator().manual_seed(0))
     baked = plain.input_names[1] == "step_index"
@@ -126,7 +132,7 @@ def assert_parity(model: PlainDiT, folder: Path) -> None:
         _, entry = entry_of(folder, path)
         if entry.role == "sampler":
             names = type("Manifest", (), {"classes": CLASSES})
-            checked = verify_sampler(folder, entry, reference, names)  # type: ignore[arg-type]
+            checked = verify_images(folder, entry, reference, names)  # type: ignore[arg-type]
         else:
             checked = verify_model(folder, entry, reference, CLASSES)
         assert checked.failures == (), path
@@ -301,9 +307,7 @@ def test_a_failed_conversion_names_module_and_operator(distilled: PlainDiT) -> N
 
 
 @pytest.mark.parametrize(("kind", "weights"), [("AutoencoderKL", "fp16"), ("AutoencoderTiny", "int8")])
-def test_decoders_keep_their_gate(
-    kind: str, weights: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoders_keep_their_gate(kind: str, weights: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     import diffusers
 
     small: dict[str, Any] = {
@@ -331,7 +335,7 @@ def test_decoders_keep_their_gate(
     model = plain_model(make_checkpoint(**shape))
     decoder = Decoder()
     known = SimpleNamespace(decoder=decoder, image_channels=3)
-    monkeypatch.setattr(coreml_export, "_autoencoder", lambda model: known)
+    model.origin = dataclasses.replace(model.origin, autoencoder=known)
     made = coreml_export.CoreMLExporter()._decoder(model)
     assert made is not None
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
