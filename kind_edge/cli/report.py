@@ -18,12 +18,17 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE.html", help="By default BUNDLE-report.html here.")
     ] = None,
+    mac: Annotated[
+        Path | None,
+        typer.Option("--mac", metavar="FILE.json", help="Merge in what coreml/verify_on_mac.py wrote on a Mac."),
+    ] = None,
 ) -> None:
     """Write what was asked, decided, measured and proved of a bundle as one HTML file that needs no network.
 
     Every export leaves the same in the bundle as report.html; the bundle is not changed here.
     """
     from kind_edge.deploy.bundle import open_bundle, verified_manifest
+    from kind_edge.deploy.mac_results import read_mac_results
     from kind_edge.deploy.report import write_report
 
     target = output or Path(f"{bundle.resolve().stem}-report.html")
@@ -31,5 +36,6 @@ def report(
         raise UsageError(f"-o {target}: the report is HTML; name a file that ends in .html")
     options.check_writable(target)
     with open_bundle(bundle) as folder:
-        write_report(folder, verified_manifest(folder, str(bundle)).raw, target)
+        values = verified_manifest(folder, str(bundle)).raw
+        write_report(folder, values, target, read_mac_results(mac, folder) if mac else None)
     terminal_of(context).line(str(target))

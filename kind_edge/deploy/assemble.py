@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
 LICENCE = "Apache-2.0"
+MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
 
@@ -182,6 +184,14 @@ def write_texts(folder: Path, plan: Plan, values: Mapping[str, Any]) -> None:
     """plan.json, which can be replayed, and the bundle's own README."""
     (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(bundle_readme(plan, values), encoding="utf-8")
+    write_mac_program(folder, values)
+
+
+def write_mac_program(folder: Path, values: Mapping[str, Any]) -> None:
+    """Beside Core ML packages, what runs them on a Mac: Core ML itself predicts nowhere else."""
+    if any(path.startswith("coreml/") for path in values["models"]):
+        program = files("kind_edge.deploy").joinpath("templates", MAC_PROGRAM)
+        (folder / MAC_PROGRAM).write_bytes(program.read_bytes())
 
 
 def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
@@ -226,7 +236,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 ```
 
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
-
+{_mac_words(values)}
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
 {once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
@@ -284,6 +294,18 @@ Any build of ONNX Runtime loads them, a minimal one with few operators as well:
 
     ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
         --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
+"""
+
+
+def _mac_words(values: Mapping[str, Any]) -> str:
+    packages = [f"`{path}`" for path in values["models"] if path.startswith("coreml/")]
+    if not packages:
+        return ""
+    return f"""
+## Xcode
+
+Drop {" and ".join(packages)} into the project. On a Mac, `python3 {MAC_PROGRAM}` (with coremltools) compares
+them with the stored outputs and times them on the CPU, the GPU and the Neural Engine.
 """
 
 

@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from kind_edge.deploy.mac_results import MacResults
 from kind_edge.errors import InputError
 from kind_edge.units import format_bytes, format_flops, format_params, format_seconds, format_share
 
@@ -35,9 +36,10 @@ _FORMS = {
 }
 
 
-def write_report(folder: Path, values: Mapping[str, Any], target: Path) -> None:
+def write_report(folder: Path, values: Mapping[str, Any], target: Path, on_mac: MacResults | None = None) -> None:
     """Write the report of the bundle in `folder`, whose manifest holds `values`, to `target`.
 
+    `on_mac`: what its Core ML packages did on a Mac.
     Raises `InputError` for a manifest that says too little.
     """
     from jinja2 import Environment, StrictUndefined
@@ -45,7 +47,8 @@ def write_report(folder: Path, values: Mapping[str, Any], target: Path) -> None:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = files("kind_edge.deploy").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     try:
-        context = _context(folder, values)
+        context = {**_context(folder, values), "on_mac": list(_on_mac(on_mac)) if on_mac else [],
+                   "mac": list(on_mac.conditions.items()) if on_mac else []}  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{folder}: its manifest does not say all that a report shows ({error}); export again"
@@ -101,7 +104,7 @@ def _decided(plan: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row
     yield "sampler", f"{plan['steps']} {plan['sampler']} steps, {guided}"
     storages = [matrix["storage"] for matrix in plan["matrices"].values()]
     yield "matrices", ", ".join(f"{storages.count(kind)} {kind}" for kind in dict.fromkeys(storages))
-    yield "modulation", "baked into a table" if plan["modulation"] == "baked" else "kept as a network"
+    yield "modulation", "baked into a table" if plan["modulation"] != "network" else "kept as a network"
     yield "app loads", values["default_model"]
 
 
@@ -198,7 +201,7 @@ def _bars(parts: Mapping[str, float], write: Any) -> list[tuple[str, str, float]
 def _parity(values: Mapping[str, Any]) -> Iterator[Row]:
     found = values["verification"]
     for file, worst_db in found["parity"].items():
-        entry = values["models"][file]
+        entry = values["models"][file.partition("#")[0]]  # a function of a file has the file's entry
         what = "PSNR of the image" if entry["role"] == "sampler" else "SQNR"
         told = "none" if worst_db is None else f"{worst_db:.1f} dB"
         passed = worst_db is not None and worst_db >= found["gates"][file]
@@ -252,6 +255,21 @@ def _measured(values: Mapping[str, Any]) -> Iterator[Row]:
             "" if predicted_ms is None else format_seconds(predicted_ms / 1e3),
             format_seconds(report["cold_load_ms"] / 1e3),
             "" if memory is None else format_bytes(memory),
+        )
+
+
+def _on_mac(found: MacResults) -> Iterator[Row]:
+    """Every package on every compute unit of the Mac; what failed is told in place of its figures."""
+    for each in found.results:
+        yield (
+            each.package,
+            each.unit,
+            "" if each.worst_db is None else f"{each.worst_db:.1f} dB",
+            f"{each.gate_db:.0f} dB",
+            *("" if ms is None else format_seconds(ms / 1e3) for ms in (each.p50_ms, each.p90_ms)),
+            *("" if load is None else format_seconds(load) for load in (each.cold_load_s, each.warm_load_s)),
+            "passed" if each.passed else "FAILED",
+            "; ".join(each.failures),
         )
 
 

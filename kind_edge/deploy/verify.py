@@ -90,7 +90,7 @@ def _of_classes(reference: Reference, classes: list[int], null: int) -> Referenc
     for index in ("class_index", "image_class"):
         if index in reference:
             kept = np.isin(reference[index], order)
-            together = IMAGE_ARRAYS if index == "image_class" else REFERENCE_ARRAYS
+            together = LATENT_ARRAYS if index == "image_class" else REFERENCE_ARRAYS
             chosen |= {name: reference[name][kept] for name in together & set(reference)}
             numbers = [order.index(number) for number in chosen[index].tolist()]
             chosen[index] = np.array(numbers, reference[index].dtype)

@@ -17,6 +17,9 @@ import pytest
 from numpy.typing import NDArray
 
 import kind_edge.deploy
+from kind_edge.deploy.assemble import write_mac_program
+from kind_edge.deploy.mac_results import read_mac_results
+from kind_edge.errors import InputError
 from kind_edge.exporters.mil_reference import load_function
 
 Array = NDArray[Any]
@@ -151,6 +154,31 @@ def test_a_miss_and_a_unit_that_fails_are_told_and_the_rest_is_measured(program:
     assert engine["failures"] == ["RuntimeError: no Neural Engine here"]
 
 
+def test_the_report_reads_what_was_written(program: ModuleType, bundle: Path) -> None:
+    def only_cpu(path: Path, unit: str, function: str | None) -> Any:
+        if unit != "CPU_ONLY":
+            raise RuntimeError("no such unit")
+        return program.Opened(BATCH, load_function(path, function))
+
+    _, written = run(program, bundle, "--units", "CPU_ONLY,ALL", opener=only_cpu)
+    file = bundle.parent / "out.json"
+    read = read_mac_results(file, bundle)
+    cpu, everything = read.results
+    assert (cpu.package, cpu.unit, cpu.passed) == (DENOISER, "CPU_ONLY", True)
+    result = written["results"][DENOISER][0]
+    assert (cpu.worst_db, cpu.p50_ms, cpu.p90_ms) == (result["worst_sqnr_db"], *result["predict_ms"].values())
+    assert (everything.passed, everything.worst_db) == (False, None)
+    assert everything.failures == ("RuntimeError: no such unit",)
+    assert "3 predictions" in read.conditions["with"]
+    (bundle / "manifest.json").write_text((bundle / "manifest.json").read_text() + " ")
+    with pytest.raises(InputError, match="was measured on another bundle, tiny"):
+        read_mac_results(file, bundle)
+    for content, complaint in (("{}", "is not what"), ("no", "not readable as JSON"), ('{"kind": "x"}', "is not what")):
+        file.write_text(content)
+        with pytest.raises(InputError, match=complaint):
+            read_mac_results(file, bundle)
+
+
 def test_functions_and_samplers(program: ModuleType, bundle: Path) -> None:
     """A function counts its own classes, from 0, and the null class last; images are compared by PSNR."""
     reference = dict(np.load(bundle / "verify/reference.npz"))
@@ -198,6 +226,14 @@ def test_what_it_refuses(program: ModuleType, bundle: Path, capsys: pytest.Captu
     assert "has no Core ML package" in capsys.readouterr().err
     assert run(program, bundle / "verify") == (4, {})
     assert "not a bundle" in capsys.readouterr().err
+
+
+def test_it_lies_beside_the_packages(tmp_path: Path) -> None:
+    (tmp_path / "coreml").mkdir()
+    write_mac_program(tmp_path, {"models": {"onnx/denoiser.onnx": {}}})
+    assert list((tmp_path / "coreml").iterdir()) == []
+    write_mac_program(tmp_path, {"models": {"onnx/denoiser.onnx": {}, DENOISER: {}}})
+    assert (tmp_path / "coreml/verify_on_mac.py").read_bytes() == PROGRAM.read_bytes()
 
 
 def test_it_stands_alone() -> None:
