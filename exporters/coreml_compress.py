@@ -104,7 +104,7 @@ def compress(
 
 
 def _linear(optimize: Any, value: NDArray[Any], weights: str, target: Target) -> Any:
-    """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs."""
+    """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs or so."""
     common = {"mode": "linear_symmetric", "dtype": weights, "weight_threshold": SMALLEST - 1}
     if weights == "int8" and (target != "iOS18" or value.ndim != 3):
         return optimize.OpLinearQuantizerConfig(**common, granularity="per_channel")
@@ -115,9 +115,15 @@ def _blocks(value: NDArray[Any], weights: str) -> tuple[int, ...]:
     """Elements that share a scale, along every axis (0: all of it)."""
     if value.ndim == 3:  # tailors [K, m, r] and [K, r, n]: what is long is shared
         long = 1 if value.shape[1] >= value.shape[2] else 2
-        size = math.gcd(value.shape[long], BLOCK) if weights == "int4" else 0
+        size = _block(value.shape[long]) if weights == "int4" else 0
         return (1, size, 1) if long == 1 else (1, 1, size)
-    return (1, math.gcd(value.shape[1], BLOCK), *(0,) * (value.ndim - 2))
+    return (1, _block(value.shape[1]), *(0,) * (value.ndim - 2))
+
+
+def _block(size: int) -> int:
+    """The divisor of a length that is nearest to BLOCK; 0, the whole of it, where none is near: ranks may be prime."""
+    near = [each for each in range(BLOCK // 2, 2 * BLOCK + 1) if size % each == 0]
+    return min(near, key=lambda each: abs(each - BLOCK), default=0)
 
 
 def _palette(optimize: Any, value: NDArray[Any], bits: int, target: Target, tell: Callable[[], None] | None) -> Any:

@@ -94,7 +94,7 @@ class ChannelLinear(nn.Module):
             return out if mask is None else out + F.conv2d(F.conv2d(x, self.tailors_v) * mask, self.tailors_u)
         if mask is not None:
             return F.conv2d(F.conv2d(x, self.tailors_v) * mask, self.tailors_u, self.bias)
-        return self.bias[:, None, None].expand(len(x), -1, 1, x.shape[-1])
+        return self.bias[:, None, None].expand(x.shape[0], -1, 1, x.shape[-1])  # len(x) would fix the batch
 
 
 def _shared(layer: nn.Module, source: PlainLinear) -> None:

@@ -39,7 +39,7 @@ from kind_edge.exporters.coreml_compress import (
     palettized,
     weights_for,
 )
-from kind_edge.exporters.coreml_graph import Denoiser
+from kind_edge.exporters.coreml_graph import Denoiser, Sampler
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
 from kind_edge.exporters.mil_reference import open_package
@@ -255,6 +255,20 @@ def test_compression_keeps_gates_and_tables(program: Any, distilled: PlainDiT, t
     assert sizes["palette4"] < sizes["palette6"] < sizes["palette8"] < sizes["fp16"]
     assert sizes["int4"] < sizes["int8"] < sizes["fp16"]
     assert sizes["mixed"] <= sizes["fp16"]
+
+
+def test_any_batch_and_the_whole_loop_without_a_switch(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """In the layout for the Neural Engine, and with blocks of four bits though ranks do not divide by 32."""
+    plain = plain_model(make_checkpoint(**WIDE), "union")
+    sampler = Sampler(Denoiser(plain, "channels"), sampler_table("euler", "flow", 2))
+    program = coreml_convert.convert(sampler, coreml_convert.interface_of(sampler), "iOS18", None)
+    noise = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for weights in ("fp16", "int4"):
+        save_package(compress(program, weights, "iOS18"), tmp_path / PACKAGE, Description("", "", "", "", {}))
+        shape = specification(tmp_path / PACKAGE).description.input[0].type.multiArrayType.shapeRange.sizeRanges[0]
+        assert (shape.lowerBound, shape.upperBound) == (1, coreml_convert.LARGEST_BATCH)
+        image = exporter("coreml").open(tmp_path / PACKAGE)({"noise": noise.numpy()})
+        assert psnr_db(sampler(noise).detach().numpy(), image) >= COREML_GATES_DB[weights]
 
 
 @settings(max_examples=20)
