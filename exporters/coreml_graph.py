@@ -10,17 +10,15 @@ Symbols: B batch, N tokens, D width, H heads, K kept classes, n outputs, m input
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kind_edge.deploy.plain import Dense, ModulationTable, Pick, PlainDiT, PlainLinear, Thin
 from kind_edge.deploy.sampler_table import SamplerTable
+from kind_edge.exporters.coreml_choices import Layout
 from kind_edge.model.dit import modulate
 
-Layout = Literal["tokens", "channels"]
 Picked = Pick | dict[tuple[int, int], Tensor] | None
 
 

@@ -29,19 +29,12 @@ from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import verify_images, verify_model
 from kind_edge.errors import UsageError
 from kind_edge.exporters import coreml_convert, coreml_export
-from kind_edge.exporters.coreml_compress import (
-    WEIGHTS,
-    check_weights,
-    clusters,
-    compress,
-    palette_bytes,
-    palette_group,
-    palettized,
-    weights_for,
-)
+from kind_edge.exporters.coreml_choices import LARGEST_BATCH, WEIGHTS, check_weights, weights_for
+from kind_edge.exporters.coreml_compress import clusters, compress, palette_bytes, palette_group, palettized
 from kind_edge.exporters.coreml_graph import Denoiser, Sampler
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
+from kind_edge.exporters.coreml_tools import require_coremltools
 from kind_edge.exporters.mil_reference import open_package
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.spec import branch_of
@@ -151,7 +144,7 @@ def packed(distilled: PlainDiT, made_once: MadeOnce) -> Path:
 
 
 def specification(path: Path) -> Any:
-    return coreml_convert.require_coremltools().utils.load_spec(str(path))
+    return require_coremltools().utils.load_spec(str(path))
 
 
 def test_packages_keep_their_gates(distilled: PlainDiT, packed: Path) -> None:
@@ -266,9 +259,19 @@ def test_any_batch_and_the_whole_loop_without_a_switch(make_checkpoint: MakeChec
     for weights in ("fp16", "int4"):
         save_package(compress(program, weights, "iOS18"), tmp_path / PACKAGE, Description("", "", "", "", {}))
         shape = specification(tmp_path / PACKAGE).description.input[0].type.multiArrayType.shapeRange.sizeRanges[0]
-        assert (shape.lowerBound, shape.upperBound) == (1, coreml_convert.LARGEST_BATCH)
+        assert (shape.lowerBound, shape.upperBound) == (1, LARGEST_BATCH)
         image = exporter("coreml").open(tmp_path / PACKAGE)({"noise": noise.numpy()})
         assert psnr_db(sampler(noise).detach().numpy(), image) >= COREML_GATES_DB[weights]
+
+
+def test_running_a_package_needs_neither_torch_nor_coremltools(packed: Path) -> None:
+    script = """
+import sys, pathlib
+from kind_edge.registry import exporter
+exporter("coreml").open(pathlib.Path(sys.argv[1]))
+assert not {"torch", "onnx", "coremltools"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-P", "-c", script, str(packed / SAMPLER)], check=True)
 
 
 @settings(max_examples=20)
