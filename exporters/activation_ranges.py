@@ -15,6 +15,7 @@ from kind_edge.exporters.trajectories import Call, open_model
 Floats = NDArray[np.float64]
 
 _BINS = 2048
+_PLENTIFUL, _ROOM = 1024, 1.5
 _SHARES = np.linspace(0.2, 1.0, 33)
 
 
@@ -29,11 +30,14 @@ class Histogram:
     def range(self, levels: int) -> tuple[float, float]:
         """The range, zero in it, that `levels` steps round with the least mean square error.
 
-        Inside the error is that of uniform rounding, a twelfth of a step's square; what lies outside is cut off.
+        Inside the error is that of uniform rounding, a twelfth of a step's square; what lies outside is cut off. Where
+        steps are plentiful, there is room for half as much again as was ever seen.
         """
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         if high == low:
             return 0.0, 1e-4  # always zero; a range of a size that NPUs accept
+        if levels > _PLENTIFUL:
+            return _ROOM * low, _ROOM * high
         width = (self.high - self.low) / len(self.counts)
         centres = self.low + (np.arange(len(self.counts)) + 0.5) * width
         lows, highs = low * _SHARES, high * _SHARES

@@ -10,17 +10,17 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kind_edge.errors import UsageError
-from kind_edge.exporters.coreml_convert import PREFIXES, Target, constants, quiet, require_coremltools
+from kind_edge.exporters.coreml_choices import Target, Weights
+from kind_edge.exporters.coreml_tools import quiet, require_coremltools
 
-Weights = Literal["fp16", "int8", "int4", "palette4", "palette6", "palette8", "mixed"]
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+PREFIXES = ("p_", "b_")
+"""What torch.export puts before the names of parameters and buffers; the dots of a name become underscores."""
 
 TABLES = ("pos_embed", "y_embed", "modulation_table", "mask_", "class_map", "patch_embed", "final_")
 """Constants whose names hold one of these are left as they are."""
@@ -30,22 +30,16 @@ BLOCK = 32
 _LARGEST_LUT_SHARE = 0.05
 
 
-def weights_for(precision: str, target: Target) -> Weights:
-    """What a plan's precision is in Core ML. Weights alone are compressed; arithmetic is fp16 always."""
-    if precision in ("fp32", "fp16"):
-        return "fp16"
-    if precision == "int4":
-        return "int4" if target == "iOS18" else "palette4"
-    return "int8"
+def constants(model: Any) -> Mapping[str, Any]:
+    """Weights of an `MLModel` just converted: name -> array, of all that came from parameters and buffers."""
+    operations = model._mil_program.functions["main"].operations
+    return {op.name: op.outputs[0].val for op in operations if op.op_type == "const" and op.name.startswith(PREFIXES)}
 
 
-def check_weights(weights: Weights, target: Target) -> None:
-    """`UsageError` names the target that has what this one lacks."""
-    if weights == "int4" and target != "iOS18":
-        raise UsageError(
-            f"--coreml-weights int4 --coreml-target {target}: blocks of 4 bits need iOS18; "
-            "take --coreml-target iOS18, or palette4, which every target has"
-        )
+def parameter_of(constant: str, names: Sequence[str]) -> str | None:
+    """The parameter ("blocks.0.attn.q.weight") whose constant this is: it may carry "denoiser." and "_to_fp16"."""
+    plain = re.sub(r"_to_(fp16|fp32|u?int\d+)$", "", constant.removeprefix("p_").removeprefix("b_"))
+    return next((name for name in names if name.replace(".", "_") == plain), None)
 
 
 def compressible(model: Any) -> dict[str, NDArray[np.float16]]:
@@ -104,7 +98,7 @@ def compress(
 
 
 def _linear(optimize: Any, value: NDArray[Any], weights: str, target: Target) -> Any:
-    """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs."""
+    """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs or so."""
     common = {"mode": "linear_symmetric", "dtype": weights, "weight_threshold": SMALLEST - 1}
     if weights == "int8" and (target != "iOS18" or value.ndim != 3):
         return optimize.OpLinearQuantizerConfig(**common, granularity="per_channel")
@@ -115,9 +109,15 @@ def _blocks(value: NDArray[Any], weights: str) -> tuple[int, ...]:
     """Elements that share a scale, along every axis (0: all of it)."""
     if value.ndim == 3:  # tailors [K, m, r] and [K, r, n]: what is long is shared
         long = 1 if value.shape[1] >= value.shape[2] else 2
-        size = math.gcd(value.shape[long], BLOCK) if weights == "int4" else 0
+        size = _block(value.shape[long]) if weights == "int4" else 0
         return (1, size, 1) if long == 1 else (1, 1, size)
-    return (1, math.gcd(value.shape[1], BLOCK), *(0,) * (value.ndim - 2))
+    return (1, _block(value.shape[1]), *(0,) * (value.ndim - 2))
+
+
+def _block(size: int) -> int:
+    """The divisor of a length that is nearest to BLOCK; 0, the whole of it, where none is near: ranks may be prime."""
+    near = [each for each in range(BLOCK // 2, 2 * BLOCK + 1) if size % each == 0]
+    return min(near, key=lambda each: abs(each - BLOCK), default=0)
 
 
 def _palette(optimize: Any, value: NDArray[Any], bits: int, target: Target, tell: Callable[[], None] | None) -> Any:
@@ -146,7 +146,7 @@ def palette_group(shape: tuple[int, ...], bits: int, target: Target) -> int:
         for group in range(1, rows)
         if rows % group == 0 and 16 * 2**bits <= _LARGEST_LUT_SHARE * bits * group * each
     )
-    return next(fits, rows) if target == "iOS18" else rows
+    return int(next(fits, rows)) if target == "iOS18" else rows
 
 
 def palette_bytes(shape: tuple[int, ...], bits: int, target: Target) -> int:

@@ -129,6 +129,7 @@ class _Quantizer:
         self.initializers: list[onnx.TensorProto] = []
         self._stored: dict[str, _Stored] = {}
         self._reals: dict[tuple[str, int], str] = {}
+        self._known: dict[tuple[bytes, str, tuple[int, ...]], str] = {}
         self._source: dict[str, str] = {}  # whose values a reshaped tensor has
         for value in static.graph.input:
             if value.name in self.floats:
@@ -164,7 +165,7 @@ class _Quantizer:
         else:
             rounding = self._measured(name, bits)
             at.input[:] = self._operands(node, bits)
-        at.output[0] = f"{name}.real"
+        at.output[0] = f"{name}.r"
         self.nodes.append(at)
         self._round(at.output[0], name, bits, rounding)
 
@@ -229,7 +230,7 @@ class _Quantizer:
         if (key, 0) not in self._reals:
             integers = f"{key}.{rounding.zero.dtype}"
             self.initializers.append(numpy_helper.from_array(_integers(self.constants[name], rounding), integers))
-            self._reals[key, 0] = self._dequantize(integers, rounding, f"{key}.real")
+            self._reals[key, 0] = self._dequantize(integers, rounding, f"{key}.r")
         return self._reals[key, 0]
 
     def _real(self, name: str, bits: int) -> str:
@@ -238,15 +239,15 @@ class _Quantizer:
         if (name, bits) not in self._reals:
             own = stored.bits or bits
             if (name, own) not in self._reals:
-                self._reals[name, own] = self._dequantize(stored.integers, stored.rounding, f"{name}.from{own}")
+                self._reals[name, own] = self._dequantize(stored.integers, stored.rounding, f"{name}.r{own}")
             if own != bits:
                 rounding = self._measured(name, bits)
-                integers = self._quantize(self._reals[name, own], rounding, f"{name}.to{bits}")
-                self._reals[name, bits] = self._dequantize(integers, rounding, f"{name}.from{bits}")
+                integers = self._quantize(self._reals[name, own], rounding, f"{name}.q{bits}")
+                self._reals[name, bits] = self._dequantize(integers, rounding, f"{name}.r{bits}")
         return self._reals[name, bits]
 
     def _round(self, real: str, name: str, bits: int, rounding: Rounding) -> None:
-        self._stored[name] = _Stored(self._quantize(real, rounding, f"{name}.integers"), bits, rounding)
+        self._stored[name] = _Stored(self._quantize(real, rounding, f"{name}.q"), bits, rounding)
 
     def _quantize(self, real: str, rounding: Rounding, output: str) -> str:
         return self._convert("QuantizeLinear", real, rounding, output)
@@ -255,12 +256,20 @@ class _Quantizer:
         return self._convert("DequantizeLinear", integers, rounding, output)
 
     def _convert(self, kind: str, x: str, rounding: Rounding, output: str) -> str:
-        constants = [f"{output}.scale", f"{output}.zero"]
-        for name, values in zip(constants, rounding, strict=False):
-            self.initializers.append(numpy_helper.from_array(values, name))
+        scale = self._shared(rounding.scale, f"{output}.scale")
+        zero = self._shared(rounding.zero, f"{output}.zero")
         axis = {} if rounding.axis is None else {"axis": rounding.axis}
-        self.nodes.append(helper.make_node(kind, [x, *constants], [output], f"{output}.{kind}", **axis))
+        name = f"{output}.dq" if output in self.floats else output  # an operator has the name of its output already
+        self.nodes.append(helper.make_node(kind, [x, scale, zero], [output], name, **axis))
         return output
+
+    def _shared(self, values: NDArray[Any], name: str) -> str:
+        """A scale or a zero point; equal ones are one constant, as names would outweigh them."""
+        key = (values.tobytes(), str(values.dtype), values.shape)
+        if key not in self._known:
+            self._known[key] = name
+            self.initializers.append(numpy_helper.from_array(values, name))
+        return self._known[key]
 
 
 _ONES = Rounding(np.array(1 / 255, np.float32), np.array(0, np.uint8))

@@ -5,7 +5,7 @@ costs    calibrates this machine, then: latency, memory and file size of plans, 
 peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
          docs/benchmarks.md; environments of 5 GB and Frechet distances are made once; then ten minutes
 export   how long the main command takes, stage by stage
-graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; ten minutes
+graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
 packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2

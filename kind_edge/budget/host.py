@@ -25,7 +25,7 @@ from kind_edge.budget.profile_file import parse_profile
 from kind_edge.budget.profile_text import profile_text
 from kind_edge.errors import InputError, UsageError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 _APP_SHARE = 0.75
 

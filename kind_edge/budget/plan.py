@@ -164,6 +164,8 @@ class Plan:
         if given["precision"] not in given["precisions"]:
             raise InputError(f"{where}: precision {given['precision']} is not among precisions {given['precisions']}")
         _check_times(given, where)
+        if given.get("decoder") and set(given["decoder"]) != set(_DECODER):
+            raise InputError(f"{where}: decoder: got {given['decoder']!r:.60}, want {', '.join(_DECODER)}")
         lists = {name: tuple(given[name]) for name in _LISTS}
         return cls(**{**given, **lists, "matrices": matrices})
 
@@ -171,6 +173,7 @@ class Plan:
 _LISTS = ("classes", "precisions", "binding")
 _LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst", "decoder")
 """Fields that plans of kind-edge 0.1.0 do not have."""
+_DECODER = ("autoencoder_sha256", "precision", "tiles", "params", "flops", "weight_bytes")
 
 
 def _check_times(values: Mapping[str, Any], where: str) -> None:

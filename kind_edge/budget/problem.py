@@ -195,10 +195,14 @@ class Deployment:
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": cost.weight_bytes + cost.operators * GRAPH_BYTES_PER_OPERATOR,
+            "weight_bytes": cost.weight_bytes + cost.operators * self._operator_bytes,
             "peak_memory_bytes": memory_bytes,
             "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
+
+    @property
+    def _operator_bytes(self) -> int:
+        return PRECISIONS[self.candidate.precision].operator_bytes or GRAPH_BYTES_PER_OPERATOR
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
         profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
@@ -226,7 +230,8 @@ class Deployment:
         fixed, decoder = self.fixed, self.decoder
         precision = self.candidate.precision
         file_bytes = fixed.weight_bytes + decoder.weight_bytes(precision)
-        file_bytes += (fixed.operators + decoder.graph_operators(precision)) * GRAPH_BYTES_PER_OPERATOR
+        file_bytes += fixed.operators * self._operator_bytes
+        file_bytes += decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {

@@ -107,7 +107,7 @@ def plan(
         "max_quality_loss": max_quality_loss, "minimize": minimize,
     }  # fmt: skip
     if arch is not None:
-        fixed = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
+        fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
         fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "burst": burst or None}
         fixed |= {"autoencoder": autoencoder}
         chosen = {"form": form, "modulation": modulation}

@@ -75,10 +75,11 @@ def profiles(
         from kind_edge.deploy import pipeline
         from kind_edge.deploy.request import open_model
 
-        model = open_model(checkpoint, on_measure)
+        model = open_model(checkpoint, on_measure, choices.get("autoencoder"))
+        asked = {key: value for key, value in choices.items() if key != "autoencoder"}
         for name in names:
             try:
-                made[name] = pipeline.plan(model, profile=name, **choices)
+                made[name] = pipeline.plan(model, profile=name, **asked)
             except NoPlanError as error:
                 made[name] = error
     values = {name: {"error": str(p)} if isinstance(p, NoPlanError) else p.to_dict() for name, p in made.items()}

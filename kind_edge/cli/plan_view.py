@@ -52,6 +52,8 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield "sampler", f"{plan.sampler}, {tables.count(plan.steps, 'step')}, {guided}: {per_step} per step"
     yield "matrices", matrices_summary(plan.matrices)
     yield "modulation", _MODULATIONS[plan.modulation]
+    if plan.decoder:
+        yield "decoder", _decoder_words(plan.decoder)
     limited = "at first" if plan.burst else "sustained"
     yield "latency", f"{plan.latency_source}; a limit holds for the time {limited}"
     yield "truncation", f"{plan.truncation}; calibration {plan.calibration}"
@@ -70,6 +72,13 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     if plan.teacher_time:
         longer = plan.teacher_time["image_s"] / plan.time["image_s"]
         yield "before", f"{time_words(plan.teacher_time)} at its teacher's steps and guidance: {longer:.3g} x as long"
+
+
+def _decoder_words(decoder: Mapping[str, int | str]) -> str:
+    """ "int8-weights, 12.6 MiB; 2 x 2 overlapping tiles, one after the other"."""
+    stored = f"{decoder['precision']}, {tables.size(int(decoder['weight_bytes']))}"
+    count = decoder["tiles"]
+    return stored if count == 1 else f"{stored}; {count} x {count} overlapping tiles, one after the other"
 
 
 def predicted_words(loss_increase: float | None, frechet: float | None) -> str:

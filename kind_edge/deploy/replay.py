@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kind_edge.budget.plan import Plan, check_replayable
+from kind_edge.deploy.decoder import planned_decoder
 from kind_edge.deploy.request import OpenedModel
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.autoencoder import Autoencoder
@@ -25,6 +26,10 @@ def check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[
             f"this one is {model.sha256[:12]} ({model.name}); solve again"
         )
     check_planned(plan, model.autoencoder)
+    if plan.decoder and planned_decoder(model.decoders, plan) is None:
+        raise InputError(
+            f"the plan decodes in {plan.decoder['tiles']} tiles along a side, which cannot be; solve again"
+        )
 
 
 def check_planned(plan: Plan, autoencoder: Autoencoder | None) -> None:

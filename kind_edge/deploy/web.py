@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from kind_edge.deploy.bundle import hash_files
 from kind_edge.deploy.manifest import MANIFEST_NAME
+from kind_edge.deploy.packs import CORE_FILE, read_core
 from kind_edge.deploy.web_runtime import CPU_FILES, GPU_FILES, copy_runtime, fetch_runtime
 
 if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 FOLDER = "web"
-PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "kind-edge.d.ts"), "offline.js"
-_KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "latent", "sampler")
+_FOR_TOOLS = ("kind-edge.d.ts", "package.json")
+PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "packs.js", *_FOR_TOOLS), "offline.js"
+_KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "latent", "sampler", "packs")
 """What the script needs of the bundle's manifest."""
 _ROLES = ("denoiser", "decoder")
 
@@ -44,9 +46,13 @@ def _write_page(web: Path, folder: Path, values: Mapping[str, Any], models: Mapp
     (web / "models").mkdir(parents=True)
     for path, place in models.items():
         shutil.copyfile(folder / path, web / place)
+    cores = _core_files(folder, models) if "packs" in values else {}
+    if cores:
+        (web / CORE_FILE).parent.mkdir()
+        shutil.copyfile(folder / CORE_FILE, web / CORE_FILE)
     gpu = any(values["models"][path]["precision"].startswith("fp") for path in models)
     copy_runtime(web / "runtime", (*CPU_FILES, *(GPU_FILES if gpu else ())))
-    (web / MANIFEST_NAME).write_text(_manifest(values, models, web), encoding="utf-8")
+    (web / MANIFEST_NAME).write_text(_manifest(values, models, cores, web), encoding="utf-8")
     for name in PAGE:
         (web / name).write_bytes(_template(name))
     (web / WORKER).write_text(_worker(web, models[values["default_model"]], models), encoding="utf-8")
@@ -58,24 +64,31 @@ def _models(values: Mapping[str, Any]) -> dict[str, str]:
     return {path: f"models/{PurePosixPath(path).name}" for path in wanted}
 
 
-def _manifest(values: Mapping[str, Any], models: Mapping[str, str], web: Path) -> str:
+def _core_files(folder: Path, models: Mapping[str, str]) -> dict[str, str]:
+    """The models here that take class packs: their names in the core."""
+    core = read_core((folder / CORE_FILE).read_bytes(), CORE_FILE)
+    return {place: path for path, place in models.items() if path in core.files}
+
+
+def _manifest(values: Mapping[str, Any], models: Mapping[str, str], cores: Mapping[str, str], web: Path) -> str:
     """The part of the bundle's manifest that the script reads, with the paths of this folder."""
     hashes = hash_files(web)
+    checked = [*models.values(), *([CORE_FILE] if cores else [])]
     written = {
         **{key: values[key] for key in _KEYS if key in values},
         "models": {place: values["models"][path] for path, place in models.items()},
         "default_model": models[values["default_model"]],
-        "files": {
-            place: {"bytes": hashes[place].size_bytes, "sha256": hashes[place].sha256} for place in models.values()
-        },
+        "files": {place: {"bytes": hashes[place].size_bytes, "sha256": hashes[place].sha256} for place in checked},
+        **({"core_files": dict(cores)} if cores else {}),
     }
     return json.dumps(written, indent=1) + "\n"
 
 
 def _worker(web: Path, default_model: str, models: Mapping[str, str]) -> str:
     """The service worker: it keeps the page and the default model at once, and the rest when it is first used."""
-    first = [MANIFEST_NAME, *(name for name in PAGE if not name.endswith(".d.ts")), default_model]
+    first = [MANIFEST_NAME, *(name for name in PAGE if name not in _FOR_TOOLS), default_model]
     first += [f"runtime/{name}" for name in CPU_FILES]
+    first += [CORE_FILE] if (web / CORE_FILE).exists() else []
     first += [place for place in models.values() if PurePosixPath(place).name.startswith("decoder")]
     hashes = hash_files(web)
     everything = "".join(f"{name} {entry.sha256}\n" for name, entry in sorted(hashes.items()))

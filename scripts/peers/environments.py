@@ -62,6 +62,9 @@ PEERS = (
     Peer("executorch", "int8", "in_executorch", "executorch"),
 )
 
+LARGE_PEERS = tuple(peer for peer in PEERS if peer.engine != "executorch")
+"""At the shape of DiT-B/2. Converting takes ExecuTorch far longer than the others, already at the small one."""
+
 
 def command(worker: str, environment: str | None) -> list[str]:
     """What starts a worker in its environment, which is made first where it is missing."""

@@ -17,7 +17,7 @@ from kind_edge.budget.host import available_threads
 from kind_edge.model.shipped import DEFAULT_MODEL
 from peers import ours
 from peers.distance import CLASS_SETS, GUIDANCE, IMAGES, MOST, SEED, Best, best_of, distance, judge
-from peers.environments import PEERS, Peer, command
+from peers.environments import LARGE_PEERS, PEERS, Peer, command
 from peers.models import Dense, dense_twin, large_dense
 from peers.prepared import batch_of, judge_engine, prepare_all, request_of, target_of
 from peers.profiled import operator_shares
@@ -162,8 +162,8 @@ def _our_int8(dense: Dense) -> Contestant:
 def measure_large() -> tuple[list[Measured], dict[str, str]]:
     """Single evaluations alone: an image of the dense model would take a minute."""
     dense = large_dense()
-    ready, failed = prepare_all(PEERS, dense)
-    contestants = [_without_images(peer, dense) for peer in PEERS if peer.name in ready]
+    ready, failed = prepare_all(LARGE_PEERS, dense)
+    contestants = [_without_images(peer, dense) for peer in LARGE_PEERS if peer.name in ready]
     told = tuple(command("in_kind_edge", None))
     for storage, classes, precision in ours.LARGE_MODELS:
         path = ours.large_files(storage, classes)[precision]

@@ -206,13 +206,8 @@ def _wrapped(model: Any) -> torch.nn.Module:
             self.model = model
 
         def forward(self, sample: torch.Tensor, timestep: torch.Tensor, class_index: torch.Tensor) -> torch.Tensor:
-            return model_output(self.model, sample, timestep, class_index)
-
-    def model_output(
-        model: Any, sample: torch.Tensor, timestep: torch.Tensor, class_index: torch.Tensor
-    ) -> torch.Tensor:
-        output: torch.Tensor = model(sample, timestep, ClassGate(class_index, None, None, None))
-        return output
+            output: torch.Tensor = self.model(sample, timestep, ClassGate(class_index, None, None, None))
+            return output
 
     return Network().eval().requires_grad_(False)
 

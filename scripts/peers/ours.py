@@ -22,24 +22,32 @@ LARGE_STEPS, LARGE_RANK, LARGE_TAILOR = 4, 154, 3
 
 @dataclass(frozen=True)
 class Variant:
-    """A bundle: how many classes, at which precision, for how many steps."""
+    """A bundle: how many classes, at which precision, for how many steps, within which size of its file."""
 
     classes: int
     precision: str
     steps: int
+    max_size: str | None = None
 
     @property
     def name(self) -> str:
-        return f"kind-edge {self.precision}, {self.steps} steps, {self.classes} classes"
+        within = f" within {self.max_size}" if self.max_size else ""
+        return f"kind-edge {self.precision}{within}, {self.steps} steps, {self.classes} classes"
 
     @property
     def folder(self) -> str:
-        return f"{self.classes}-classes-{self.precision}-{self.steps}-steps"
+        within = f"-{self.max_size}" if self.max_size else ""
+        return f"{self.classes}-classes-{self.precision}{within}-{self.steps}-steps"
 
 
+SMALL = {2: "1MB", 10: "2MB"}
 VARIANTS = tuple(
-    Variant(classes, precision, steps) for classes in CLASS_SETS for precision in ("fp32", "int8") for steps in (4, 2)
-)
+    Variant(classes, precision, steps, SMALL[classes] if small else None)
+    for classes in CLASS_SETS
+    for precision, steps, small in (
+        ("fp32", 4, False), ("int8", 4, False), ("fp32", 2, False), ("int8", 2, False), ("int8", 4, True),
+    )
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def export_variant(variant: Variant, folder: Path) -> Made:
 
     bundle = export(
         DEFAULT_MODEL, profile=PROFILE, classes=CLASS_SETS[variant.classes], precision=variant.precision,
-        steps=variant.steps, output=folder / variant.folder,
+        steps=variant.steps, max_size=variant.max_size, output=folder / variant.folder,
     )  # fmt: skip
     models = read_manifest(bundle.path).models.values()
     return Made(variant, bundle.path, {m.role: m.path for m in models if m.precision == variant.precision})

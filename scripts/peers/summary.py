@@ -56,7 +56,8 @@ def _frechets(records: Sequence[Record], best: Mapping[str, Mapping[str, Any]]) 
         if own["kind"] == "engine":
             found[own["peer"], len(own["classes"])] = frechet
         elif own["kind"] == "ours":
-            found[Variant(own["classes"], own["precision"], own["steps"]).name, own["classes"]] = frechet
+            variant = Variant(own["classes"], own["precision"], own["steps"], own["max_size"])
+            found[variant.name, variant.classes] = frechet
         elif own["kind"] == "distance":
             at, classes = (own["sampler"], own["steps"]), len(own["classes"])
             if own["precision"] == "fp32" and at == ("euler", MOST):

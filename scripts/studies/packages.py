@@ -23,9 +23,10 @@ from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.request import open_model
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.exporters.coreml_compress import WEIGHTS, Weights, compress, forget_clusters
-from kind_edge.exporters.coreml_convert import Target, batches, convert, interface_of
-from kind_edge.exporters.coreml_graph import Denoiser, Layout
+from kind_edge.exporters.coreml_choices import WEIGHTS, Layout, Target, Weights, batches
+from kind_edge.exporters.coreml_compress import compress, forget_clusters
+from kind_edge.exporters.coreml_convert import convert, interface_of
+from kind_edge.exporters.coreml_graph import Denoiser
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package
 from kind_edge.registry import exporter

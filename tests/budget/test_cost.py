@@ -165,6 +165,20 @@ def test_baked_modulation() -> None:
     assert two - one == baked_table_values(spec, 20)
 
 
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 115e6), ("int8", 35e6)])
+def test_a_baked_dit_b2_of_one_class_is_small(precision: Precision, most: float) -> None:
+    """At rank 154 and 20 steps; with its networks it holds 281 MB in fp32."""
+    spec = named_spec("DiT-B/2", 1, factored=True, learngene_rank=154, tailor_rank=0)
+    matrices = [matrix_cost(spec, matrix, "factored", 154, 0, 0, precision) for matrix in spec.matrices()]
+    baked, live = (
+        deployed_fixed_cost(spec, 1, 20, each, precision, switches=False).weight_bytes
+        + sum(matrix.weight_bytes for matrix in matrices)
+        for each in (True, False)
+    )
+    assert baked <= most
+    assert precision == "int8" or live == pytest.approx(281e6, rel=0.01)
+
+
 specs = st.sampled_from([
     SMALL, dataclasses.replace(SMALL, label_embedding=True, depth=3), named_spec("DiT-S/8", 5),
     dataclasses.replace(SMALL, step_counts=(1, 4), inside_guidance=1.5, depth=4, mlp_ratio=2.5),

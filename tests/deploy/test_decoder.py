@@ -16,13 +16,14 @@ import torch
 from onnx import numpy_helper
 
 from kind_edge.budget.decoder import decoder_cost
+from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.decoder import decoder_costs, decoder_facts, planned_decoder
 from kind_edge.deploy.manifest import read_manifest
 from kind_edge.deploy.reference import make_images
-from kind_edge.deploy.replay import check_planned
+from kind_edge.deploy.replay import check_planned, check_replay
 from kind_edge.deploy.request import as_replayed, make_request, make_source, open_model
 from kind_edge.deploy.runtime import load_bundle
 from kind_edge.deploy.verify import load_reference, verify_models
@@ -150,6 +151,12 @@ def test_a_replayed_plan_wants_its_own_decoder(latent_folder: Path, autoencoders
     unknown = dataclasses.replace(plan, decoder={})
     with pytest.raises(UsageError, match="no decoder that is known"):
         check_planned(unknown, with_kl.autoencoder)
+    odd = dataclasses.replace(plan, decoder={**plan.decoder, "tiles": 3})
+    with pytest.raises(InputError, match="decodes in 3 tiles"):
+        check_replay(odd, with_kl, DEVICE, {})
+    with pytest.raises(InputError, match=r"decoder: got .*, want autoencoder_sha256, precision, tiles"):
+        Plan.from_dict({**plan.to_dict(), "decoder": {"tiles": 1}}, "plan.json")
+    assert Plan.from_dict(plan.to_dict(), "plan.json") == plan
 
 
 def test_tiles_where_memory_forbids_the_whole(

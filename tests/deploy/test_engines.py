@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
-import shutil
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -109,30 +105,6 @@ def test_openvino(path: str, cases: Mapping[str, Case]) -> None:
     assert {each.any_name for each in compiled.inputs} == set(case.entry.input_names())
     output = in_calls(lambda inputs: compiled(dict(inputs))[0].copy(), case.inputs, case.rows_per_call)
     assert case.worst_db(output) >= case.gate_db
-
-
-@pytest.fixture(scope="session")
-def node_folder() -> Path:
-    """The packages of tests/node, installed once for each lock file under build/node."""
-    node, npm = shutil.which("node"), shutil.which("npm")
-    if node is None or npm is None:
-        pytest.skip("node and npm are not on this machine: onnxruntime-node is not tested")
-    digest = hashlib.sha256((NODE / "package-lock.json").read_bytes()).hexdigest()[:16]
-    folder = ROOT / "build" / "node" / digest
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / ".ready").exists():
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(NODE / name, folder)
-            command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
-            environment = {**os.environ, "ONNXRUNTIME_NODE_INSTALL": "skip"}  # no CUDA libraries
-            done = subprocess.run(
-                command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-            )
-            assert done.returncode == 0, f"npm could not install onnxruntime-node: {done.stderr[-2000:]}"
-            (folder / ".ready").touch()
-    return folder
 
 
 @pytest.fixture(scope="module")

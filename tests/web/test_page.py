@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kind_edge.deploy.packs_bundle import change_bundle
 from kind_edge.deploy.pipeline import export
 from kind_edge.deploy.runtime import LoadedBundle, load_bundle
 from kind_edge.deploy.serve import make_server, page_folder
+from kind_edge.deploy.web import PACKAGER
 
 pytestmark = pytest.mark.slow
 CLASSES = ["sneaker", "bag"]
@@ -28,7 +31,9 @@ def bundle(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The shipped model for two classes, with its page. Only to be read."""
 
     def make(folder: Path) -> None:
-        export("fashion-mnist", profile="snapdragon8g3", classes=CLASSES, formats=["web"], output=folder / "out")
+        export(
+            "fashion-mnist", profile="snapdragon8g3", classes=CLASSES, formats=["web", "packs"], output=folder / "out"
+        )
 
     return made_once("web", make) / "out"
 
@@ -102,7 +107,7 @@ def test_pictures_are_those_of_python(bundle: Path, page: Any) -> None:
 def test_draws_by_keyboard_and_again_without_a_network(bundle: Path, page: Any) -> None:
     with served(bundle) as url:
         page.goto(url)
-        page.get_by_label("Class").select_option("bag")
+        page.get_by_role("combobox", name="Class").select_option("bag")
         page.get_by_role("spinbutton", name="Pictures").fill("3")
         page.get_by_label("Seed").fill("5")
         page.keyboard.press("Enter")
@@ -149,3 +154,33 @@ def test_a_damaged_model_is_refused_in_words_and_mended_by_a_whole_one(bundle: P
         page.wait_for_selector("#draw:not([disabled])")
         page.click("#draw")
         page.wait_for_function(DRAWN % 8)
+
+
+def test_takes_a_class_that_was_left_out(bundle: Path, page: Any, tmp_path: Path) -> None:
+    small = shutil.copytree(bundle, tmp_path / "small", ignore=shutil.ignore_patterns("web"))
+    values = json.loads((small / "manifest.json").read_text())
+    values["files"] = {name: each for name, each in values["files"].items() if not name.startswith("web/")}
+    (small / "manifest.json").write_text(json.dumps(values))
+    change_bundle(small, remove=["bag"])
+    PACKAGER.write(small, json.loads((small / "manifest.json").read_text()))
+    pack = bundle / "packs" / "bag.safetensors"
+    draw = """async (bytes) => {
+        const { load } = await import("/kind-edge.js");
+        const model = await load(".", { packs: [Uint8Array.from(bytes)] });
+        const [picture] = await model.generate("bag", { seed: 3 });
+        return Array.from(picture.values);
+    }"""
+    with served(small) as url:
+        page.goto(url)
+        page.wait_for_selector("#draw:not([disabled])")
+        page.get_by_label("Add classes").set_input_files(pack)
+        page.wait_for_function("document.querySelector('#status').textContent == 'Added: bag.'")
+        page.click("#draw")
+        page.wait_for_function(DRAWN % 8)
+        assert page.get_by_role("link", name="bag, seed 0, number 7; save").count() == 1
+        found = np.array(page.evaluate(draw, list(pack.read_bytes()))).reshape(28, 28)
+        reference = expected(load_bundle(bundle), "bag", 3, 1)[0]
+        assert np.abs(reference - found).max() / 2 < 1e-3
+        page.get_by_label("Add classes").set_input_files(pack)
+        page.wait_for_function(FAILED)
+        assert "bag is there already" in page.get_by_role("status").inner_text()

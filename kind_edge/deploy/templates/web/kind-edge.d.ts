@@ -8,6 +8,8 @@ export interface LoadOptions {
   /** Browsers only: "gpu" runs on WebGPU. */
   backend?: "cpu" | "gpu";
   threads?: number;
+  /** Bytes of class packs, whose classes are added after the bundle's own. */
+  packs?: Uint8Array[];
   /** A module `onnxruntime-web` or `onnxruntime-node` of your own. */
   ort?: unknown;
   /** Told while a model file is fetched. */

@@ -8,6 +8,8 @@
  * The same seed gives the same picture as in Python: docs/noise.md specifies the noise, manifest.json the sampler.
  */
 
+import { joinFile, readPack, sha256, takeApart } from "./packs.js";
+
 const IN_NODE = typeof process !== "undefined" && Boolean(process.versions?.node);
 const MAX_THREADS = 4; // beyond that phones slow down: the rest are small cores
 const ARRAYS = { float32: Float32Array, int32: Int32Array, int64: BigInt64Array };
@@ -21,15 +23,18 @@ export class KindEdgeError extends Error {
  * Every model file is compared with the manifest's hash before it is run.
  */
 export async function load(folder = ".", options = {}) {
-  const manifest = parseManifest(await readFile(folder, "manifest.json", options));
+  const given = parseManifest(await readFile(folder, "manifest.json", options));
+  const packs = await readPacks(folder, given, options);
+  const manifest = withClasses(given, packs);
   const entry = chooseModel(manifest, options.model);
   const backend = options.backend ?? "cpu";
   const ort = options.ort ?? (await importRuntime(folder, backend, options.threads));
   const decoder = chooseDecoder(manifest, entry);
   const sessions = [];
   for (const each of [entry, decoder].filter(Boolean)) {
-    const bytes = await readModel(folder, manifest, each.path, options);
-    sessions.push(await openSession(ort, bytes, each.path, backend, options.threads));
+    const bytes = await readModel(folder, given, each.path, options);
+    const joined = each === entry && packs.length ? await addClasses(folder, given, each.path, bytes, packs, options) : bytes;
+    sessions.push(await openSession(ort, joined, each.path, backend, options.threads));
   }
   return new Model(manifest, entry, ort, sessions);
 }
@@ -246,6 +251,38 @@ function parseManifest(bytes) {
   return manifest;
 }
 
+/** The packs that are to be joined; `options.packs` are their bytes. */
+async function readPacks(folder, manifest, options) {
+  const packs = await Promise.all((options.packs ?? []).map(readPack));
+  if (!packs.length) return packs;
+  if (!manifest.packs) throw new KindEdgeError("this bundle takes no packs: its classes are merged, or calibrated");
+  for (const pack of packs) {
+    if (pack.core !== manifest.packs.core) {
+      throw new KindEdgeError(`the pack of ${pack.className} belongs to another core, not to this bundle's`);
+    }
+  }
+  const names = [...manifest.classes, ...packs.map((pack) => pack.className)];
+  const twice = names.find((name, i) => names.indexOf(name) !== i);
+  if (twice !== undefined) throw new KindEdgeError(`${twice} is there already`);
+  return packs;
+}
+
+/** The manifest with the packs' classes after the others; the null class follows the last one. */
+function withClasses(manifest, packs) {
+  const classes = [...manifest.classes, ...packs.map((pack) => pack.className)];
+  const nullIndex = manifest.sampler.null_index === null ? null : classes.length;
+  return { ...manifest, classes, sampler: { ...manifest.sampler, null_index: nullIndex } };
+}
+
+/** A model file with the packs' classes in it. */
+async function addClasses(folder, manifest, path, bytes, packs, options) {
+  const core = JSON.parse(new TextDecoder().decode(await readModel(folder, manifest, "packs/core.json", options)));
+  const known = manifest.core_files?.[path] ?? path; // a page's folder has its own names
+  if (!core.files[known]) throw new KindEdgeError(`packs fit ${Object.keys(core.files).join(", ")}, not ${path}`);
+  const { shared, rows } = takeApart(core, known, bytes, manifest.classes.length);
+  return joinFile(core, known, shared, [...rows, ...packs.map((pack) => pack.rows)]);
+}
+
 /** The denoiser of a path or precision; the bundle's own choice where none is asked for. */
 function chooseModel(manifest, wanted = manifest.default_model) {
   const entries = Object.entries(manifest.models)
@@ -304,10 +341,8 @@ async function readModel(folder, manifest, path, options) {
 async function isDamaged(bytes, wanted) {
   if (!wanted) return true;
   if (bytes.length !== wanted.bytes) return true;
-  const subtle = globalThis.crypto?.subtle; // browsers offer it over https and on localhost alone
-  if (!subtle) return false;
-  const digest = new Uint8Array(await subtle.digest("SHA-256", bytes));
-  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") !== wanted.sha256;
+  const digest = await sha256(bytes);
+  return digest !== undefined && digest !== wanted.sha256;
 }
 
 async function readFile(folder, path, { signal, onBytes, reload }, totalBytes) {

@@ -8,6 +8,7 @@ const [picker, runner, draw, stop, progress, status, gallery] = [
 ].map($);
 const manifest = await fetch("manifest.json").then((response) => response.json());
 const opened = new Map(); // "int8/cpu" -> model
+const packs = []; // bytes of what was added
 let running;
 
 document.title = manifest.name;
@@ -20,6 +21,9 @@ if (merged) picker.replaceChildren(new Option(manifest.classes.join(" + "), ""))
 await offerRunners();
 draw.disabled = false;
 say("Ready.");
+
+$("more").hidden = !manifest.packs;
+$("packs").addEventListener("change", () => void addClasses());
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
@@ -44,6 +48,40 @@ async function offerRunners() {
   }
 }
 
+/** Class packs from this device; the models that they fit take them, and no others are offered from then on. */
+async function addClasses() {
+  const added = await Promise.all([...$("packs").files].map(async (file) => new Uint8Array(await file.arrayBuffer())));
+  const fitting = [...runner.options].filter((option) => takesPacks(option.value.split("/")[0]));
+  const choice = fitting.find((option) => option.selected) ?? fitting[0];
+  draw.disabled = true;
+  try {
+    const model = await load(".", { ...parts(choice.value), packs: [...packs, ...added] });
+    packs.push(...added);
+    opened.clear();
+    opened.set(choice.value, model);
+    const before = picker.options.length;
+    picker.replaceChildren(...model.classes.map((name) => new Option(name, name)));
+    picker.selectedIndex = before;
+    runner.replaceChildren(...fitting);
+    runner.value = choice.value;
+    say(`Added: ${model.classes.slice(before).join(", ")}.`);
+  } catch (error) {
+    say(error.message, true);
+  } finally {
+    $("packs").value = "";
+    draw.disabled = false;
+  }
+}
+
+function takesPacks(precision) {
+  return Object.keys(manifest.core_files).some((path) => manifest.models[path].precision === precision);
+}
+
+function parts(choice) {
+  const [model, backend] = choice.split("/");
+  return { model, backend };
+}
+
 async function paint() {
   running = new AbortController();
   const { signal } = running;
@@ -65,9 +103,8 @@ async function paint() {
 
 async function open(choice, signal) {
   if (opened.has(choice)) return opened.get(choice);
-  const [precision, backend] = choice.split("/");
-  say(`Loading the ${precision} model…`);
-  const model = await load(".", { model: precision, backend, signal, onBytes: (done, total) => advance(done, total) });
+  say(`Loading the ${parts(choice).model} model…`);
+  const model = await load(".", { ...parts(choice), packs, signal, onBytes: (done, total) => advance(done, total) });
   opened.set(choice, model);
   return model;
 }
