@@ -220,9 +220,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("blocks", nargs="*", metavar="BLOCK", help=f"of publish: {', '.join(b.name for b in BLOCKS)}")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
-    parser.add_argument(
-        "--images", type=int, help="images of a run; 1000, nesting and precisions 2000, anysize 500, steps 5000"
-    )
+    parser.add_argument("--images", type=int, help="of a run; 1000, nesting, precisions 2000, anysize 500, steps 5000")
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="3, anysize 1")
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="put it into this document, and pictures into images/ beside it"
