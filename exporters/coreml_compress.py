@@ -154,7 +154,7 @@ def palette_bytes(shape: tuple[int, ...], bits: int, target: Target) -> int:
     elements = math.prod(shape)
     if bits == 16:
         return 2 * elements
-    return elements * bits // 8 + 2 * 2**bits * shape[0] // palette_group(shape, bits, target)
+    return elements * bits // 8 + (2 << bits) * shape[0] // palette_group(shape, bits, target)
 
 
 def palettized(value: NDArray[Any], bits: int, target: Target) -> NDArray[Any]:
