@@ -193,9 +193,7 @@ def _clusters(values: bytes, dtype: str, bits: int) -> tuple[NDArray[Any], NDArr
     return table, np.searchsorted((found[1:] + found[:-1]) / 2, flat.astype(np.float64)).astype(np.uint8)
 
 
-def _binned(
-    values: NDArray[Any], counts: NDArray[np.int64], most: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _binned(values: NDArray[Any], counts: NDArray[np.int64], most: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Sorted values with their counts, as the means of at most so many bins of equal width where there are more."""
     points, weights = values.astype(np.float64), counts.astype(np.float64)
     if len(points) <= most:
