@@ -36,8 +36,8 @@ PREFIX = "decoder."
 
 _LARGEST = 127
 _EXPORT_OPSET = 20
-"""From 21 on group normalisation is an operator of its own, which fewer runtimes have, and which ONNX Runtime takes apart
-into many passes over large activations; before, it is an InstanceNormalization, which computes the same in one."""
+"""From 21 on group normalisation is an operator of its own, which fewer runtimes have, and which ONNX Runtime takes
+apart into many passes over large activations; before, it is an InstanceNormalization: the same in one pass."""
 
 
 def to_decoders(origin: Origin, precisions: Sequence[str]) -> dict[str, onnx.ModelProto]:
