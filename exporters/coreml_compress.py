@@ -28,6 +28,7 @@ SMALLEST = 1024
 """Weights of fewer elements are left as they are: a table of their own would cost what it saves."""
 BLOCK = 32
 _LARGEST_LUT_SHARE = 0.05
+_BINS_PER_CLUSTER = 16
 
 
 def constants(model: Any) -> Mapping[str, Any]:
@@ -154,7 +155,7 @@ def palette_bytes(shape: tuple[int, ...], bits: int, target: Target) -> int:
     elements = math.prod(shape)
     if bits == 16:
         return 2 * elements
-    return elements * bits // 8 + 2 * 2**bits * shape[0] // palette_group(shape, bits, target)
+    return elements * bits // 8 + (2 << bits) * shape[0] // palette_group(shape, bits, target)
 
 
 def palettized(value: NDArray[Any], bits: int, target: Target) -> NDArray[Any]:
@@ -165,7 +166,8 @@ def palettized(value: NDArray[Any], bits: int, target: Target) -> NDArray[Any]:
 
 
 def clusters(values: NDArray[Any], bits: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """The best table of 2^bits values and the index of each of `values`: optimal k-means of one dimension."""
+    """A table of 2^bits values, and for each of `values` the index of the nearest: k-means of one dimension, whose
+    optimum is known, but for the width of narrow bins."""
     flat = np.ascontiguousarray(values).reshape(-1)
     return _clusters(flat.tobytes(), flat.dtype.str, bits)
 
@@ -178,13 +180,25 @@ def forget_clusters() -> None:
 @functools.cache  # a denoiser and its sampler have the same weights, and clustering takes long
 def _clusters(values: bytes, dtype: str, bits: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """By coremltools' own k-means, without its detour by scikit-learn for small weights, which is neither optimal nor
-    always installed."""
+    always installed. Large weights are gathered into narrow bins first: its time is the number of values times 2^bits.
+    """
     from coremltools._deps import _kmeans1d
 
     flat = np.frombuffer(values, dtype)
-    unique, inverse, counts = np.unique(flat, return_inverse=True, return_counts=True)
-    size = min(len(unique), 2**bits)
-    found = _kmeans1d.cluster(unique.astype(np.float64), size, weights=counts.astype(np.float64))
+    points, counts = _binned(*np.unique(flat, return_counts=True), most=_BINS_PER_CLUSTER * 2**bits)
+    size = min(len(points), 2**bits)
+    found = np.asarray(_kmeans1d.cluster(points, size, weights=counts).centroids, np.float64)
     table = np.zeros(2**bits, flat.dtype)
-    table[:size] = np.asarray(found.centroids)
-    return table, np.asarray(found.clusters, np.uint8)[inverse.reshape(-1)]
+    table[:size] = found
+    return table, np.searchsorted((found[1:] + found[:-1]) / 2, flat.astype(np.float64)).astype(np.uint8)
+
+
+def _binned(values: NDArray[Any], counts: NDArray[np.int64], most: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Sorted values with their counts, as the means of at most so many bins of equal width where there are more."""
+    points, weights = values.astype(np.float64), counts.astype(np.float64)
+    if len(points) <= most:
+        return points, weights
+    place = ((points - points[0]) * (most / (points[-1] - points[0]))).astype(np.int64).clip(max=most - 1)
+    total = np.bincount(place, weights)
+    filled = total > 0
+    return (np.bincount(place, weights * points)[filled] / total[filled]), total[filled]

@@ -193,9 +193,8 @@ def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list
     tables = [core.tables[name] for name in core.tables_of(default_model)]
     counts = (len(plan["classes"]), len(classes))
     held = [sum(held_bytes(count * table.row_bytes) for table in tables) for count in counts]
-    params = sum(math.prod(t.shape) for n, t in core.tables.items() if n in _weights(core, default_model))
     more = {
-        "params": params * (counts[1] - counts[0]),
+        "params": _params(core, default_model) * (counts[1] - counts[0]),
         "weight_bytes": sum(table.row_bytes for table in tables) * (counts[1] - counts[0]),
         "peak_memory_bytes": held[1] - held[0],
     }
@@ -203,9 +202,10 @@ def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list
     return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes, "precisions": [core.precision]}
 
 
-def _weights(core: Core, path: str) -> set[str]:
-    """Tables of a file that hold weights, not the scales of quantized ones."""
-    return {name for name in core.tables_of(path) if not name.endswith(".scale")}
+def _params(core: Core, path: str) -> int:
+    """Weights of one class in a file: not the scales of quantized ones, and two to a byte of 4 bits."""
+    tables = {name: core.tables[name] for name in core.tables_of(path) if not name.endswith((".scale", ".scales"))}
+    return sum(math.prod(table.shape) * (2 if name.endswith(".int4") else 1) for name, table in tables.items())
 
 
 @dataclass(frozen=True)
@@ -224,8 +224,7 @@ PACKAGER = PacksPackager()
 
 def check_packable(plan: Plan) -> None:
     """`UsageError` for a plan whose model files are not made of classes."""
-    traits = PRECISIONS.get(plan.precision)
-    if plan.form != "switch" or (traits and traits.static):
+    if plan.form != "switch" or PRECISIONS[plan.precision].static:  # type: ignore[index]  # a plan is checked
         raise UsageError(
             f"--formats packs: this plan is {plan.form} in {plan.precision}; only --form switch keeps classes apart, "
             "and ranges that were calibrated (int8-qdq, a16w8) are not for others"

@@ -6,8 +6,8 @@ package, run in NumPy, from the gated model: SQNR, worst over classes and timest
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,11 +48,14 @@ def run(subject: Subject, output: Path) -> list[Record]:
         conditions = {
             "kind": "packages", "profile": PROFILE, "target": target, "layout": layout, "weights": list(ways),
         }  # fmt: skip
-        store.run(f"{target.lower()}-{layout}", conditions, partial(_measured, subject.folder, target, layout, ways))
+        store.run(
+            f"{target.lower()}-{layout}", conditions, functools.partial(_measured, subject.folder, target, layout, ways)
+        )
     forget_clusters()
     return store.finished()
 
 
+@functools.cache
 def _plain(folder: Path) -> PlainDiT:
     """The model of the profile's plan."""
     opened = open_model(folder)
@@ -68,10 +71,15 @@ def _measured(folder: Path, target: Target, layout: Layout, ways: Sequence[Weigh
     program = convert(denoiser, interface_of(denoiser), target, sizes)
     with TemporaryDirectory() as temporary:
         place = Path(temporary)
-        exporter("onnx").export(model, place, ("fp32",))
-        onnx_bytes = (place / "onnx/denoiser.onnx").stat().st_size
         rows = [{"weights": way, **_package(model, denoiser, program, way, target, place)} for way in ways]
-    return {"onnx_fp32_bytes": onnx_bytes, "packages": rows}
+    return {"onnx_fp32_bytes": _onnx_bytes(folder), "packages": rows}
+
+
+@functools.cache
+def _onnx_bytes(folder: Path) -> int:
+    with TemporaryDirectory() as temporary:
+        exporter("onnx").export(_plain(folder), Path(temporary), ("fp32",))
+        return Path(temporary, "onnx/denoiser.onnx").stat().st_size
 
 
 def _package(

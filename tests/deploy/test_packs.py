@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from kind_edge.budget.plan import Plan, read_plan
+from kind_edge.budget.precision import PRECISIONS
 from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.bundle import open_bundle
@@ -192,6 +193,16 @@ def test_what_does_not_fit_is_refused(exported: Path, bundle: Path) -> None:
     refused(bundle, [bundle / "none"], InputError, "cannot read the pack")
     # Whole, of this core, and yet another class's: only its reference can tell.
     refused(bundle, made(rows=coat.rows), GateError, "parity failed: .*bag at step")
+    less = {name: array for name, array in bag.reference.items() if name != "noise"}
+    refused(bundle, made(reference=less), InputError, "pack of 'bag': verify/noise: got nothing, want float32")
+    wide = {**bag.reference, "sample": bag.reference["sample"][:, :, :4]}
+    refused(
+        bundle,
+        made(reference=wide),
+        InputError,
+        r"verify/sample: got float32 \[4, 1, 4, 8\], want float32 \[n, 1, 8, 8\]",
+    )
+    refused(bundle, made(rows={**bag.rows, next(iter(bag.rows)): b"x"}), InputError, "lacks rows that its core has")
     assert made()[0].read_bytes() == pack_of(exported, "bag").read_bytes()
     with pytest.raises(UsageError, match="unknown class 'bags'; did you mean: bag"):
         change_bundle(exported, remove=["bags"])
@@ -290,21 +301,61 @@ def test_rows_of_labels_belong_to_packs(
     assert join_file(core, FP32, shared, [rows[2]]) == files[CLASSES[2:3]][FP32]
 
 
+AGAIN = """
+import dataclasses, sys
+from pathlib import Path
+from kind_edge.budget.plan import read_plan
+from kind_edge.budget.precision import PRECISIONS
+from kind_edge.deploy.cut import make_cut, timesteps_of
+from kind_edge.deploy.making import Formats, make_models
+from kind_edge.deploy.merge import fold, truncate
+from kind_edge.deploy.packs_bundle import write_packs
+from kind_edge.deploy.request import open_model
+from kind_edge.deploy.verify import load_reference
+from kind_edge.registry import exporter
+
+model, plan = open_model(sys.argv[1]), read_plan(Path(sys.argv[2]))
+made = make_models(model, plan, Path("again"), Formats.of(["packs"]), lambda _: None, make_cut(model, plan))
+write_packs(Path("again"), {**made.values, "packs": made.core}, load_reference(Path("again")))
+plain = fold(truncate(model.checkpoint, plan, model.calibration), plan, timesteps_of(model, plan))
+exporter("onnx").export(plain, Path("every"), tuple(PRECISIONS))
+"""
+
+
 def test_another_process_writes_the_same_bytes(exported: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """The same checkpoint, plan and tools: whatever the folder, the order of sets, and the number of threads."""
+    """The same checkpoint, plan and tools, in every precision: whatever the folder, the order of sets, the threads."""
+    exporter("onnx").export(
+        plain(tiny_folder, read_plan(exported / "plan.json")), tmp_path / "every", tuple(PRECISIONS)
+    )
     environment = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo"}
     environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
-    plan = exported / "plan.json"
-    command = [sys.executable, "-P", "-m", "kind_edge.cli", "-q", "export", tiny_folder, "--plan", plan, "-o", "again"]
-    done = subprocess.run(
-        [*map(str, command), "--formats", "packs"], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "again").mkdir(parents=True)
+    command = [sys.executable, "-P", "-c", AGAIN, str(tiny_folder), str(exported / "plan.json")]
+    done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    compared = [name for name in content(exported) if name.startswith(("onnx/", "packs/"))]
-    assert len(compared) == len((FP32, *MODELS)) + len(CLASSES) + 2
-    again = content(tmp_path / "again")
-    assert [name for name in compared if again[name] != (exported / name).read_bytes()] == []
+    for here, name in ((exported, "again"), (tmp_path / "every", "every")):
+        wanted = {path: data for path, data in content(here).items() if path.startswith(("onnx/", "packs/"))}
+        found = {path: data for path, data in content(elsewhere / name).items() if path in wanted}
+        assert len(wanted) == (len((FP32, *MODELS)) + len(CLASSES) + 2 if name == "again" else len(PRECISIONS) + 1)
+        assert [path for path in wanted if found.get(path) != wanted[path]] == []
+
+
+def test_factors_are_found_on_one_thread(exported: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries split larger products among threads, and round differently then; here all are small."""
+    seen, before = set(), torch.get_num_threads()
+
+    def watched(matrix: Any, svd: Any = torch.linalg.svd) -> Any:
+        seen.add(torch.get_num_threads())
+        return svd(matrix)
+
+    monkeypatch.setattr(torch.linalg, "svd", watched)
+    try:
+        torch.set_num_threads(2)
+        plain(tiny_folder, read_plan(exported / "plan.json"))
+        assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_packs_have_names_that_any_system_can_hold() -> None:
