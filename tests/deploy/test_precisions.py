@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from kind_edge.budget.plan import read_plan
-from kind_edge.budget.precision import PRECISIONS, denoiser_path
+from kind_edge.budget.precision import PRECISIONS, Precision, denoiser_path
+from kind_edge.cli.options import PrecisionChoice
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.parity import psnr_db
 from kind_edge.deploy.runtime import load_bundle
@@ -76,6 +78,11 @@ def test_a_plan_says_what_it_is(tiny_folder: Path, made_once: MadeOnce, tmp_path
     path.write_text(json.dumps(values))
     with pytest.raises(InputError, match=r"is int4, but its matrix .* is fp32"):
         pipeline.export(tiny_folder, plan=read_plan(path), output=tmp_path / "out")
+
+
+def test_the_command_line_knows_every_precision() -> None:
+    assert get_args(PrecisionChoice) == ("auto", *PRECISIONS)
+    assert get_args(Precision) == tuple(PRECISIONS)
 
 
 def test_what_a_unit_cannot_run_is_refused_at_once(tiny_folder: Path) -> None:
