@@ -19,7 +19,7 @@ from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
     from kind_edge.deploy.bench import LatencyReport
-    from kind_edge.deploy.pipeline import Bundle
+    from kind_edge.deploy.making import Bundle
     from kind_edge.training.healing import HealingProgress
 
 
