@@ -10,17 +10,17 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kind_edge.errors import UsageError
-from kind_edge.exporters.coreml_convert import PREFIXES, Target, constants, quiet, require_coremltools
+from kind_edge.exporters.coreml_choices import Target, Weights
+from kind_edge.exporters.coreml_tools import quiet, require_coremltools
 
-Weights = Literal["fp16", "int8", "int4", "palette4", "palette6", "palette8", "mixed"]
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+PREFIXES = ("p_", "b_")
+"""What torch.export puts before the names of parameters and buffers; the dots of a name become underscores."""
 
 TABLES = ("pos_embed", "y_embed", "modulation_table", "mask_", "class_map", "patch_embed", "final_")
 """Constants whose names hold one of these are left as they are."""
@@ -28,24 +28,19 @@ SMALLEST = 1024
 """Weights of fewer elements are left as they are: a table of their own would cost what it saves."""
 BLOCK = 32
 _LARGEST_LUT_SHARE = 0.05
+_BINS_PER_CLUSTER = 16
 
 
-def weights_for(precision: str, target: Target) -> Weights:
-    """What a plan's precision is in Core ML. Weights alone are compressed; arithmetic is fp16 always."""
-    if precision in ("fp32", "fp16"):
-        return "fp16"
-    if precision == "int4":
-        return "int4" if target == "iOS18" else "palette4"
-    return "int8"
+def constants(model: Any) -> Mapping[str, Any]:
+    """Weights of an `MLModel` just converted: name -> array, of all that came from parameters and buffers."""
+    operations = model._mil_program.functions["main"].operations
+    return {op.name: op.outputs[0].val for op in operations if op.op_type == "const" and op.name.startswith(PREFIXES)}
 
 
-def check_weights(weights: Weights, target: Target) -> None:
-    """`UsageError` names the target that has what this one lacks."""
-    if weights == "int4" and target != "iOS18":
-        raise UsageError(
-            f"--coreml-weights int4 --coreml-target {target}: blocks of 4 bits need iOS18; "
-            "take --coreml-target iOS18, or palette4, which every target has"
-        )
+def parameter_of(constant: str, names: Sequence[str]) -> str | None:
+    """The parameter ("blocks.0.attn.q.weight") whose constant this is: it may carry "denoiser." and "_to_fp16"."""
+    plain = re.sub(r"_to_(fp16|fp32|u?int\d+)$", "", constant.removeprefix("p_").removeprefix("b_"))
+    return next((name for name in names if name.replace(".", "_") == plain), None)
 
 
 def compressible(model: Any) -> dict[str, NDArray[np.float16]]:
@@ -104,7 +99,7 @@ def compress(
 
 
 def _linear(optimize: Any, value: NDArray[Any], weights: str, target: Target) -> Any:
-    """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs."""
+    """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs or so."""
     common = {"mode": "linear_symmetric", "dtype": weights, "weight_threshold": SMALLEST - 1}
     if weights == "int8" and (target != "iOS18" or value.ndim != 3):
         return optimize.OpLinearQuantizerConfig(**common, granularity="per_channel")
@@ -115,9 +110,15 @@ def _blocks(value: NDArray[Any], weights: str) -> tuple[int, ...]:
     """Elements that share a scale, along every axis (0: all of it)."""
     if value.ndim == 3:  # tailors [K, m, r] and [K, r, n]: what is long is shared
         long = 1 if value.shape[1] >= value.shape[2] else 2
-        size = math.gcd(value.shape[long], BLOCK) if weights == "int4" else 0
+        size = _block(value.shape[long]) if weights == "int4" else 0
         return (1, size, 1) if long == 1 else (1, 1, size)
-    return (1, math.gcd(value.shape[1], BLOCK), *(0,) * (value.ndim - 2))
+    return (1, _block(value.shape[1]), *(0,) * (value.ndim - 2))
+
+
+def _block(size: int) -> int:
+    """The divisor of a length that is nearest to BLOCK; 0, the whole of it, where none is near: ranks may be prime."""
+    near = [each for each in range(BLOCK // 2, 2 * BLOCK + 1) if size % each == 0]
+    return min(near, key=lambda each: abs(each - BLOCK), default=0)
 
 
 def _palette(optimize: Any, value: NDArray[Any], bits: int, target: Target, tell: Callable[[], None] | None) -> Any:
@@ -146,7 +147,7 @@ def palette_group(shape: tuple[int, ...], bits: int, target: Target) -> int:
         for group in range(1, rows)
         if rows % group == 0 and 16 * 2**bits <= _LARGEST_LUT_SHARE * bits * group * each
     )
-    return next(fits, rows) if target == "iOS18" else rows
+    return int(next(fits, rows)) if target == "iOS18" else rows
 
 
 def palette_bytes(shape: tuple[int, ...], bits: int, target: Target) -> int:
@@ -154,7 +155,7 @@ def palette_bytes(shape: tuple[int, ...], bits: int, target: Target) -> int:
     elements = math.prod(shape)
     if bits == 16:
         return 2 * elements
-    return elements * bits // 8 + 2 * 2**bits * shape[0] // palette_group(shape, bits, target)
+    return elements * bits // 8 + (2 << bits) * shape[0] // palette_group(shape, bits, target)
 
 
 def palettized(value: NDArray[Any], bits: int, target: Target) -> NDArray[Any]:
@@ -165,7 +166,8 @@ def palettized(value: NDArray[Any], bits: int, target: Target) -> NDArray[Any]:
 
 
 def clusters(values: NDArray[Any], bits: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """The best table of 2^bits values and the index of each of `values`: optimal k-means of one dimension."""
+    """A table of 2^bits values, and for each of `values` the index of the nearest: k-means of one dimension, whose
+    optimum is known, but for the width of narrow bins."""
     flat = np.ascontiguousarray(values).reshape(-1)
     return _clusters(flat.tobytes(), flat.dtype.str, bits)
 
@@ -178,13 +180,25 @@ def forget_clusters() -> None:
 @functools.cache  # a denoiser and its sampler have the same weights, and clustering takes long
 def _clusters(values: bytes, dtype: str, bits: int) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """By coremltools' own k-means, without its detour by scikit-learn for small weights, which is neither optimal nor
-    always installed."""
+    always installed. Large weights are gathered into narrow bins first: its time is the number of values times 2^bits.
+    """
     from coremltools._deps import _kmeans1d
 
     flat = np.frombuffer(values, dtype)
-    unique, inverse, counts = np.unique(flat, return_inverse=True, return_counts=True)
-    size = min(len(unique), 2**bits)
-    found = _kmeans1d.cluster(unique.astype(np.float64), size, weights=counts.astype(np.float64))
+    points, counts = _binned(*np.unique(flat, return_counts=True), most=_BINS_PER_CLUSTER * 2**bits)
+    size = min(len(points), 2**bits)
+    found = np.asarray(_kmeans1d.cluster(points, size, weights=counts).centroids, np.float64)
     table = np.zeros(2**bits, flat.dtype)
-    table[:size] = np.asarray(found.centroids)
-    return table, np.asarray(found.clusters, np.uint8)[inverse.reshape(-1)]
+    table[:size] = found
+    return table, np.searchsorted((found[1:] + found[:-1]) / 2, flat.astype(np.float64)).astype(np.uint8)
+
+
+def _binned(values: NDArray[Any], counts: NDArray[np.int64], most: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Sorted values with their counts, as the means of at most so many bins of equal width where there are more."""
+    points, weights = values.astype(np.float64), counts.astype(np.float64)
+    if len(points) <= most:
+        return points, weights
+    place = ((points - points[0]) * (most / (points[-1] - points[0]))).astype(np.int64).clip(max=most - 1)
+    total = np.bincount(place, weights)
+    filled = total > 0
+    return (np.bincount(place, weights * points)[filled] / total[filled]), total[filled]

@@ -2,52 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import logging
 import re
-import sys
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from kind_edge.errors import UsageError
+from kind_edge.exporters.coreml_choices import LARGEST_BATCH, Target
 from kind_edge.exporters.coreml_graph import Denoiser, Sampler
-
-Target = Literal["iOS16", "iOS17", "iOS18"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-Batch = Literal["fixed", "flexible"]
-LARGEST_BATCH = 64
-
-PREFIXES = ("p_", "b_")
-"""What torch.export puts before the names of parameters and buffers; the dots of a name become underscores."""
-
-
-def require_coremltools() -> ModuleType:
-    """The module `coremltools`, imported now and without its advice; `UsageError` says what to install."""
-    try:
-        with _quiet():
-            importlib.import_module("coremltools.optimize.coreml")
-            return importlib.import_module("coremltools")
-    except ImportError as error:
-        raise UsageError(
-            f"--formats coreml needs coremltools ({error}): {sys.executable} -m pip install 'kind-edge[coreml]'"
-        ) from error
-
-
-def batches(target: Target, batch: Batch, wanted: int) -> tuple[int, ...] | None:
-    """The batch sizes that a package takes; None for any up to `LARGEST_BATCH`.
-
-    Several inputs of several fixed shapes need iOS18; before, a package has the one batch that its loop needs (two
-    where guidance asks for the class and the null class together). A range runs on the CPU and the GPU alone.
-    """
-    if batch == "flexible":
-        return None
-    return (1, 2) if target == "iOS18" else (wanted,)
+from kind_edge.exporters.coreml_tools import quiet, require_coremltools
 
 
 @dataclass(frozen=True)
@@ -112,7 +77,7 @@ def convert(
             return (sizes[0], *rest)
         return ct.EnumeratedShapes([(n, *rest) for n in sizes], default=(sizes[0], *rest))
 
-    with _quiet(), torch.no_grad():
+    with quiet(), torch.no_grad():
         program = torch.export.export(
             module.eval().requires_grad_(False),
             tuple(inputs.values()),
@@ -158,56 +123,3 @@ def _blame(program: Any, error: Exception) -> str:
                     f"module {stack[-1][0] or 'the model'!r}, operator {operator}: Core ML has no place for it: {text}"
                 )
     return f"coremltools cannot convert the model: {text}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """coremltools shows progress bars and advises on versions; nobody here can act on that."""
-    loggers = [logging.getLogger(name) for name in ("coremltools", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    disabled = logging.root.manager.disable
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), _no_bars():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without tqdm's bars, which would break into our own progress."""
-    from tqdm import tqdm
-
-    before = tqdm.__init__
-
-    def silent(self: Any, *args: Any, **options: Any) -> None:
-        before(self, *args, **{**options, "disable": True})
-
-    tqdm.__init__ = silent
-    try:
-        yield
-    finally:
-        tqdm.__init__ = before
-
-
-def quiet() -> contextlib.AbstractContextManager[None]:
-    """For calls into coremltools elsewhere."""
-    return _quiet()
-
-
-def constants(model: Any) -> Mapping[str, Any]:
-    """Weights of an `MLModel` just converted: name -> array, of all that came from parameters and buffers."""
-    operations = model._mil_program.functions["main"].operations
-    return {op.name: op.outputs[0].val for op in operations if op.op_type == "const" and op.name.startswith(PREFIXES)}
-
-
-def parameter_of(constant: str, names: Sequence[str]) -> str | None:
-    """The parameter ("blocks.0.attn.q.weight") whose constant this is: it may carry "denoiser." and "_to_fp16"."""
-    plain = re.sub(r"_to_(fp16|fp32|u?int\d+)$", "", constant.removeprefix("p_").removeprefix("b_"))
-    return next((name for name in names if name.replace(".", "_") == plain), None)

@@ -12,30 +12,27 @@ from typing import TYPE_CHECKING, Any, Literal
 from kind_edge._version import __version__
 from kind_edge.budget.precision import PRECISIONS
 from kind_edge.errors import UsageError
-from kind_edge.exporters.coreml_compress import (
+from kind_edge.exporters.coreml_choices import (
+    TARGETS,
     WEIGHTS,
+    Batch,
+    Functions,
+    Target,
     Weights,
+    batches,
+    check_functions,
     check_weights,
-    compress,
-    forget_clusters,
+    class_sets,
     weights_for,
 )
-from kind_edge.exporters.coreml_convert import (
-    TARGETS,
-    Batch,
-    Interface,
-    Target,
-    batches,
-    convert,
-    interface_of,
-    require_coremltools,
-)
-from kind_edge.exporters.coreml_functions import Functions, add_functions, check_functions, class_sets
+from kind_edge.exporters.coreml_functions import add_functions
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
+from kind_edge.exporters.coreml_tools import require_coremltools
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import PlainDiT
+    from kind_edge.exporters.coreml_convert import Interface
     from kind_edge.exporters.coreml_graph import Denoiser, Sampler
     from kind_edge.model.spec import ModelSpec
 
@@ -105,6 +102,8 @@ class CoreMLExporter:
     def export(self, model: PlainDiT, folder: Path, precisions: tuple[str, ...]) -> tuple[ExportedFile, ...]:
         """One set of packages, at the plan's own precision: what an app has in it. `precisions` says no more."""
         self.check(model.spec)
+        from kind_edge.exporters.coreml_compress import forget_clusters
+        from kind_edge.exporters.coreml_convert import convert, interface_of
         from kind_edge.exporters.coreml_graph import Denoiser
 
         plan = model.origin.plan
@@ -137,9 +136,11 @@ class CoreMLExporter:
 
     def _decoder(self, model: PlainDiT) -> _Made | None:
         """What makes pictures of latents, where an autoencoder was given. It takes one image at a time."""
-        autoencoder = _autoencoder(model)
+        autoencoder = model.origin.autoencoder
         if autoencoder is None:
             return None
+        from kind_edge.exporters.coreml_convert import Interface, convert
+
         spec, side = model.spec, model.spec.image_size * model.spec.pixels_per_latent
         latent = (spec.channels, spec.image_size, spec.image_size)
         interface = Interface({"latent": ("float32", latent)}, "image", (autoencoder.image_channels, side, side))
@@ -163,6 +164,8 @@ class CoreMLExporter:
         sets: Mapping[str, tuple[int, ...]],
     ) -> ExportedFile:
         """Compress, describe and save one package."""
+        from kind_edge.exporters.coreml_compress import compress
+
         compressed = compress(made.program, chosen, self.target, self.on_progress)
         described = _description(made.name, model, dict(self.functions) if sets else {})
         path = f"{FOLDER}/{made.name}.mlpackage"
@@ -199,11 +202,6 @@ class CoreMLExporter:
             return run({n: a.astype(np.int32) if a.dtype == np.int64 else a for n, a in inputs.items()})
 
         return with_32_bits
-
-
-def _autoencoder(model: PlainDiT) -> Any:
-    """What makes pictures of the model's latents, if it was given."""
-    return getattr(model.origin, "autoencoder", None)
 
 
 def _sampler(model: PlainDiT, denoiser: Denoiser) -> Sampler | None:

@@ -1,7 +1,7 @@
 """Class packs as functions of one package (iOS18): one function per set of classes, all on the same weights.
 
 Tailors lie in the weight file once, for all classes. A function differs from the whole model in one small constant, the
-numbers of its own classes, so that a further function costs a few hundred bytes of program and no weights.
+numbers of its own classes, so that a further function costs its program and no weights.
 """
 
 from __future__ import annotations
@@ -13,43 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from kind_edge.errors import KindEdgeError, UsageError, unknown
-from kind_edge.exporters.coreml_convert import Target, quiet, require_coremltools
+from kind_edge.errors import KindEdgeError
+from kind_edge.exporters.coreml_choices import MAIN
 from kind_edge.exporters.coreml_package import PROGRAM
-
-MAIN = "main"
-"""The function of all classes of the bundle, which is also the default."""
-
-Functions = tuple[tuple[str, tuple[str, ...]], ...]
-"""Names of functions with the names of their classes, in their own order."""
-
-
-def check_functions(functions: Functions, target: Target) -> None:
-    """`UsageError` for what no package can have, before any work."""
-    names = [name for name, _ in functions]
-    if functions and target != "iOS18":
-        raise UsageError(f"--coreml-function --coreml-target {target}: several functions in one package need iOS18")
-    for name, classes in functions:
-        if not name.isidentifier() or name == MAIN or names.count(name) > 1:
-            raise UsageError(
-                f"--coreml-function {name}={','.join(classes)}: want a name of letters, digits and _, given once, "
-                f"and not {MAIN}, which holds all classes"
-            )
-        if not classes or len(set(classes)) < len(classes):
-            raise UsageError(f"--coreml-function {name}: got {', '.join(classes) or 'no class'}; want each class once")
-
-
-def class_sets(functions: Functions, known: Sequence[str], null: bool) -> dict[str, tuple[int, ...]]:
-    """By function the model's numbers of its classes; the null class, where there is one, comes last in each.
-
-    An unknown class is refused with the nearest known ones.
-    """
-    for _, classes in functions:
-        for name in classes:
-            if name not in known:
-                raise unknown("class", name, known)
-    last = (len(known),) if null else ()
-    return {name: (*map(list(known).index, classes), *last) for name, classes in functions}
+from kind_edge.exporters.coreml_tools import quiet, require_coremltools
 
 
 def add_functions(package: Path, sets: Mapping[str, Sequence[int]], folder: Path) -> Path:

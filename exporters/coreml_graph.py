@@ -10,17 +10,15 @@ Symbols: B batch, N tokens, D width, H heads, K kept classes, n outputs, m input
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kind_edge.deploy.plain import Dense, Pick, PlainDiT, PlainLinear, Thin
+from kind_edge.deploy.plain import Dense, ModulationTable, Pick, PlainDiT, PlainLinear, Thin
 from kind_edge.deploy.sampler_table import SamplerTable
+from kind_edge.exporters.coreml_choices import Layout
 from kind_edge.model.dit import modulate
 
-Layout = Literal["tokens", "channels"]
 Picked = Pick | dict[tuple[int, int], Tensor] | None
 
 
@@ -94,7 +92,7 @@ class ChannelLinear(nn.Module):
             return out if mask is None else out + F.conv2d(F.conv2d(x, self.tailors_v) * mask, self.tailors_u)
         if mask is not None:
             return F.conv2d(F.conv2d(x, self.tailors_v) * mask, self.tailors_u, self.bias)
-        return self.bias[:, None, None].expand(len(x), -1, 1, x.shape[-1])
+        return self.bias[:, None, None].expand(x.shape[0], -1, 1, x.shape[-1])  # len(x) would fix the batch
 
 
 def _shared(layer: nn.Module, source: PlainLinear) -> None:
@@ -179,6 +177,21 @@ def _norm(x: Tensor, eps: float, layout: Layout) -> Tensor:
     return centred * torch.rsqrt((centred * centred).mean(1, keepdim=True) + eps)
 
 
+class Rows(nn.Module):
+    """Baked modulation as one table of rows: [S, W], or of every class its S rows below one another."""
+
+    def __init__(self, source: ModulationTable) -> None:
+        super().__init__()
+        table = source.table.detach().float()
+        self.per_class, self.steps = table.ndim == 3, table.shape[-2]
+        self.table = _parameter(table.flatten(0, -2))
+
+    def forward(self, step: Tensor, class_index: Tensor | None) -> Tensor:
+        if self.per_class and class_index is not None:
+            step = class_index * self.steps + step
+        return self.table.index_select(0, step)  # [B or 1, W]
+
+
 class Denoiser(nn.Module):
     """A `PlainDiT` in a layout. Inputs and output as of the bundle's denoiser; `step` and `class_index` are int32 [B].
 
@@ -189,7 +202,9 @@ class Denoiser(nn.Module):
     def __init__(self, source: PlainDiT, layout: Layout, mapped: bool = False) -> None:
         super().__init__()
         self.spec, self.layout, self.switches = source.spec, layout, source.switches
-        self.input_names, self.modulation, self.patch_embed = source.input_names, source.modulation, source.patch_embed
+        self.input_names, self.patch_embed = source.input_names, source.patch_embed
+        modulation = source.modulation
+        self.modulation = Rows(modulation) if isinstance(modulation, ModulationTable) else modulation
         pos = source.pos_embed.detach()
         self.pos_embed = _parameter(pos if layout == "tokens" else pos.T[None, :, None])
         self.widths = [source.spec.modulation_width(block) for block in range(source.spec.depth)]

@@ -20,8 +20,15 @@ from kind_edge.budget.tree import Tree
 from kind_edge.deploy.plain import Origin
 from kind_edge.deploy.reference import make_reference
 from kind_edge.errors import GateError
-from kind_edge.exporters.coreml_compress import compressible, matrix_of, palette_bytes, palettized
-from kind_edge.exporters.coreml_convert import Target, constants, parameter_of
+from kind_edge.exporters.coreml_choices import Target
+from kind_edge.exporters.coreml_compress import (
+    compressible,
+    constants,
+    matrix_of,
+    palette_bytes,
+    palettized,
+    parameter_of,
+)
 from kind_edge.exporters.coreml_graph import Denoiser
 
 WIDTHS = (4, 6, 8, 16)

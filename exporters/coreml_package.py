@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kind_edge.exporters.coreml_convert import quiet, require_coremltools
+from kind_edge.exporters.coreml_tools import quiet, require_coremltools
 
 PROGRAM, WEIGHTS = "com.apple.CoreML/model.mlmodel", "com.apple.CoreML/weights"
 AUTHOR = "com.apple.CoreML"

@@ -104,7 +104,7 @@ def _decided(plan: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row
     yield "sampler", f"{plan['steps']} {plan['sampler']} steps, {guided}"
     storages = [matrix["storage"] for matrix in plan["matrices"].values()]
     yield "matrices", ", ".join(f"{storages.count(kind)} {kind}" for kind in dict.fromkeys(storages))
-    yield "modulation", "baked into a table" if plan["modulation"] == "baked" else "kept as a network"
+    yield "modulation", "baked into a table" if plan["modulation"] != "network" else "kept as a network"
     yield "app loads", values["default_model"]
 
 

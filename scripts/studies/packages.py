@@ -6,8 +6,8 @@ package, run in NumPy, from the gated model: SQNR, worst over classes and timest
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,9 +23,10 @@ from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.request import open_model
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.exporters.coreml_compress import WEIGHTS, Weights, compress, forget_clusters
-from kind_edge.exporters.coreml_convert import Target, batches, convert, interface_of
-from kind_edge.exporters.coreml_graph import Denoiser, Layout
+from kind_edge.exporters.coreml_choices import WEIGHTS, Layout, Target, Weights, batches
+from kind_edge.exporters.coreml_compress import compress, forget_clusters
+from kind_edge.exporters.coreml_convert import convert, interface_of
+from kind_edge.exporters.coreml_graph import Denoiser
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package
 from kind_edge.registry import exporter
@@ -47,11 +48,14 @@ def run(subject: Subject, output: Path) -> list[Record]:
         conditions = {
             "kind": "packages", "profile": PROFILE, "target": target, "layout": layout, "weights": list(ways),
         }  # fmt: skip
-        store.run(f"{target.lower()}-{layout}", conditions, partial(_measured, subject.folder, target, layout, ways))
+        store.run(
+            f"{target.lower()}-{layout}", conditions, functools.partial(_measured, subject.folder, target, layout, ways)
+        )
     forget_clusters()
     return store.finished()
 
 
+@functools.cache
 def _plain(folder: Path) -> PlainDiT:
     """The model of the profile's plan."""
     opened = open_model(folder)
@@ -67,10 +71,15 @@ def _measured(folder: Path, target: Target, layout: Layout, ways: Sequence[Weigh
     program = convert(denoiser, interface_of(denoiser), target, sizes)
     with TemporaryDirectory() as temporary:
         place = Path(temporary)
-        exporter("onnx").export(model, place, ("fp32",))
-        onnx_bytes = (place / "onnx/denoiser.onnx").stat().st_size
         rows = [{"weights": way, **_package(model, denoiser, program, way, target, place)} for way in ways]
-    return {"onnx_fp32_bytes": onnx_bytes, "packages": rows}
+    return {"onnx_fp32_bytes": _onnx_bytes(folder), "packages": rows}
+
+
+@functools.cache
+def _onnx_bytes(folder: Path) -> int:
+    with TemporaryDirectory() as temporary:
+        exporter("onnx").export(_plain(folder), Path(temporary), ("fp32",))
+        return Path(temporary, "onnx/denoiser.onnx").stat().st_size
 
 
 def _package(
