@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -223,24 +222,22 @@ def test_a_pack_is_an_ordinary_safetensors_file(packed: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
-def test_the_documented_javascript_adds_a_class(packed: Path, bundle: Path) -> None:
-    code = re.search(r"```js\n(.*?)```", (ROOT / "docs" / "packs.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert code is not None
+def test_javascript_adds_a_class(packed: Path, bundle: Path) -> None:
     change_bundle(bundle, remove=["bag"])
-    script = bundle.parent / "join.cjs"
-    script.write_text(
-        code[1]
-        + """
-const fs = require("fs"), [folder, packed, ...paths] = process.argv.slice(2);
-const bytes = (path) => new Uint8Array(fs.readFileSync(path));
-const core = JSON.parse(fs.readFileSync(`${folder}/packs/core.json`)), added = readPack(bytes(packed));
+    shutil.copy(ROOT / "kind_edge/deploy/templates/web/packs.js", bundle.parent / "packs.mjs")
+    script = bundle.parent / "join.mjs"
+    script.write_text("""
+import { readFileSync, writeFileSync } from "node:fs";
+import { joinFile, readPack, takeApart } from "./packs.mjs";
+const [folder, packed, ...paths] = process.argv.slice(2);
+const bytes = (path) => new Uint8Array(readFileSync(path));
+const core = JSON.parse(readFileSync(`${folder}/packs/core.json`)), added = await readPack(bytes(packed));
 for (const path of paths) {
   const { shared, rows } = takeApart(core, path, bytes(`${folder}/${path}`), 3);
-  fs.writeFileSync(`${folder}/${path}`, joinFile(core, path, shared, [rows[0], added.rows, ...rows.slice(1)]));
+  writeFileSync(`${folder}/${path}`, joinFile(core, path, shared, [rows[0], added.rows, ...rows.slice(1)]));
 }
 console.log(added.className, added.core);
-"""
-    )
+""")
     command = ["node", str(script), str(bundle), str(pack_of(packed, "bag")), *MODELS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
