@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from peers.models import Dense, dense_twin, large_dense
 from peers.prepared import batch_of, judge_engine, prepare_all, request_of, target_of
 from peers.profiled import operator_shares
 from peers.race import EQUAL, GUIDED, Contestant, Measured, WorkerFailed, run, say
-from peers.summary import AT_MOST, BASELINE, OUR_INT8
+from peers.summary import AT_MOST, BASELINE, INT8_BASELINE, OUR_INT8
 
 NAME, RUN = "peers", "run"
 ROUNDS, RUNS = 20, 3
@@ -50,7 +51,7 @@ def publish(subject: Subject, output: Path) -> list[Record]:
 
 def measure(output: Path) -> list[Record]:
     """All that is not finished; what is timed is timed anew. The records of all."""
-    best = distances(output)
+    here, best = machine(), distances(output)
     dense = dense_twin()
     ready, failed = prepare_all(PEERS, dense)
     left = [peer for peer in PEERS if peer.name in ready]
@@ -69,7 +70,7 @@ def measure(output: Path) -> list[Record]:
         "large_failed": large_failed,
         "operators": operator_shares(dense.our_int8, available_threads()),
     }
-    conditions = {"kind": "run", **machine(), "best": {name: dataclasses.asdict(each) for name, each in best.items()}}
+    conditions = {"kind": "run", **here, "best": {name: dataclasses.asdict(each) for name, each in best.items()}}
     anew(store, RUN, conditions, lambda: figures)
     return records(output)
 
@@ -97,9 +98,12 @@ def where_changed(
 
 
 def judge_engines(output: Path, dense: Dense, peers: Sequence[Peer], best: Mapping[str, Best]) -> None:
-    """Every int8 engine rounds in its own way, so each draws images of its own at the steps that were found."""
+    """Every int8 engine rounds in its own way, so each draws images of its own at the steps that were found.
+
+    ONNX Runtime's are what the steps were found with.
+    """
     store, threads = Store(output, NAME, subject_of(TWIN)), available_threads()
-    for peer in (each for each in peers if each.int8):
+    for peer in (each for each in peers if each.int8 and each.name != INT8_BASELINE):
         for classes, names in CLASS_SETS.items():
             conditions = {
                 "kind": "engine", "peer": peer.name, "files": target_of(peer, dense).name, "classes": list(names),
@@ -179,6 +183,7 @@ def machine() -> dict[str, Any]:
     here = conditions(available_threads(), "cpu")
     return {
         "cpu": here.cpu, "instruction_sets": list(here.instruction_sets), "cores": here.cores, "threads": here.threads,
+        "load_average": round(os.getloadavg()[0], 1),
         "system": here.system, "python": platform.python_version(), "rounds": ROUNDS, "runs": RUNS,
         "large_rounds": LARGE_ROUNDS, "large_runs": LARGE_RUNS,
     }  # fmt: skip

@@ -14,7 +14,7 @@ from peers.ours import VARIANTS, Variant
 from peers.race import EQUAL, GUIDED, Ratio, ratio
 
 AT_MOST = f"guided, {MOST} steps"
-BASELINE = "onnxruntime fp32"
+BASELINE, INT8_BASELINE = "onnxruntime fp32", "onnxruntime int8"
 OUR_INT8 = "the dense twin in our int8"
 TARGETS: Mapping[str, Mapping[int, float]] = {
     "image_latency_vs_dense_fp32": {2: 40.0, 10: 40.0},
@@ -62,6 +62,8 @@ def _frechets(records: Sequence[Record], best: Mapping[str, Mapping[str, Any]]) 
             at, classes = (own["sampler"], own["steps"]), len(own["classes"])
             if own["precision"] == "fp32" and at == ("euler", MOST):
                 found[AT_MOST, classes] = frechet
+            if own["precision"] == "int8" and at == (best["int8"]["sampler"], best["int8"]["steps"]):
+                found[INT8_BASELINE, classes] = frechet
             if own["precision"] == "fp32" and at == (best["fp32"]["sampler"], best["fp32"]["steps"]):
                 found |= {(peer.name, classes): frechet for peer in PEERS if not peer.int8}
     return found

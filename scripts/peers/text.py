@@ -62,11 +62,12 @@ def _conditions(run: Record) -> str:
     pins = ", ".join(pin for name in PINS for pin in PINS[name] if not pin.startswith("torch"))
     return (
         f"`scripts/bench peers` on {own['cpu']} ({', '.join(own['instruction_sets'])}), {own['cores']} cores, "
-        f"{own['threads']} threads for every engine; {own['system']}, Python {own['python']}; "
-        f"{', '.join(runtimes)} (made with {pins}). {own['rounds']} rounds, forth and back over all processes; a "
-        f"figure is the median over the rounds of the median of {own['runs']} images; ratios are taken within a "
-        "round, and the range in brackets is that of the middle 80 % of the rounds. Peak memory is what a process "
-        "held beyond its imports, up to the last guided image; load is opening the file and the first call."
+        f"{own['threads']} threads for every engine, load average {own['load_average']} before it began; "
+        f"{own['system']}, Python {own['python']}; {', '.join(runtimes)} (made with {pins}). {own['rounds']} rounds, "
+        "forth and back over all processes; a figure is the median over the rounds of the median of "
+        f"{own['runs']} images; ratios are taken within a round, and the range in brackets is that of the middle 80 % "
+        "of the rounds. Peak memory is what a process held beyond its imports, up to the last guided image; load is "
+        "opening the file and the first call."
     )
 
 
@@ -146,12 +147,14 @@ def _single_words(found: Found) -> str:
         return told
     rows = str(found.shipped[fastest]["batch"])
     slower = ratio(own["evaluation_ms"][rows], found.shipped[fastest]["evaluation_ms"][rows])
-    shares = ", ".join(
-        f"{name} {in_percent(share)}" for name, share in [*found.run["figures"]["operators"].items()][:8]
-    )
+    operators = found.run["figures"]["operators"]
+    products = sum(share for name, share in operators.items() if "MatMul" in name)
+    shares = ", ".join(f"{name} {in_percent(share)}" for name, share in [*operators.items()][:8])
     return (
         f"{told} On the same dense denoiser our int8, in ONNX Runtime, takes {slower.text(2)} times as long as "
-        f"{fastest}. Of ONNX Runtime's time within operators: {shares}."
+        f"{fastest}. Of ONNX Runtime's time within operators {in_percent(products)} goes into products, those of "
+        "attention among them; the rest into what other engines fuse with them or find beforehand (ranges of "
+        f"activations, transposes, normalisation, Gelu). The largest: {shares}."
     )
 
 

@@ -12,9 +12,9 @@ from worker import Engine, Opened, serve
 def load() -> str:
     import onnxruntime
 
-    import kind_edge.deploy.runtime  # noqa: F401
+    import kind_edge.deploy.runtime
 
-    return f"kind-edge, onnxruntime {onnxruntime.__version__}"
+    return f"kind-edge {kind_edge.__version__} in onnxruntime {onnxruntime.__version__}"
 
 
 def make(source: Path, target: Path, precision: str) -> None:
@@ -41,7 +41,10 @@ def _open_bundle(path: Path, file: str, threads: int) -> Opened:
     def image() -> object:
         return bundle.sample_float(noise, classes)
 
-    image()
+    if bundle.model.role == "sampler":  # the first call, which `worker` makes where there is no loop
+        image()
+    else:
+        bundle.predict(noise, 0, classes)
     return Opened(predict, bundle.noise_shape, image)
 
 
