@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from kind_edge.exporters.trajectories import Call, open_model
 Floats = NDArray[np.float64]
 
 _BINS = 2048
+_VALUES = 16_384
+"""So many values of a tensor are counted in one call."""
 _PLENTIFUL, _ROOM = 1024, 1.5
 _SHARES = np.linspace(0.2, 1.0, 33)
 
@@ -59,10 +62,18 @@ def histograms(model: onnx.ModelProto, names: Sequence[str], calls: Sequence[Cal
             for name in names:
                 array, (low, high) = values[name], ends[name]
                 if counting:
-                    counts[name] += np.histogram(array, _BINS, (low, max(high, low + 1e-12)))[0]
+                    counts[name] += np.histogram(_some(array), _BINS, (low, max(high, low + 1e-12)))[0]
                 else:
                     ends[name] = (min(low, float(array.min())), max(high, float(array.max())))
     return {name: Histogram(*ends[name], counts[name]) for name in names}
+
+
+def _some(array: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Enough of a large tensor's values, spread over all its channels."""
+    stride = max(1, array.size // _VALUES)
+    while math.gcd(stride, array.shape[-1]) > 1:
+        stride += 1
+    return array.ravel()[::stride]
 
 
 def covariances(model: onnx.ModelProto, names: Sequence[str], calls: Sequence[Call]) -> Mapping[str, Floats]:

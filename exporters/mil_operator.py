@@ -30,6 +30,12 @@ _WIDE_INTEGERS = {
 """Lowest and highest value."""
 
 
+_FP16_SUBNORMAL, _FP16_OVERFLOW = np.float32(2**-14), np.float32(65520)
+_DROPPED_BITS = 13
+"""Of float32's fraction, which fp16 does not have."""
+_KEPT_BITS = np.uint32(0xFFFFFFFF ^ ((1 << _DROPPED_BITS) - 1))
+
+
 class Arguments:
     """The operands of one operator, as carriers, by parameter."""
 
@@ -125,4 +131,18 @@ def to_declared(result: Array, declared: TensorType, operation: Operation) -> Ar
 
 def round_to_fp16(values: Array) -> Array:
     """float32 values to the nearest that fp16 has, ties to even; too large ones become infinite."""
-    return values.astype(np.float16).astype(np.float32)
+    values = values.astype(np.float32, copy=False)
+    size = np.abs(values)
+    if not values.ndim or not values.size or not size.max() < _FP16_OVERFLOW:  # if one is not a number, too
+        return values.astype(np.float16).astype(np.float32)
+    bits = values.view(np.uint32)
+    rounded = bits >> _DROPPED_BITS  # converting there and back takes five times as long as doing it on the bits
+    rounded &= 1
+    rounded += (1 << _DROPPED_BITS - 1) - 1
+    rounded += bits
+    rounded &= _KEPT_BITS
+    result: Array = rounded.view(np.float32)
+    if size.min() < _FP16_SUBNORMAL:
+        small = size < _FP16_SUBNORMAL
+        result[small] = values[small].astype(np.float16)
+    return result

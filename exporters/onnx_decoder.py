@@ -18,12 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import onnx.version_converter
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from kind_edge.budget.onnx_writer import OPSET
 from kind_edge.budget.precision import decoder_precision
+from kind_edge.exporters.onnx_fp16 import halve
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import Origin
@@ -33,7 +35,9 @@ PREFIX = "decoder."
 """Of every inner name, so that a decoder can stand behind a denoiser in one graph."""
 
 _LARGEST = 127
-_IN_FP32 = ("InstanceNormalization", "GroupNormalization", "LayerNormalization", "Softmax")
+_EXPORT_OPSET = 20
+"""From 21 on group normalisation is an operator of its own, which fewer runtimes have, and which ONNX Runtime takes
+apart into many passes over large activations; before, it is an InstanceNormalization: the same in one pass."""
 
 
 def to_decoders(origin: Origin, precisions: Sequence[str]) -> dict[str, onnx.ModelProto]:
@@ -54,14 +58,14 @@ def to_onnx_decoder(autoencoder: Autoencoder, size: int) -> onnx.ModelProto:
             autoencoder.decoder,
             (latent,),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=_EXPORT_OPSET,
             input_names=["latent"],
             output_names=["image"],
             dynamic_shapes={"latent": {0: torch.export.Dim("batch", min=1, max=1024)}},
             external_data=False,
             verbose=False,
         )
-    return _prefixed(_cleaned(program.model_proto))
+    return _prefixed(_cleaned(onnx.version_converter.convert_version(program.model_proto, OPSET)))
 
 
 def _cleaned(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -141,15 +145,8 @@ def weights_in_int8(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Computed in fp16, with float32 inputs and outputs. Normalisations, which add up whole groups, stay in fp32."""
-    from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
-    from onnxruntime.transformers.onnx_model import OnnxModel
-
-    blocked = [*DEFAULT_OP_BLOCK_LIST, *_IN_FP32]
-    half = OnnxModel(convert_float_to_float16(_copied(model), keep_io_types=True, op_block_list=blocked))
-    half.topological_sort(is_deterministic=True)
-    del half.model.graph.value_info[:]
-    return _prefixed(half.model)
+    """Computed in fp16, with float32 inputs and outputs. What adds up whole groups or rows stays in fp32."""
+    return _prefixed(halve(model, ("norms", "softmax")))
 
 
 def _per_output(kernel: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

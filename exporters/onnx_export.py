@@ -45,7 +45,6 @@ class OnnxExporter:
         left = {shape.name for shape in model.spec.matrices()}
 
         def write(rounded: Rounded, path: str, role: str, precision: str) -> None:
-            onnx.checker.check_model(rounded.proto, full_check=True)
             onnx.save_model(rounded.proto, folder / path)
             entry = {"role": role, "precision": precision, **inputs_and_outputs(rounded.proto)}
             stored = plan.matrix_precisions(precision) if role != "decoder" else {}

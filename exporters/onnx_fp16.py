@@ -1,4 +1,4 @@
-"""Half precision of an exported denoiser; inputs and outputs stay float32, and so do the operators that need it.
+"""Half precision of an exported graph; inputs and outputs stay float32, and so do the operators that need it.
 
 ONNX Runtime's own conversion names a cast after its tensor and so makes two of one name where two operators in fp32
 share an input; this one casts a tensor once, where it is first needed.
@@ -13,11 +13,19 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 FLOAT_KINDS: Mapping[str, tuple[str, ...]] = {
-    "norms": ("LayerNormalization", "SkipLayerNormalization", "SimplifiedLayerNormalization"),
+    "norms": (
+        "LayerNormalization",
+        "SkipLayerNormalization",
+        "SimplifiedLayerNormalization",
+        "GroupNormalization",
+        "InstanceNormalization",
+    ),
     "softmax": ("Softmax", "Attention"),
     "activation": ("Gelu", "FastGelu", "BiasGelu", "QuickGelu"),
 }
 """Kinds of operators that may stay in fp32."""
+_WHOLE_INPUTS = {"Resize": (1, 2)}
+"""Inputs that ONNX wants in float32 whatever the operator computes in."""
 
 _TIMESTEP = ("Sin", "Cos")
 """Features of a timestep: angles of up to 1000, of which half precision keeps not even the sign of the sine."""
@@ -66,7 +74,8 @@ class _Halver:
         """One operator between inputs of its own type."""
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
-        copy.input[:] = [self._as(name, in_half) for name in node.input]
+        whole = _WHOLE_INPUTS.get(node.op_type, ())
+        copy.input[:] = [self._as(name, in_half and index not in whole) for index, name in enumerate(node.input)]
         self.nodes.append(copy)
         for index, name in enumerate(node.output):
             if name not in self.floats:

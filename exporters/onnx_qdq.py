@@ -297,4 +297,4 @@ def _integers(values: NDArray[np.float32], rounding: Rounding) -> NDArray[Any]:
     shape = (-1, *[1] * (values.ndim - 1)) if axis is not None else ()
     limits = np.iinfo(zero.dtype)
     whole = np.rint(values.astype(np.float64) / scale.reshape(shape)) + zero.reshape(shape)
-    return np.clip(whole, limits.min, limits.max).astype(zero.dtype)
+    return np.asarray(np.clip(whole, limits.min, limits.max), zero.dtype)

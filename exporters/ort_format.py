@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kind_edge.deploy.graph_facts import all_nodes
 from kind_edge.deploy.ort import quiet_tools, require_onnxruntime
+from kind_edge.errors import UsageError
 
 _ALIGNMENT = 16
 _IDENTIFIER = b"ORTM"
@@ -23,7 +25,9 @@ def convert(source: Path, target: Path) -> None:
     options.add_session_config_entry("session.save_model_format", "ORT")
     # Signed QDQ stays signed, as Arm has kernels for it; x86 would rather have it unsigned.
     options.add_session_config_entry("session.qdqisint8allowed", "1")
-    runtime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory(prefix="kind-edge-") as scratch:
+        readable = _without_4_bit_types(source, Path(scratch))
+        runtime.InferenceSession(str(readable), options, providers=["CPUExecutionProvider"])
     target.write_bytes(_in_one_order(target.read_bytes()))
 
 
@@ -40,6 +44,37 @@ def build_config(models: Sequence[Path], folder: Path) -> str:
         lines = [line for line in written.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     names = [f"#   {model.relative_to(folder).as_posix()}" for model in models]
     return "\n".join(["# What a reduced build of ONNX Runtime needs for", *names, *lines]) + "\n"
+
+
+def _without_4_bit_types(source: Path, scratch: Path) -> Path:
+    """The file itself, or a copy in `scratch` with its signed 4-bit tables as bytes of two values each.
+
+    ORT format has no 4-bit type. GatherBlockQuantized reads both: in bytes values are 0 to 15 with 8 for zero, the
+    first of a pair in the low half. `UsageError` for 4-bit values that another operator reads.
+    """
+    import numpy as np
+    import onnx
+
+    model = onnx.load_model(source)
+    kinds = (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)
+    tables = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type in kinds}
+    readers = [node for node in all_nodes(model) if tables.keys() & set(node.input)]
+    for node in readers:
+        table = tables.get(node.input[0])
+        packable = table is not None and table.data_type == onnx.TensorProto.INT4 and table.dims[-1] % 2 == 0
+        if node.op_type != "GatherBlockQuantized" or len(node.input) > 3 or not packable:
+            raise UsageError(
+                f"{source.name}: {node.op_type} {node.name!r} reads 4-bit values, which ORT format cannot hold; "
+                "leave ort out of --formats, or take another --precision"
+            )
+        node.attribute.append(onnx.helper.make_attribute("bits", 4))
+    for name, table in tables.items():
+        values = (onnx.numpy_helper.to_array(table).astype(np.int8) + 8).astype(np.uint8)
+        table.CopyFrom(onnx.numpy_helper.from_array(values[..., 0::2] | (values[..., 1::2] << 4), name))
+    if not tables:
+        return source
+    onnx.save_model(model, scratch / source.name)
+    return scratch / source.name
 
 
 def _in_one_order(content: bytes) -> bytes:

@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 _DAMPING = 0.01
 """Of the covariance, relative to its mean diagonal: calibration has seen few inputs."""
 
+_CHUNK = 64
+"""Inputs whose losses are handed on together, where no block says how many."""
+
 _SHARES = np.linspace(0.75, 1.0, 11)
 """Scales that are tried, relative to the one that cuts nothing off."""
 
@@ -31,15 +34,17 @@ def round_matrix(
     """
     left = np.array(weight, np.float64)
     n, m = left.shape
-    step = block or m
+    step = block or _CHUNK
     lowest, highest = (-(2 ** (bits - 1)) if block else 1 - 2 ** (bits - 1)), 2 ** (bits - 1) - 1
     upper = _making_up(covariance)
     integers = np.zeros((n, m), np.int8)
-    scales = np.zeros((n, -(-m // step)), np.float32)
+    scale = _scale(left, lowest, highest)
+    scales = np.zeros((n, -(-m // block) if block else 1), np.float32)
     for start in range(0, m, step):
         end = min(start + step, m)
-        scale = _scale(left[:, start:end], lowest, highest)
-        scales[:, start // step] = scale
+        if block:
+            scale = _scale(left[:, start:end], lowest, highest)
+        scales[:, start // step if block else 0] = scale
         losses = np.zeros((n, end - start))
         for j in range(start, end):
             integers[:, j] = np.clip(np.rint(left[:, j] / scale), lowest, highest)
@@ -54,7 +59,7 @@ def _making_up(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     m = len(covariance)
     damping = max(_DAMPING * float(np.trace(covariance)) / m, 1e-9)
     inverse = np.linalg.inv(covariance + damping * np.eye(m))
-    return np.linalg.cholesky((inverse + inverse.T) / 2).T
+    return np.asarray(np.linalg.cholesky((inverse + inverse.T) / 2).T, np.float64)
 
 
 def _scale(part: NDArray[np.float64], lowest: int, highest: int) -> NDArray[np.float32]:

@@ -130,7 +130,8 @@ def show(result: dict[str, Any]) -> None:
     console = Console()
     for key, value in result.items():
         if isinstance(value, dict):
-            console.print(f"{key}: " + ", ".join(f"{name} {number:.4g}" for name, number in value.items()))
+            told = (f"{name} {'none' if number is None else format(number, '.4g')}" for name, number in value.items())
+            console.print(f"{key}: " + ", ".join(told))
             continue
         if not isinstance(value, list):
             console.print(f"{key}: {value:.4g}")

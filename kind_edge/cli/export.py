@@ -19,7 +19,7 @@ from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
     from kind_edge.deploy.bench import LatencyReport
-    from kind_edge.deploy.pipeline import Bundle
+    from kind_edge.deploy.making import Bundle
     from kind_edge.training.healing import HealingProgress
 
 
@@ -186,7 +186,7 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
     decoder = manifest.decoder_for(manifest.models[manifest.default_model])
     loaded = {manifest.default_model, decoder.path if decoder else ""}
     for file, worst_db in bundle.parity.items():
-        entry = manifest.models[file]
+        entry = manifest.entry_of(file)
         wanted_db = gate_db(entry.role, entry.precision, entry.table_precision, file)
         report = bundle.latency.get(file)
         predicted_ms = bundle.predicted_here_ms.get(file)
@@ -194,7 +194,7 @@ def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:
         size = sum(size for name, size in bundle.files.items() if name == file or name.startswith(f"{file}/"))
         yield (
             f"{'*' if file in loaded else ' '} {file}",
-            tables.size(size),
+            tables.size(size) if size else "",  # a function shares the weights of its file
             f"{worst_db:.1f} dB" if worst_db is not None else "none",
             f"{wanted_db:.0f} dB",
             tables.check(worst_db is not None and worst_db >= wanted_db),

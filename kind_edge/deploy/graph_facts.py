@@ -121,10 +121,14 @@ def opsets(model: Any) -> dict[str, int]:
 def operators_by_domain(model: Any) -> dict[str, list[str]]:
     """The operators of a graph and of every graph inside it, by domain, each once, sorted."""
     found: dict[str, set[str]] = {}
-    for graph in _graphs(model.graph):
-        for node in graph.node:
-            found.setdefault(node.domain or DEFAULT_DOMAIN, set()).add(str(node.op_type))
+    for node in all_nodes(model):
+        found.setdefault(node.domain or DEFAULT_DOMAIN, set()).add(str(node.op_type))
     return {domain: sorted(names) for domain, names in sorted(found.items())}
+
+
+def all_nodes(model: Any) -> Iterator[Any]:
+    """The nodes of a model's graph and of every graph inside it."""
+    return (node for graph in _graphs(model.graph) for node in graph.node)
 
 
 def load_graph(path: Path) -> Any:

@@ -142,6 +142,10 @@ class Manifest:
         if not self.classes:
             raise UsageError(f"{where}: a core without classes; add some: kind-edge pack add {where} FILE...")
 
+    def entry_of(self, file: str) -> ModelEntry:
+        """Of a model file, or of the file that a function ("coreml/Denoiser.mlpackage#shoes") is in."""
+        return self.models[file.partition("#")[0]]
+
     @classmethod
     def from_dict(cls, values: Any, where: str = MANIFEST_NAME) -> Manifest:
         """Parse; a wrong version, a missing key or a wrong type is an `InputError` that names the key."""

@@ -36,13 +36,16 @@ from kind_edge.deploy.packs_recipe import joinable, make_core
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import UsageError
+from kind_edge.registry import packagers
 
 if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
-_STAY = ("packs/", "web/", "android/", "onnx/decoder", "LICENSE")
+_STAY = ("packs/", "onnx/decoder", "LICENSE")
 """Beginnings of what does not depend on the classes; everything else of a bundle is made anew or left out."""
+_MADE_ANEW = ("android", "web")
+"""Formats whose folders follow from the manifest and the model files."""
 
 _UNKNOWN_NOW: Mapping[str, Any] = {
     "predicted_loss_increase": None, "predicted_frechet": None, "optimality_gap": None, "limits": {}, "binding": [],
@@ -162,6 +165,8 @@ def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: On
     on_stage("drawing the preview")
     assemble.draw_preview(new, made)
     assemble.write_texts(new, Plan.from_dict(plan, f"{MANIFEST_NAME}: plan"), values)
+    for each in packagers([name for name in _MADE_ANEW if any(f.startswith(f"{name}/") for f in manifest.files)]):
+        each.write(new, values)
     write_manifest(new, values)
     return report
 
@@ -188,9 +193,8 @@ def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list
     tables = [core.tables[name] for name in core.tables_of(default_model)]
     counts = (len(plan["classes"]), len(classes))
     held = [sum(held_bytes(count * table.row_bytes) for table in tables) for count in counts]
-    params = sum(math.prod(t.shape) for n, t in core.tables.items() if n in _weights(core, default_model))
     more = {
-        "params": params * (counts[1] - counts[0]),
+        "params": _params(core, default_model) * (counts[1] - counts[0]),
         "weight_bytes": sum(table.row_bytes for table in tables) * (counts[1] - counts[0]),
         "peak_memory_bytes": held[1] - held[0],
     }
@@ -198,9 +202,10 @@ def _plan(plan: Mapping[str, Any], core: Core, default_model: str, classes: list
     return {**plan, **_UNKNOWN_NOW, **changed, "classes": classes, "precisions": [core.precision]}
 
 
-def _weights(core: Core, path: str) -> set[str]:
-    """Tables of a file that hold weights, not the scales of quantized ones."""
-    return {name for name in core.tables_of(path) if not name.endswith(".scale")}
+def _params(core: Core, path: str) -> int:
+    """Weights of one class in a file: not the scales of quantized ones, and two to a byte of 4 bits."""
+    tables = {name: core.tables[name] for name in core.tables_of(path) if not name.endswith((".scale", ".scales"))}
+    return sum(math.prod(table.shape) * (2 if name.endswith(".int4") else 1) for name, table in tables.items())
 
 
 @dataclass(frozen=True)
@@ -219,8 +224,7 @@ PACKAGER = PacksPackager()
 
 def check_packable(plan: Plan) -> None:
     """`UsageError` for a plan whose model files are not made of classes."""
-    traits = PRECISIONS.get(plan.precision)
-    if plan.form != "switch" or (traits and traits.static):
+    if plan.form != "switch" or PRECISIONS[plan.precision].static:  # type: ignore[index]  # a plan is checked
         raise UsageError(
             f"--formats packs: this plan is {plan.form} in {plan.precision}; only --form switch keeps classes apart, "
             "and ranges that were calibrated (int8-qdq, a16w8) are not for others"

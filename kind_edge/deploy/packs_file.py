@@ -129,11 +129,14 @@ def read_pack(path: Path | str) -> ClassPack:
         raise InputError(
             f"{path}: the pack is damaged: its bytes are not those that it was written with; copy it again"
         )
-    reference = {
-        name.removeprefix(REFERENCE): np.frombuffer(view, _DTYPES[dtype]).reshape(shape)
-        for name, (dtype, shape, view) in tensors.items()
-        if name.startswith(REFERENCE)
-    }
+    try:
+        reference = {
+            name.removeprefix(REFERENCE): np.frombuffer(view, _DTYPES[dtype]).reshape(shape)
+            for name, (dtype, shape, view) in tensors.items()
+            if name.startswith(REFERENCE)
+        }
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: its reference cannot be read ({error}); export the pack again") from error
     rows = {name: bytes(view) for name, (_, _, view) in tensors.items() if not name.startswith(REFERENCE)}
     sha256 = hashlib.sha256(content).hexdigest()
     return ClassPack(told["class"], told["core"], told["checkpoint_sha256"], rows, reference, sha256)

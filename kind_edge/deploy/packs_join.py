@@ -44,7 +44,7 @@ def core_of(folder: Path, manifest: Manifest, where: str) -> Core:
         )
     core = read_core((folder / CORE_FILE).read_bytes(), f"{where}: {CORE_FILE}")
     missing = [path for path in core.files if path not in manifest.models]
-    if told.get("core") != core.sha256 or missing:
+    if told.get("core") != core.sha256 or not isinstance(told.get("order"), list) or missing:
         raise InputError(f"{where}: {CORE_FILE} is not that of this bundle; export or copy it again")
     if manifest.default_model not in core.files:
         raise UsageError(
@@ -107,7 +107,7 @@ def _values(
 ) -> dict[str, Any]:
     """What the manifest says of the same core with these classes."""
     values: dict[str, Any] = copy.deepcopy({
-        key: value for key, value in manifest.raw.items() if key not in ("files", "latency", "verification")
+        key: value for key, value in manifest.raw.items() if key not in ("files", "latency", "verification", "report")
     })  # fmt: skip
     values["classes"] = classes
     kept = [path for path, entry in manifest.models.items() if path in core.files or entry.role == "decoder"]
@@ -129,6 +129,8 @@ def _reference(
     manifest: Manifest, stored: Mapping[str, NDArray[Any]], classes: list[str], add: Sequence[ClassPack]
 ) -> dict[str, NDArray[Any]]:
     """Reference rows of these classes, class after class, those of the null class at the end, numbered anew."""
+    for pack in add:
+        _check_reference(pack, stored)
     packs = {pack.class_name: pack.reference for pack in add}
     points: dict[str, list[NDArray[Any]]] = {name: [] for name in (*POINTS, "class_index")}
     images: dict[str, list[NDArray[Any]]] = {name: [] for name in (*IMAGES, "image_class")}
@@ -147,6 +149,18 @@ def _reference(
     put(points, "class_index", {key: null[key] for key in POINTS}, len(classes))
     put(images, "image_class", {key: stored[key][:0] for key in IMAGES if key in stored}, 0)
     return {name: np.concatenate(parts) for name, parts in (points | images).items() if parts}
+
+
+def _check_reference(pack: ClassPack, stored: Mapping[str, NDArray[Any]]) -> None:
+    """A pack's reference must be of the bundle's shapes and types."""
+    for name in (*POINTS, *(name for name in IMAGES if name in stored)):
+        found, wanted = pack.reference.get(name), stored[name]
+        if found is None or (found.dtype, found.shape[1:]) != (wanted.dtype, wanted.shape[1:]):
+            got = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise InputError(
+                f"the pack of {pack.class_name!r}: verify/{name}: got {got}, want {wanted.dtype} "
+                f"[n, {', '.join(map(str, wanted.shape[1:]))}]; export it again"
+            )
 
 
 def class_reference(stored: Mapping[str, NDArray[Any]], index: int) -> dict[str, NDArray[Any]]:

@@ -120,12 +120,8 @@ def _peer(peer: Peer, dense: Dense, best: Mapping[str, Best]) -> Contestant:
     if peer.name == BASELINE:
         images[AT_MOST] = request_of("euler", MOST, null)
     late = {EQUAL: request_of("euler", EQUAL_STEPS, null, guidance=1.0)}
-    return dataclasses.replace(_without_images(peer, dense), images=images, late=late)
-
-
-def _without_images(peer: Peer, dense: Dense) -> Contestant:
-    told, batch = tuple(command(peer.worker, peer.environment)), batch_of(peer, dense, available_threads())
-    return Contestant(peer.name, told, target_of(peer, dense), peer.precision, {}, batch=batch)
+    batch, told = batch_of(peer, dense, available_threads()), tuple(command(peer.worker, peer.environment))
+    return Contestant(peer.name, told, target_of(peer, dense), peer.precision, images, late, batch)
 
 
 def _exported(store: Store, variant: ours.Variant, folder: Path) -> ours.Made:
@@ -162,8 +158,12 @@ def _our_int8(dense: Dense) -> Contestant:
 def measure_large() -> tuple[list[Measured], dict[str, str]]:
     """Single evaluations alone: an image of the dense model would take a minute."""
     dense = large_dense()
-    ready, failed = prepare_all(LARGE_PEERS, dense)
-    contestants = [_without_images(peer, dense) for peer in LARGE_PEERS if peer.name in ready]
+    ready, failed = prepare_all(LARGE_PEERS, dense, guided=False)
+    contestants = [
+        Contestant(peer.name, tuple(command(peer.worker, peer.environment)), target, peer.precision, {}, batch=2)
+        for peer in LARGE_PEERS
+        if (target := ready.get(peer.name)) is not None
+    ]
     told = tuple(command("in_kind_edge", None))
     for storage, classes, precision in ours.LARGE_MODELS:
         path = ours.large_files(storage, classes)[precision]

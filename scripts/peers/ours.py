@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,9 @@ def large_files(storage: str, classes: int) -> dict[str, Path]:
     """precision -> the denoiser of a random model: rank 154 or dense, and tailors of rank 3; modulation is baked."""
     import torch
 
-    from kind_edge import __version__
     from kind_edge.registry import exporter
 
-    name = f"{LARGE.replace('/', '-')}-{storage}-{classes}-classes-kind-edge-{__version__}-torch-{torch.__version__}"
+    name = f"{LARGE.replace('/', '-')}-{storage}-{classes}-classes-{_code_key()}-torch-{torch.__version__}"
     folder = cache() / "ours" / name
     found = {precision: folder / f"denoiser.{precision}.onnx" for precision in ("fp32", "int8")}
     if not all(path.exists() for path in found.values()):
@@ -110,6 +110,16 @@ def large_files(storage: str, classes: int) -> dict[str, Path]:
         for precision, path in found.items():
             whole(path, lambda target, source=written[precision]: source.replace(target))  # type: ignore[misc]
     return found
+
+
+def _code_key() -> str:
+    """Changes with whatever may change an exported file."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    for name in ("model", "deploy", "exporters"):
+        package = importlib.import_module(f"kind_edge.{name}")
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _large_plain(storage: str, classes: int) -> Any:

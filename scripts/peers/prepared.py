@@ -48,14 +48,15 @@ def batch_of(peer: Peer, dense: Dense, threads: int) -> int:
     return int(json.loads(known.read_text())["batch"])
 
 
-def prepare_all(peers: tuple[Peer, ...], dense: Dense) -> tuple[dict[str, Path], dict[str, str]]:
-    """name -> its files; name -> why there are none."""
+def prepare_all(peers: tuple[Peer, ...], dense: Dense, guided: bool = True) -> tuple[dict[str, Path], dict[str, str]]:
+    """name -> its files; name -> why there are none, or, of those that are to draw `guided` images, why none runs."""
     ready: dict[str, Path] = {}
     failed: dict[str, str] = {}
     for peer in peers:
         try:
             target = prepare(peer, dense)
-            batch_of(peer, dense, available_threads())
+            if guided:
+                batch_of(peer, dense, available_threads())
             ready[peer.name] = target
         except GateError as error:
             failed[peer.name] = short_reason(error)

@@ -26,6 +26,7 @@ from studies import (
     nesting,
     packages,
     pictures,
+    precisions,
     prediction,
     response,
     shipped,
@@ -50,6 +51,7 @@ cost           scripts/bench costs: predicted and measured time, size and memory
 peers          scripts/bench peers: other engines with a dense twin of the model beside our artefacts
 shipped        the judge over strengths of guidance (distilled: numbers of steps), and 10,000 images at the recommended
 steps          a distilled model at each of its step counts beside its guided teacher, through ONNX Runtime
+precisions     the model's file in every precision: size, parity, PSNR, Fréchet distance and accuracy of its images
 nesting        cuts of the learngene alone, without retraining: the model and its teacher
 heal           the cut to 20 % of the dense FLOPs, and what five minutes of healing give back
 prediction     random plans of equal FLOPs, the model's and its teacher's: predicted against measured loss; whitening
@@ -80,6 +82,7 @@ BLOCKS = (
     Block("peers", "docs/benchmarks.md", peers_text),
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
+    Block("precisions", "docs/precision.md", precisions.text, images=precisions.IMAGES, seeds=1),
     Block("nesting", "docs/results.md", nesting.text, images=2000, seeds=1),
     Block("heal", "docs/healing.md", healed.text, seeds=1),
     Block("prediction", "docs/solver.md", prediction.text),
@@ -128,6 +131,8 @@ def measure(name: str, job: Job) -> list[Record]:
         return records
     if name == "steps":
         return steps.run(job.subject, job.output, job.images)
+    if name == "precisions":
+        return precisions.run(job.subject, job.output, job.images)
     if name == "nesting":
         return nesting.run(job.subject, job.output, job.images)
     if name == "heal":
@@ -224,7 +229,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("blocks", nargs="*", metavar="BLOCK", help=f"of publish: {', '.join(b.name for b in BLOCKS)}")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs"), help="where runs are kept")
     parser.add_argument("--checkpoint", default=DEFAULT_MODEL, help="a folder, or a shipped model's name")
-    parser.add_argument("--images", type=int, help="images of a run; 1000, nesting 2000, anysize 500, steps 5000")
+    parser.add_argument("--images", type=int, help="of a run; 1000, nesting, precisions 2000, anysize 500, steps 5000")
     parser.add_argument("--seeds", type=int, choices=range(1, len(SEEDS) + 1), help="3, anysize 1")
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="put it into this document, and pictures into images/ beside it"

@@ -28,7 +28,7 @@ from kind_edge.budget.cost import (
     operator_latency_s,
     tailor_macs,
 )
-from kind_edge.budget.precision import ARITHMETICS, Precision
+from kind_edge.budget.precision import ARITHMETICS, PRECISIONS, Precision
 from kind_edge.budget.profile import load_profile
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import ClassGate
@@ -245,7 +245,16 @@ def test_bytes_of_a_matrix_by_hand() -> None:
     assert matrix_cost(SMALL, matrix, "dropped", 0, 0, 0, "fp32").operators == 0
 
 
-@pytest.mark.parametrize("precision", ARITHMETICS)
+def test_blocks_are_whole_and_hold_a_scale_each() -> None:
+    assert linear_weight_bytes(10, 64, "int4") == 10 * 2 * (16 + 4)
+    assert linear_weight_bytes(10, 65, "int8-weights") == 10 * 3 * (32 + 4)
+    assert linear_weight_bytes(10, 64, "fp16") == 10 * 64 * 2
+    matrix = MatrixShape("blocks.0.mlp.fc1", 256, 64)
+    assert matrix_cost(SMALL, matrix, "dropped", 0, 3, 2, "int4").weight_bytes == 2 * 3 * (160 + (8 + 2) * 4)
+    assert matrix_cost(SMALL, matrix, "dropped", 0, 3, 2, "a16w8").weight_bytes == 2 * 3 * (320 + 2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_costs_grow_with_rank_and_tailors(precision: Precision) -> None:
     for matrix in SMALL.matrices():
         costs = [

@@ -9,8 +9,8 @@ import pytest
 
 from kind_edge.budget.cost import deployed_fixed_cost, fixed_memory_bytes, matrix_cost, matrix_memory_bytes
 from kind_edge.budget.decoder import DecoderCost
+from kind_edge.budget.precision import Precision
 from kind_edge.budget.probe_graph import Layer, Network, network
-from kind_edge.budget.profile import Precision
 from kind_edge.deploy.bench import bench_model
 from kind_edge.model.spec import MatrixShape, ModelSpec
 

@@ -18,6 +18,7 @@ from kind_edge.budget.loss import LossModel, MatrixLoss
 from kind_edge.budget.menu import rank_levels
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.budget.planner import make_plan
+from kind_edge.budget.precision import PRECISIONS, Precision, check_unit
 from kind_edge.budget.problem import (
     GRAPH_BYTES_PER_OPERATOR,
     Candidate,
@@ -26,7 +27,7 @@ from kind_edge.budget.problem import (
     Sampling,
     Source,
 )
-from kind_edge.budget.profile import HOST, DeviceProfile, Precision, load_profile, profile_names
+from kind_edge.budget.profile import HOST, DeviceProfile, load_profile, profile_names
 from kind_edge.budget.response import Judged, Response
 from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.ways import candidate_forms, candidates, ways
@@ -84,18 +85,26 @@ def plan(source: MakeSource) -> MakePlan:
     return make
 
 
-def units_of(device: DeviceProfile, precision: Precision) -> tuple[str, ...]:
-    able = {"fp32": ("cpu", "gpu"), "int8": ("cpu",)}  # dynamic int8 has kernels for CPUs alone
-    return tuple(unit for unit in able[precision] if unit in device.units)
+def can_run(device: DeviceProfile, precision: Precision, unit: str) -> bool:
+    """Whether a unit runs the precision's files, and the device has it, reached by a provider, with a figure."""
+    able = {
+        "fp32": ("cpu", "gpu"), "fp16": ("cpu", "gpu"), "int8-qdq": ("npu", "cpu"), "a16w8": ("npu", "cpu"),
+        "int8": ("cpu",), "int8-weights": ("cpu",), "int4": ("cpu",),
+    }  # fmt: skip
+    if unit == "npu" and not any(each.startswith(("qnn-", "coreml-ane")) for each in device.execution_providers):
+        return False
+    return unit in able[precision] and unit in device.units
 
 
 @pytest.mark.parametrize("name", DEVICES)
-@pytest.mark.parametrize("precision", ["auto", "fp32", "int8"])
+@pytest.mark.parametrize("precision", ["auto", *PRECISIONS])
 def test_every_device_gets_a_plan_or_a_reason(name: str, precision: str, plan: MakePlan) -> None:
     device = load_profile(name)
-    for unit in ("auto", "cpu", "gpu", "npu"):
-        if not any(unit in ("auto", *units_of(device, p)) for p in ("fp32", "int8") if precision in ("auto", p)):
-            with pytest.raises(UsageError, match=f"--unit {unit}: profile '{name}' cannot run --precision {precision}"):
+    own = {"cpu": ("fp32", "int8"), "gpu": ("fp16",), "npu": ("int8-qdq", "a16w8")}
+    for unit in ("auto", *own):
+        units = own if unit == "auto" else (unit,)
+        if not any(can_run(device, p, u) for u in units for p in (own[u] if precision == "auto" else (precision,))):
+            with pytest.raises(UsageError, match=f"--unit {unit}|--precision {precision}: runs on"):
                 plan(profile=device, precision=precision, unit=unit)
             continue
         made = plan(profile=device, precision=precision, unit=unit)
@@ -103,20 +112,24 @@ def test_every_device_gets_a_plan_or_a_reason(name: str, precision: str, plan: M
         assert precision in ("auto", made.precision)
         assert made.unit in device.units_for(made.precision)
         assert unit in ("auto", made.unit)
-        assert made.unit == "cpu" or made.precision != "int8"
-        assert made.predicted_loss_increase == 0 or precision == "int8"
+        assert unit == "auto" or precision != "auto" or made.precision in own[made.unit]
+        assert made.precisions == (("fp32", "int8") if made.precision in ("fp32", "int8") else (made.precision,)) or (
+            precision == "fp32" and made.precisions == ("fp32",)
+        )
+        quantized = PRECISIONS[made.precision].int8_losses > 0
+        assert made.predicted_loss_increase == 0 or quantized
         assert set(made.binding) <= {"max_memory"}
         assert 0 < made.image_latency_s <= made.sustained_image_latency_s * ROUNDING
         assert json.loads(json.dumps(made.to_dict())) == made.to_dict()
 
 
-def test_unplanned_precisions_and_impossible_units_are_refused(plan: MakePlan) -> None:
-    with pytest.raises(UsageError, match="--precision fp16: cannot be written yet"):
-        plan(precision="fp16")
-    with pytest.raises(UsageError, match="--unit npu: profile 'snapdragon8g3' cannot run --precision int8"):
-        plan(precision="int8", unit="npu")
-    with pytest.raises(UsageError, match="--unit gpu"):
-        plan(precision="int8", unit="gpu")
+def test_a_unit_that_cannot_run_a_precision_is_refused_with_what_can() -> None:
+    with pytest.raises(UsageError, match=r"int8: runs on cpu, not on npu; .* for --unit npu one of int8-qdq, a16w8"):
+        check_unit("int8", "npu")
+    with pytest.raises(UsageError, match=r"a16w8: runs on npu or cpu, not on gpu; .* --unit gpu one of fp32, fp16"):
+        check_unit("a16w8", "gpu")
+    check_unit("auto", "npu")
+    check_unit("int4", "auto")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,12 @@ def exported(tiny_folder: Path, made_once: MadeOnce) -> Path:
     """As in tests/deploy/test_packs.py, which makes it if it comes first. Only to be read."""
     from kind_edge.deploy import pipeline
 
-    asked: dict[str, Any] = {"profile": "raspberry-pi-5", "max_flops": "60%", "precision": "int8", "formats": ["packs"]}
+    asked: dict[str, Any] = {
+        "profile": "raspberry-pi-5",
+        "max_flops": "60%",
+        "precision": "int8",
+        "formats": ["packs", "android"],
+    }
     return made_once("packs", lambda place: pipeline.export(tiny_folder, **asked, output=place / "b")) / "b"
 
 

@@ -200,3 +200,31 @@ def node_folder() -> Path:
             assert done.returncode == 0, f"npm could not install onnxruntime-node: {done.stderr[-2000:]}"
             (folder / ".ready").touch()
     return folder
+
+
+def folded(folder: Path, plan: Any) -> Any:
+    """The model that `export` folds of a checkpoint's folder and a plan."""
+    import torch
+
+    from kind_edge.deploy.merge import fold, truncate
+    from kind_edge.deploy.request import open_model
+    from kind_edge.deploy.sampler_table import sampler_table
+
+    model = open_model(folder)
+    timesteps = torch.from_numpy(sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps).timestep)
+    return fold(truncate(model.checkpoint, plan, model.calibration), plan, timesteps)
+
+
+@pytest.fixture(scope="session")
+def fold_plan() -> Callable[[Path, Any], Any]:
+    return folded
+
+
+@pytest.fixture(scope="session")
+def packed(tiny_folder: Path, made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A bundle of all four classes, cut, in int8, with packs and Kotlin. Only to be read."""
+    from kind_edge.deploy import pipeline
+
+    asked: dict[str, Any] = {"profile": "raspberry-pi-5", "max_flops": "60%", "precision": "int8"}
+    asked["formats"] = ["packs", "android"]
+    return made_once("packs", lambda place: pipeline.export(tiny_folder, **asked, output=place / "b")) / "b"

@@ -22,15 +22,18 @@ from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.decoder import decoder_costs, decoder_facts, planned_decoder
 from kind_edge.deploy.manifest import read_manifest
+from kind_edge.deploy.parity import IMAGE_GATES_DB, psnr_db
 from kind_edge.deploy.reference import make_images
 from kind_edge.deploy.replay import check_planned, check_replay
 from kind_edge.deploy.request import as_replayed, make_request, make_source, open_model
 from kind_edge.deploy.runtime import load_bundle
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import InputError, NoPlanError, UsageError
+from kind_edge.exporters.onnx_decoder import to_fp16
 from kind_edge.model.autoencoder import Autoencoder, open_autoencoder
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.spec import ModelSpec
+from kind_edge.registry import exporter
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 LATENT: dict[str, Any] = {"channels": 4, "pixels_per_latent": 8, "objective": "epsilon", "tailor_rank": 1}
@@ -114,6 +117,17 @@ def test_a_decoder_that_draws_otherwise_is_found(made: Path, tmp_path: Path) -> 
     assert any(
         "holds no images to compare a decoder's with" in f for f in verify_models(folder, manifest, without).failures
     )
+
+
+@pytest.mark.slow
+def test_the_same_decoder_in_fp16(made: Path, tmp_path: Path) -> None:
+    """What adds up groups and rows stays in fp32, so that pictures keep their gate; inputs and outputs are float32."""
+    reference, model = load_reference(made / "b"), to_fp16(onnx.load_model(made / "b" / DECODER))
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, tmp_path / "half.onnx")
+    got = exporter("onnx").open(tmp_path / "half.onnx")({"latent": reference["latent"]})
+    assert IMAGE_GATES_DB["fp16"] < psnr_db(reference["image"], got) < IMAGE_GATES_DB["fp32"]
+    assert (tmp_path / "half.onnx").stat().st_size < (made / "b" / DECODER).stat().st_size
 
 
 @pytest.mark.slow

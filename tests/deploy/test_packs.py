@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,17 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from kind_edge.budget.plan import Plan, read_plan
+from kind_edge.budget.plan import read_plan
 from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.bundle import open_bundle
 from kind_edge.deploy.manifest import read_manifest
-from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.packs import Core, CoreFile, Table, bare_sha256, join_file, take_apart
 from kind_edge.deploy.packs_bundle import change_bundle
 from kind_edge.deploy.packs_file import pack_bytes, pack_names, read_pack
@@ -34,9 +31,7 @@ from kind_edge.deploy.packs_join import core_of
 from kind_edge.deploy.packs_recipe import make_core
 from kind_edge.deploy.request import as_replayed, make_source, open_model
 from kind_edge.deploy.runtime import load_bundle
-from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.errors import GateError, InputError, UsageError
-from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.registry import exporter
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -47,35 +42,23 @@ FP32, MODELS = "onnx/denoiser.onnx", ("onnx/denoiser.int8.onnx", "onnx/sampler.o
 """The plan is int8: that is what an app loads, and what its packs hold."""
 
 
-def plain(folder: Path, plan: Plan) -> Any:
-    """The model that `export` folds."""
-    model = open_model(folder)
-    timesteps = torch.from_numpy(sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps).timestep)
-    return fold(truncate(model.checkpoint, plan, model.calibration), plan, timesteps)
-
-
 @pytest.fixture(scope="module")
-def exported(tiny_folder: Path, made_once: MadeOnce) -> Path:
-    """All four classes, cut, with packs. Only to be read."""
-    asked: dict[str, Any] = {"profile": DEVICE, "max_flops": "60%", "precision": "int8", "formats": ["packs"]}
-    return made_once("packs", lambda place: pipeline.export(tiny_folder, **asked, output=place / "b")) / "b"
-
-
-@pytest.fixture(scope="module")
-def direct(tiny_folder: Path, exported: Path, made_once: MadeOnce) -> Path:
+def direct(tiny_folder: Path, fold_plan: Any, packed: Path, made_once: MadeOnce) -> Path:
     """The same plan's model files for two of the classes, written by the exporter itself."""
-    plan = dataclasses.replace(read_plan(exported / "plan.json"), classes=("sneaker", "coat"))
-    return made_once("packs-direct", lambda f: exporter("onnx").export(plain(tiny_folder, plan), f, plan.precisions))
+    plan = dataclasses.replace(read_plan(packed / "plan.json"), classes=("sneaker", "coat"))
+    return made_once(
+        "packs-direct", lambda f: exporter("onnx").export(fold_plan(tiny_folder, plan), f, plan.precisions)
+    )
 
 
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
+def bundle(packed: Path, tmp_path: Path) -> Path:
     """A copy to change."""
-    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+    return Path(shutil.copytree(packed, tmp_path / "bundle"))
 
 
-def pack_of(exported: Path, name: str) -> Path:
-    return exported / "packs" / f"{name}.safetensors"
+def pack_of(packed: Path, name: str) -> Path:
+    return packed / "packs" / f"{name}.safetensors"
 
 
 def models_of(folder: Path) -> dict[str, bytes]:
@@ -86,10 +69,10 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_core_and_packs_are_a_direct_export(exported: Path, direct: Path, tmp_path: Path) -> None:
+def test_core_and_packs_are_a_direct_export(packed: Path, direct: Path, tmp_path: Path) -> None:
     """In whichever order they are added; with a manifest that is true, and images that are those of the export."""
-    core = Path(shutil.copy(exported / "packs/core.zip", tmp_path))
-    changed = change_bundle(core, [pack_of(exported, name) for name in ("coat", "sneaker")])
+    core = Path(shutil.copy(packed / "packs/core.zip", tmp_path))
+    changed = change_bundle(core, [pack_of(packed, name) for name in ("coat", "sneaker")])
     assert [path.name for path in tmp_path.iterdir()] == ["core.zip"]
     assert changed.manifest.classes == ("sneaker", "coat")
     assert changed.manifest.sampler.null_index == 2
@@ -100,13 +83,13 @@ def test_core_and_packs_are_a_direct_export(exported: Path, direct: Path, tmp_pa
         assert json.loads((folder / "plan.json").read_text()) == changed.manifest.raw["plan"]
         assert "0 sneaker, 1 coat, 2 none" in (folder / "README.md").read_text()
     for model in MODELS:
-        whole, joined = load_bundle(exported, model, threads=1), load_bundle(core, model, threads=1)
+        whole, joined = load_bundle(packed, model, threads=1), load_bundle(core, model, threads=1)
         for name in joined.classes:
             np.testing.assert_array_equal(joined.generate(name, 2, seed=1), whole.generate(name, 2, seed=1))
 
 
-def test_files_in_fp32_are_joined_alike(exported: Path, direct: Path) -> None:
-    whole, wanted = (folder / FP32 for folder in (exported, direct))
+def test_files_in_fp32_are_joined_alike(packed: Path, direct: Path) -> None:
+    whole, wanted = (folder / FP32 for folder in (packed, direct))
     core = make_core({FP32: whole.read_bytes()}, 4, "fp32", {})[1]
     shared, rows = take_apart(core, FP32, whole.read_bytes(), 4)
     assert join_file(core, FP32, shared, [rows[0], rows[2]]) == wanted.read_bytes()
@@ -114,7 +97,7 @@ def test_files_in_fp32_are_joined_alike(exported: Path, direct: Path) -> None:
 
 
 def test_a_plan_for_other_classes_costs_what_it_is_planned_to(
-    exported: Path, tiny_folder: Path, bundle: Path, tmp_path: Path
+    packed: Path, tiny_folder: Path, bundle: Path, tmp_path: Path
 ) -> None:
     """Figures of the joined bundle's plan are those that a replay finds, and nothing claims to be the best."""
     change_bundle(bundle, remove=["bag", "shirt"])
@@ -128,32 +111,35 @@ def test_a_plan_for_other_classes_costs_what_it_is_planned_to(
     assert pipeline.verify(bundle, tiny_folder).passed  # the reference computed anew, for these classes
 
 
-def test_removed_and_added_again_is_the_same(exported: Path, direct: Path, bundle: Path) -> None:
+def test_removed_and_added_again_is_the_same(packed: Path, direct: Path, bundle: Path) -> None:
     change_bundle(bundle, remove=["bag", "shirt"])
     assert models_of(bundle) == models_of(direct)
+    assert '"sneaker", "coat"' in (bundle / "android" / "KindEdge.kt").read_text()
     change_bundle(bundle, [pack_of(bundle, "shirt")])
     change_bundle(bundle, [pack_of(bundle, "bag")])
     assert read_manifest(bundle).classes == CLASSES
-    assert models_of(bundle) == models_of(exported)
+    assert models_of(bundle) == models_of(packed)
+    made = [name for name in content(packed) if name.startswith(("android/", "packs/"))]
+    assert [name for name in made if content(bundle)[name] != content(packed)[name]] == []
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
-def test_the_runtime_joins_without_touching_the_bundle(exported: Path, bundle: Path) -> None:
+def test_the_runtime_joins_without_touching_the_bundle(packed: Path, bundle: Path) -> None:
     change_bundle(bundle, remove=["coat", "bag"])
     before = content(bundle)
-    more = load_bundle(bundle, "int8", threads=1, packs=[pack_of(exported, "coat")])
+    more = load_bundle(bundle, "int8", threads=1, packs=[pack_of(packed, "coat")])
     assert more.classes == ("sneaker", "coat", "shirt")
-    wanted = load_bundle(exported, "int8", threads=1)
+    wanted = load_bundle(packed, "int8", threads=1)
     for name in more.classes:
         np.testing.assert_array_equal(more.generate(name, 1, seed=5), wanted.generate(name, 1, seed=5))
     assert content(bundle) == before
 
 
-def test_a_core_alone_draws_nothing(exported: Path, bundle: Path) -> None:
+def test_a_core_alone_draws_nothing(packed: Path, bundle: Path) -> None:
     with pytest.raises(UsageError, match="a core without classes; add some: kind-edge pack add"):
-        load_bundle(exported / "packs/core.zip")
+        load_bundle(packed / "packs/core.zip")
     with pytest.raises(UsageError, match="a core without classes"):
-        pipeline.verify(exported / "packs/core.zip")
+        pipeline.verify(packed / "packs/core.zip")
     with pytest.raises(UsageError, match=r"would leave no class; the core alone is packs/core\.zip"):
         change_bundle(bundle, remove=CLASSES)
 
@@ -166,33 +152,42 @@ def refused(bundle: Path, files: list[Path], error: type[Exception], words: str)
     assert content(bundle.parent) == before
 
 
-def test_what_does_not_fit_is_refused(exported: Path, bundle: Path) -> None:
+def test_what_does_not_fit_is_refused(packed: Path, bundle: Path) -> None:
     change_bundle(bundle, remove=["bag", "coat"])
     core = core_of(bundle, read_manifest(bundle), "")
-    bag, coat = read_pack(pack_of(exported, "bag")), read_pack(pack_of(exported, "coat"))
+    bag, coat = read_pack(pack_of(packed, "bag")), read_pack(pack_of(packed, "coat"))
     file = bundle.parent / "made.safetensors"
 
     def made(**changes: Any) -> list[Path]:
         file.write_bytes(pack_bytes(dataclasses.replace(bag, **changes), core))
         return [file]
 
-    assert file.parent != exported
-    refused(bundle, [pack_of(exported, "shirt")], InputError, "has 'shirt' already")
-    refused(bundle, [pack_of(exported, "bag")] * 2, InputError, "'bag' is given twice")
+    refused(bundle, [pack_of(packed, "shirt")], InputError, "has 'shirt' already")
+    refused(bundle, [pack_of(packed, "bag")] * 2, InputError, "'bag' is given twice")
     refused(bundle, made(core_sha256="ab" * 32), InputError, "pack of 'bag' is for core abababababab, this bundle has")
     refused(bundle, [bundle / MODELS[0]], InputError, "not a class pack")
     refused(bundle, [bundle / "none"], InputError, "cannot read the pack")
     # Whole, of this core, and yet another class's: only its reference can tell.
     refused(bundle, made(rows=coat.rows), GateError, "parity failed: .*bag at step")
-    assert made()[0].read_bytes() == pack_of(exported, "bag").read_bytes()
+    less = {name: array for name, array in bag.reference.items() if name != "noise"}
+    refused(bundle, made(reference=less), InputError, "pack of 'bag': verify/noise: got nothing, want float32")
+    wide = {**bag.reference, "sample": bag.reference["sample"][:, :, :4]}
+    refused(
+        bundle,
+        made(reference=wide),
+        InputError,
+        r"verify/sample: got float32 \[4, 1, 4, 8\], want float32 \[n, 1, 8, 8\]",
+    )
+    refused(bundle, made(rows={**bag.rows, next(iter(bag.rows)): b"x"}), InputError, "lacks rows that its core has")
+    assert made()[0].read_bytes() == pack_of(packed, "bag").read_bytes()
     with pytest.raises(UsageError, match="unknown class 'bags'; did you mean: bag"):
-        change_bundle(exported, remove=["bags"])
+        change_bundle(packed, remove=["bags"])
 
 
 @given(data=st.data())
-def test_a_damaged_pack_never_passes(data: st.DataObject, exported: Path, tmp_path_factory: Any) -> None:
+def test_a_damaged_pack_never_passes(data: st.DataObject, packed: Path, tmp_path_factory: Any) -> None:
     """Cut anywhere, or with any one byte changed."""
-    whole = pack_of(exported, "bag").read_bytes()
+    whole = pack_of(packed, "bag").read_bytes()
     file = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     at = data.draw(st.one_of(st.integers(0, 600), st.integers(0, len(whole) - 1)))
     cut = data.draw(st.booleans())
@@ -202,7 +197,7 @@ def test_a_damaged_pack_never_passes(data: st.DataObject, exported: Path, tmp_pa
         read_pack(file)
 
 
-def test_a_bundle_that_was_changed_is_refused(exported: Path, bundle: Path) -> None:
+def test_a_bundle_that_was_changed_is_refused(packed: Path, bundle: Path) -> None:
     """Even where its hashes were made to match: the core knows its files."""
     path = bundle / MODELS[0]
     path.write_bytes(path.read_bytes().replace(b"LayerNormalization", b"layerNormalization"))
@@ -217,18 +212,18 @@ def test_a_bundle_that_was_changed_is_refused(exported: Path, bundle: Path) -> N
     refused(bundle, [], InputError, "not the file that packs/core.json describes")
 
 
-def test_a_pack_is_an_ordinary_safetensors_file(exported: Path) -> None:
-    pack, tensors = read_pack(pack_of(exported, "coat")), load_file(pack_of(exported, "coat"))
-    core = core_of(exported, read_manifest(exported), "")
+def test_a_pack_is_an_ordinary_safetensors_file(packed: Path) -> None:
+    pack, tensors = read_pack(pack_of(packed, "coat")), load_file(pack_of(packed, "coat"))
+    core = core_of(packed, read_manifest(packed), "")
     assert {name: tensor.tobytes() for name, tensor in tensors.items() if name in core.tables} == pack.rows
     assert {name: tensors[name].shape for name in core.tables} == {n: t.shape for n, t in core.tables.items()}
     assert all(np.array_equal(tensors[f"verify/{name}"], array) for name, array in pack.reference.items())
     assert len(pack.reference["prediction"]) == 4  # one of every timestep
-    assert pack.checkpoint_sha256 == read_manifest(exported).raw["source"]["checkpoint_sha256"]
+    assert pack.checkpoint_sha256 == read_manifest(packed).raw["source"]["checkpoint_sha256"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
-def test_the_documented_javascript_adds_a_class(exported: Path, bundle: Path) -> None:
+def test_the_documented_javascript_adds_a_class(packed: Path, bundle: Path) -> None:
     code = re.search(r"```js\n(.*?)```", (ROOT / "docs" / "packs.md").read_text(encoding="utf-8"), re.DOTALL)
     assert code is not None
     change_bundle(bundle, remove=["bag"])
@@ -246,57 +241,11 @@ for (const path of paths) {
 console.log(added.className, added.core);
 """
     )
-    command = ["node", str(script), str(bundle), str(pack_of(exported, "bag")), *MODELS]
+    command = ["node", str(script), str(bundle), str(pack_of(packed, "bag")), *MODELS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["bag", read_manifest(bundle).raw["packs"]["core"]]
-    assert models_of(bundle) == models_of(exported)
-
-
-@pytest.mark.parametrize("modulation", ["network", "baked", "baked-fp16"])
-@pytest.mark.parametrize("distilled", [False, True])
-def test_rows_of_labels_belong_to_packs(
-    modulation: Any, distilled: bool, make_checkpoint: Callable[..., Checkpoint], exported: Path, tmp_path: Path
-) -> None:
-    """Where modulation depends on the label, with the null class's row behind those of the classes, or without one."""
-    shape: dict[str, Any] = {"depth": 1, "label_embedding": True}
-    checkpoint = make_checkpoint(**shape, **({"step_counts": (1, 4), "inside_guidance": 1.5} if distilled else {}))
-    base = read_plan(exported / "plan.json")
-    plan = dataclasses.replace(
-        base, modulation=modulation, precisions=("fp32",), guidance=1.0 if distilled else 1.5,
-        inside_guidance=1.5 if distilled else None, evaluations_per_step=1 if distilled else 2,
-        matrices={name: dataclasses.replace(m, precision="fp32") for name, m in base.matrices.items() if ".0." in name},
-    )  # fmt: skip
-    files, cores = {}, {}
-    for classes in (CLASSES, CLASSES[2:3]):
-        own = dataclasses.replace(plan, classes=classes)
-        folder = tmp_path / str(len(classes))
-        timesteps = torch.from_numpy(sampler_table(own.sampler, "flow", own.steps).timestep)
-        exporter("onnx").export(fold(truncate(checkpoint, own, None), own, timesteps), folder, ("fp32",))
-        files[classes] = {name: (folder / name).read_bytes() for name in (FP32,)}
-        cores[classes] = make_core(files[classes], len(classes), "fp32", {})[1]
-    core = cores[CLASSES]
-    assert ("modulation.y_embed.weight" if modulation == "network" else "modulation.table") in core.tables
-    assert core.sha256 == cores[CLASSES[2:3]].sha256
-    shared, rows = take_apart(core, FP32, files[CLASSES][FP32], 4)
-    assert join_file(core, FP32, shared, [rows[2]]) == files[CLASSES[2:3]][FP32]
-
-
-def test_another_process_writes_the_same_bytes(exported: Path, tiny_folder: Path, tmp_path: Path) -> None:
-    """The same checkpoint, plan and tools: whatever the folder, the order of sets, and the number of threads."""
-    environment = os.environ | {"PYTHONHASHSEED": "12345", "OMP_NUM_THREADS": "2", "TZ": "Asia/Tokyo"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, sys.path))
-    plan = exported / "plan.json"
-    command = [sys.executable, "-P", "-m", "kind_edge.cli", "-q", "export", tiny_folder, "--plan", plan, "-o", "again"]
-    done = subprocess.run(
-        [*map(str, command), "--formats", "packs"], cwd=tmp_path, env=environment, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    compared = [name for name in content(exported) if name.startswith(("onnx/", "packs/"))]
-    assert len(compared) == len((FP32, *MODELS)) + len(CLASSES) + 2
-    again = content(tmp_path / "again")
-    assert [name for name in compared if again[name] != (exported / name).read_bytes()] == []
+    assert models_of(bundle) == models_of(packed)
 
 
 def test_packs_have_names_that_any_system_can_hold() -> None:
@@ -331,7 +280,7 @@ def test_joining_and_taking_apart_are_inverse(
         take_apart(core, "f", whole[:-1], classes)
 
 
-def test_without_torch_without_onnx(exported: Path, bundle: Path) -> None:
+def test_without_torch_without_onnx(packed: Path, bundle: Path) -> None:
     """The command without PyTorch, the runtime with numpy and ONNX Runtime alone."""
     script = """
         import sys
@@ -348,7 +297,7 @@ def test_without_torch_without_onnx(exported: Path, bundle: Path) -> None:
             from kind_edge.cli import main
             sys.exit(main(["pack", *work]))
     """
-    coat = str(pack_of(exported, "coat"))
+    coat = str(pack_of(packed, "coat"))
 
     def run(*arguments: str) -> str:
         command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
@@ -360,4 +309,4 @@ def test_without_torch_without_onnx(exported: Path, bundle: Path) -> None:
     assert json.loads(run(heavy, "remove", str(bundle), "coat", "--json"))["classes"] == ["sneaker", "bag", "shirt"]
     assert run(f"{heavy},PIL,rich,typer,psutil", str(bundle), coat) == "(1, 8, 8, 1)\n"
     assert json.loads(run(heavy, "add", str(bundle), coat, "--json"))["classes"] == list(CLASSES)
-    assert models_of(bundle) == models_of(exported)
+    assert models_of(bundle) == models_of(packed)

@@ -78,8 +78,10 @@ class Packages:
 
 def test_functions_are_verified_with_their_own_classes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(verify, "exporter", lambda name: Packages((2, 0, 3)))
-    report = verify.verify_models(tmp_path, manifest({"pair": PAIR}), reference())
+    described = manifest({"pair": PAIR})
+    report = verify.verify_models(tmp_path, described, reference())
     assert report.failures == ()
+    assert {described.entry_of(file).role for file in report.parity} == {"denoiser", "sampler"}
     assert list(report.parity) == [DENOISER, f"{DENOISER}#pair", SAMPLER, f"{SAMPLER}#pair"]
     whole, pair, _, images = report.files
     assert {point["class"] for point in whole.points} == {*CLASSES, "null"}

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from kind_edge.exporters.mil_operator import round_to_fp16
 from kind_edge.exporters.mil_reference import OPERATORS, load_function
 
 Array = NDArray[Any]
@@ -365,6 +366,21 @@ def test_operators_compute_what_pytorch_does(
             assert (got == got.astype(np.float16)).all(), name
             allowed = allowed + np.spacing(np.abs(wanted).astype(np.float16)).astype(np.float32)
         assert (np.abs(got - wanted) <= allowed).all(), (name, np.abs(got - wanted).max())
+
+
+FP16_VALUES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), max_size=4))
+@example([])
+@example([65519.99, 65520.0])
+def test_rounding_is_that_of_a_conversion(values: list[float]) -> None:
+    """To the last bit: of any value, of all that fp16 has, and of those half-way between two of them."""
+    halves = (FP16_VALUES[:0x7BFF] + FP16_VALUES[1:0x7C00]) / 2
+    for array in (np.array(values, np.float32), halves, -halves, np.nextafter(halves, np.float32(0)), FP16_VALUES):
+        with np.errstate(all="ignore"):
+            wanted = array.astype(np.float16).astype(np.float32)
+            assert np.array_equal(round_to_fp16(array).view(np.uint32), wanted.view(np.uint32))
 
 
 def test_no_operator_goes_untested() -> None:

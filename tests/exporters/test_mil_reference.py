@@ -24,7 +24,7 @@ from kind_edge.deploy.parity import sqnr_db
 from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.errors import UsageError
-from kind_edge.exporters.coreml_convert import parameter_of
+from kind_edge.exporters.coreml_compress import parameter_of
 from kind_edge.exporters.coreml_graph import Denoiser
 from kind_edge.exporters.mil_blob import unpack_bits
 from kind_edge.exporters.mil_reference import load_function, open_package, package_weights

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from kind_edge.deploy.assemble import bundle_readme
 from kind_edge.deploy.bench import bench_model
@@ -22,8 +23,10 @@ from kind_edge.deploy.manifest import read_manifest
 from kind_edge.deploy.model_files import recorded
 from kind_edge.deploy.runtime import choose_model, load_bundle
 from kind_edge.deploy.verify import load_reference, verify_models
-from kind_edge.errors import GateError
+from kind_edge.errors import GateError, UsageError
+from kind_edge.exporters.onnx_graph import OPSET
 from kind_edge.exporters.ort_export import CONFIG
+from kind_edge.exporters.ort_format import convert
 from kind_edge.registry import exporter
 
 SMALL = ("onnx/denoiser.int8.ort", "onnx/denoiser.ort", "onnx/sampler.ort")
@@ -104,16 +107,48 @@ def test_the_configuration_names_every_operator(bundle: Path, models: Mapping[st
     assert '"float"' in (bundle / CONFIG).read_text()  # types are reduced as well
 
 
+@pytest.mark.parametrize("reader", ["GatherBlockQuantized", "DequantizeLinear"])
+def test_4_bit_tables_become_bytes_and_compute_the_same(reader: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    values = generator.integers(-8, 8, (3, 5, 64)).astype(np.int8)
+    scales = generator.uniform(0.5, 2, (3, 5, 2)).astype(np.float32)
+    axes = {"domain": "com.microsoft", "gather_axis": 0, "quantize_axis": 2, "block_size": 32}
+    node = helper.make_node("GatherBlockQuantized", ["table", "row", "scales"], ["y"], **axes)
+    if reader == "DequantizeLinear":
+        node = helper.make_node("DequantizeLinear", ["table", "scales"], ["y"], axis=2, block_size=32)
+    graph = helper.make_graph(
+        [node],
+        "rows",
+        [helper.make_tensor_value_info("row", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 5, 64])],
+        [
+            helper.make_tensor("table", TensorProto.INT4, values.shape, values.ravel()),
+            numpy_helper.from_array(scales, "scales"),
+        ],
+    )
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    source, target = tmp_path / "rows.onnx", tmp_path / "rows.ort"
+    onnx.save(helper.make_model(graph, opset_imports=domains, ir_version=10), source)
+    if reader == "DequantizeLinear":
+        with pytest.raises(UsageError, match=r"rows\.onnx: DequantizeLinear '' reads 4-bit values"):
+            convert(source, target)
+        return
+    convert(source, target)
+    rows = np.array([2, 0, 2])
+    wanted = (values * np.repeat(scales, 32, axis=2))[rows]
+    assert all(np.array_equal(exporter("onnx").open(file)({"row": rows}), wanted) for file in (source, target))
+
+
 def test_the_manifest_records_opset_and_operators(models: Mapping[str, Any]) -> None:
     for path, entry in models.items():
         assert entry["opset"].keys() == entry["operators"].keys()
         assert all(names == sorted(set(names)) for names in entry["operators"].values()), path
-    assert models["onnx/denoiser.onnx"]["opset"] == {"ai.onnx": 20}
+    assert models["onnx/denoiser.onnx"]["opset"] == {"ai.onnx": OPSET}
     assert "Loop" in models["onnx/sampler.onnx"]["operators"]["ai.onnx"]
     assert "MatMul" in models["onnx/sampler.onnx"]["operators"]["ai.onnx"]  # inside the Loop
     assert "MatMulInteger" in models["onnx/denoiser.int8.onnx"]["operators"]["ai.onnx"]
     small = models["onnx/denoiser.int8.ort"]  # fused already: what a small build must have, not what was exported
-    assert small["opset"] == {"ai.onnx": 20, "com.microsoft": 1}
+    assert small["opset"] == {"ai.onnx": OPSET, "com.microsoft": 1}
     assert "DynamicQuantizeMatMul" in small["operators"]["com.microsoft"]
     assert small["source"] == "onnx/denoiser.int8.onnx"
 

@@ -15,6 +15,7 @@ import torch
 from kind_edge.cli import main
 from kind_edge.deploy.reference import load_heldout
 from kind_edge.errors import InputError, KindEdgeError, UsageError
+from kind_edge.model.autoencoder import open_autoencoder
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.training.latents import open_encoder
 from kind_edge.training.open import open_data
@@ -61,6 +62,9 @@ def test_from_images_to_a_plan(
     assert (facts["images"], facts["unreadable"], facts["heldout"]) == (40, 1, 4)
     assert facts["merged_classes"] == {"fish": ["eel"], "pet": ["dog", "cat"]}
     assert facts.get("autoencoder", {}).get("scaling_factor") == {"pixels": None, "kl": 0.5, "tiny": 1.0}[kind]
+    if kind != "pixels":  # the same folder is known again when the model is exported
+        known = open_autoencoder(autoencoders / kind, checkpoint.spec, checkpoint.provenance)
+        assert known.sha256 == facts["autoencoder"]["sha256"]
     heldout = load_heldout(tmp_path / "run", checkpoint.spec)
     assert heldout is not None
     assert heldout.labels.tolist() == [0, 1, 1, 1]
