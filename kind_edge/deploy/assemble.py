@@ -24,6 +24,7 @@ from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
 from kind_edge.deploy.runtime import LoadedBundle
 from kind_edge.deploy.session import open_session
+from kind_edge.deploy.swift import write_swift
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.spec import ModelSpec
@@ -185,6 +186,7 @@ def write_texts(folder: Path, plan: Plan, values: Mapping[str, Any]) -> None:
     (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(bundle_readme(plan, values), encoding="utf-8")
     write_mac_program(folder, values)
+    write_swift(folder, values)
 
 
 def write_mac_program(folder: Path, values: Mapping[str, Any]) -> None:
