@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -86,9 +87,12 @@ class Worker:
     """A process that answers one JSON line with another."""
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
+        own = {
+            name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"
+        }  # engines are told theirs
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=own
             )
         self._log, self._command = log, command
 
