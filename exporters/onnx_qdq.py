@@ -40,8 +40,8 @@ WIDE_KINDS: Mapping[str, str] = {
 }
 """What may be wide where the rest has 8 bits: names of operators by kind."""
 
-WIDE_MATRICES: Mapping[str, str] = {"patches": r"patches", "final": r"final\.weight\.product"}
-"""What may have weights of 16 bits where activations have them: small matrices at both ends."""
+ENDS = ("patches", "final")
+"""Matrices outside the blocks, which may be wide in a 16-bit model like those of the blocks."""
 
 _HANDED_ON = ("Reshape", "Transpose", "DepthToSpace")
 
@@ -94,7 +94,8 @@ def quantize_static(
     """The static graph with activations of `bits` (8 or 16); `static` is not changed. Ensures: inputs and outputs as
     there.
 
-    `wide`: of WIDE_KINDS, which have 16 in an 8-bit model; of WIDE_MATRICES, whose weights have 16 in a 16-bit model.
+    `wide`: in an 8-bit model those of WIDE_KINDS whose activations have 16; in a 16-bit model the matrices, by name
+    ("blocks.0.attn.q", or of ENDS), whose weights have 16.
     """
     build = _Quantizer(static, found, bits, wide)
     for node in static.graph.node:
@@ -122,7 +123,7 @@ class _Stored(NamedTuple):
 class _Quantizer:
     def __init__(self, static: onnx.ModelProto, found: Calibration, bits: int, wide: Collection[str]) -> None:
         self.found, self.bits = found, bits
-        self.wide = [re.compile((WIDE_KINDS if bits == 8 else WIDE_MATRICES)[kind]) for kind in wide]
+        self.wide = [re.compile(WIDE_KINDS[name] if bits == 8 else _products_of(name)) for name in wide]
         self.floats = _floats(static)
         self.constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in static.graph.initializer}
         self.nodes: list[onnx.NodeProto] = []
@@ -270,6 +271,11 @@ class _Quantizer:
             self._known[key] = name
             self.initializers.append(numpy_helper.from_array(values, name))
         return self._known[key]
+
+
+def _products_of(matrix: str) -> str:
+    """Names of the operators that multiply by a matrix, or by its two thin ones."""
+    return rf"{re.escape(matrix)}(\.shared)?(\.(weight|v|u))?(\.product)?"
 
 
 _ONES = Rounding(np.array(1 / 255, np.float32), np.array(0, np.uint8))

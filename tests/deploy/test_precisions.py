@@ -21,7 +21,8 @@ from kind_edge.errors import InputError, UsageError
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 PHONE, CLASSES = "snapdragon8g3", ["shirt", "bag"]
-OTHERS = {"manifest.json", "plan.json", "README.md", "preview.png", "verify/reference.npz"}
+OTHERS = {"manifest.json", "plan.json", "README.md", "preview.png", "report.html", "verify/full.png"}
+OTHERS |= {"verify/reference.npz"}
 
 
 def made(tiny_folder: Path, made_once: MadeOnce, unit: str, precision: str) -> Path:
@@ -42,7 +43,7 @@ def test_a_bundle_of_another_precision(
     assert (plan.unit, plan.precisions, plan.latency_source) == (unit, (plan.precision,), "roofline estimate")
     static, file = PRECISIONS[plan.precision].static, denoiser_path(plan.precision)  # type: ignore[index]
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
-    assert files == OTHERS | {file} | (set() if static else {"onnx/sampler.onnx"})
+    assert files == OTHERS | {file} | (set() if static else {"onnx/sampler.onnx", "packs/core.json"})
     assert (bundle / file).stat().st_size == pytest.approx(
         plan.weight_bytes, rel=0.1
     )  # names weigh most in one so tiny

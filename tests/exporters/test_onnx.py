@@ -46,10 +46,11 @@ def plain_model(checkpoint: Checkpoint, modulation: str | None = None) -> PlainD
     spec = checkpoint.spec
     matrices = {f"blocks.0.{name}": MatrixPlan(storage, "fp32", *ranks) for name, (storage, *ranks) in MATRICES.items()}
     sampler = "euler" if spec.objective == "flow" else "ddim"
-    unknown = {field.name: None for field in dataclasses.fields(Plan)}  # truncate and fold look at these alone:
+    unknown = {field.name: None for field in dataclasses.fields(Plan)}  # these alone are looked at:
     plan = Plan(**{
         **unknown, "checkpoint_sha256": "", "form": "switch", "classes": CLASSES, "matrices": matrices,
-        "modulation": modulation or ("network" if spec.label_embedding else "baked"), "steps": 4,
+        "modulation": modulation or ("network" if spec.label_embedding else "baked"), "sampler": sampler, "steps": 4,
+        "guidance": 1.0, "evaluations_per_step": 1,
     })  # fmt: skip
     timesteps = torch.from_numpy(sampler_table(sampler, spec.objective, 4).timestep)
     return fold(truncate(checkpoint, plan, None), plan, timesteps)
