@@ -281,7 +281,7 @@ def _check_precisions(plan: Plan) -> None:
 
 def file_precision(matrices: Mapping[str, MatrixPlan]) -> Precision:
     """What a file of these matrices is called: as the matrices that are not fp32, if there are any."""
-    found = [matrix.precision for matrix in matrices.values() if matrix.precision != "fp32" and not matrix.gone]
+    found = [matrix.precision for matrix in matrices.values() if matrix.precision != "fp32"]
     return cast(Precision, found[0]) if found else "fp32"
 
 

@@ -31,6 +31,7 @@ def export(checkpoint: Checkpoint, folder: Path, rank: int, tailor_rank: int) ->
         **unknown, "checkpoint_sha256": "", "form": form, "classes": CLASSES if tailor_rank else CLASSES[:1],
         "matrices": {shape.name: one for shape in checkpoint.spec.matrices()}, "modulation": "baked",
         "precision": "fp32", "steps": 4, "sampler": "euler", "evaluations_per_step": 2 if tailor_rank else 1,
+        "guidance": 1.5 if tailor_rank else 1.0,
     })  # fmt: skip
     timesteps = torch.from_numpy(sampler_table("euler", "flow", 4).timestep)
     plain = fold(truncate(checkpoint, plan, None), plan, timesteps)
