@@ -15,12 +15,13 @@ from typing import Any
 from studies.store import TWIN, Record, Store, Subject, subject_of
 
 from kind_edge.budget.host import available_threads
+from kind_edge.errors import KindEdgeError
 from kind_edge.model.shipped import DEFAULT_MODEL
 from peers import ours
 from peers.distance import CLASS_SETS, GUIDANCE, IMAGES, MOST, SEED, Best, best_of, distance, judge
 from peers.environments import LARGE_PEERS, PEERS, Peer, command
 from peers.models import Dense, dense_twin, large_dense
-from peers.prepared import batch_of, judge_engine, prepare_all, request_of, target_of
+from peers.prepared import batch_of, judge_engine, prepare_all, request_of, short_reason, target_of
 from peers.profiled import operator_shares
 from peers.race import EQUAL, GUIDED, Contestant, Measured, WorkerFailed, run, say
 from peers.summary import AT_MOST, BASELINE, INT8_BASELINE, OUR_INT8
@@ -58,7 +59,12 @@ def measure(output: Path) -> list[Record]:
     judge_engines(output, dense, left, best)
     store = Store(output, NAME, subject_of(DEFAULT_MODEL))
     with tempfile.TemporaryDirectory(prefix="kind-edge-peers-") as folder:
-        made = [_exported(store, variant, Path(folder)) for variant in ours.VARIANTS]
+        made = []
+        for variant in ours.VARIANTS:
+            try:
+                made.append(_exported(store, variant, Path(folder)))
+            except KindEdgeError as error:  # a gate failed, or nothing fits: that is news for the page
+                failed[variant.name] = short_reason(error)
         contestants = [*(_peer(peer, dense, best) for peer in left), *(one for each in made for one in _ours(each))]
         contestants.append(_our_int8(dense))
         shipped, dropped = run(contestants, ROUNDS, RUNS, available_threads())
