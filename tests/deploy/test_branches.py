@@ -44,7 +44,7 @@ TIMESTEPS = torch.from_numpy(sampler_table("euler", "flow", 4).timestep)
 def plan_of(
     spec: ModelSpec, form: str, classes: tuple[str, ...], matrices: dict[str, MatrixPlan], modulation: str = "baked"
 ) -> Plan:
-    label = "int8" if any(m.precision == "int8" and not m.gone for m in matrices.values()) else "fp32"
+    label = "int8" if any(m.precision == "int8" for m in matrices.values()) else "fp32"
     return Plan(
         model="tiny", checkpoint_sha256="", profile="host", unit="cpu", form=form, classes=classes, precision=label,
         precisions=("fp32", "int8"), sampler="euler", steps=4, guidance=1.0, evaluations_per_step=1,
