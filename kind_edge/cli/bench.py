@@ -41,7 +41,14 @@ def bench(
         typer.Option("--allow-fallback", help="Measure even if the provider leaves work to the CPU, and say what."),
     ] = False,
     threads: Annotated[
-        int | None, typer.Option("--threads", min=1, metavar="N", help="Threads.", show_default="one per core")
+        int | None,
+        typer.Option(
+            "--threads",
+            min=1,
+            metavar="N",
+            help="Threads.",
+            show_default="what a bundle says is quickest, else one per core",
+        ),
     ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Timed evaluations.")] = 50,
     as_json: options.Json = False,
@@ -104,6 +111,7 @@ def _bundle(
         manifest = verified_manifest(folder, source)
         _say_what_is_left_out(terminal, manifest)
         files = _files(terminal, manifest, provider)
+        threads = threads or manifest.threads
         reports = {file: _model(folder / file, provider, threads, runs, allow_fallback, begin) for file in files}
         begin("measuring one image")
         few = max(1, runs // IMAGE_SHARE)

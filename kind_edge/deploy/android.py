@@ -45,6 +45,7 @@ def _context(values: Mapping[str, Any]) -> dict[str, Any]:
         "inputs": [{"name": each["name"], "kotlin": _tensor(each["name"], each["dtype"])} for each in entry["inputs"]],
         "switches": "class_index" in names,
         "takes_timestep": "timestep" in names,
+        "threads": values.get("threads", 2),
         "guided": is_guided(values),
         "guidance_words": guidance_words(values),
         "decoder": decoders[0] if decoders else None,

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
 LICENCE = "Apache-2.0"
+ONE_THREAD_FLOPS = 3e8
+"""Below so much work in an evaluation one thread is quicker than several: handing operators of microseconds over takes
+as long as computing them, where idle threads sleep."""
 MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
@@ -75,6 +78,7 @@ def describe(
             "prediction_channels": spec.output_channels,
         },
         "plan": plan.to_dict(),
+        **({"threads": 1} if plan.flops < ONE_THREAD_FLOPS and spec.pixels_per_latent == 1 else {}),
         "tools": tool_versions(),
     }
 
@@ -110,11 +114,12 @@ def measure(
     """One call of every model file, and one whole image of the default model, on this machine."""
     write_manifest(folder, {**values, "files": _files(folder)})  # the measuring process opens the bundle by itself
     slow = ("decoder", "sampler") if "decoder" in values else ()  # seconds a call
+    threads = values.get("threads")
     reports = {
-        path: bench_model(folder / path, warmups=1, runs=5) if entry["role"] in slow else bench_model(folder / path)
+        path: bench_model(folder / path, threads, *((1, 5) if entry["role"] in slow else ()))
         for path, entry in entries.items()
     }
-    return reports, bench_image(folder, values["default_model"])
+    return reports, bench_image(folder, values["default_model"], threads)
 
 
 def percentiles(report: LatencyReport) -> dict[str, float]:

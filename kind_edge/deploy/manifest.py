@@ -113,6 +113,7 @@ class Manifest:
     """A validated manifest; `raw` is all of it as read (plan, verification, latency, tools, licence, source).
 
     `image` is what is drawn; `latent` what the loop works on, where a decoder stands between (None: the image itself).
+    `threads`: how many are quickest for so small a model; None: as many as there are cores.
     """
 
     name: str
@@ -123,6 +124,7 @@ class Manifest:
     sampler: Sampler
     files: Mapping[str, FileEntry]
     raw: Mapping[str, Any]
+    threads: int | None = None
     latent: ImageSize | None = None
 
     def decoder_for(self, model: ModelEntry) -> ModelEntry | None:
@@ -167,6 +169,7 @@ class Manifest:
             sampler=_sampler(root.section("sampler")),
             files={path: _file(files.section(path)) for path in files.values},
             raw=root.values,
+            threads=root.optional("threads", int),
             latent=_image(root.section("latent")) if "latent" in root.values else None,
         )
         _check(manifest, where)

@@ -204,13 +204,14 @@ def load_bundle(
     """Open a bundle (folder or `.zip`) for generation.
 
     `model` is a precision ("fp32") or a file of the bundle; None takes the bundle's default, the plan's choice.
-    `threads` None leaves the number to ONNX Runtime. With `verify` every hash is checked first. `packs` are files of
-    further classes, joined on the way: the bundle itself stays as it is.
+    `threads` None takes what the bundle says is quickest, or leaves the number to ONNX Runtime. With `verify` every
+    hash is checked first. `packs` are files of further classes, joined on the way: the bundle itself stays as it is.
     Raises `InputError` for a damaged bundle or pack, `UsageError` for an unknown model or an unavailable provider.
     """
     with open_bundle(path) as folder:
         manifest = verified_manifest(folder, str(path)) if verify else read_manifest(folder)
         entry = choose_model(manifest, model)
+        threads = manifest.threads if threads is None else threads
         with _with_packs(folder, manifest, entry, packs, str(path)) as (place, manifest):
             manifest.require_classes(str(path))
             _check_entry(entry, manifest, str(path))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FOLDER = "web"
 _FOR_TOOLS = ("kind-edge.d.ts", "package.json")
 PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "packs.js", *_FOR_TOOLS), "offline.js"
-_KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "latent", "sampler", "packs")
+_KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "latent", "sampler", "packs", "threads")
 """What the script needs of the bundle's manifest."""
 _ROLES = ("denoiser", "decoder")
 

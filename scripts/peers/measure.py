@@ -21,9 +21,9 @@ from peers import ours
 from peers.distance import CLASS_SETS, GUIDANCE, IMAGES, MOST, SEED, Best, best_of, distance, judge
 from peers.environments import LARGE_PEERS, PEERS, Peer, command
 from peers.models import Dense, dense_twin, large_dense
-from peers.prepared import batch_of, judge_engine, prepare_all, request_of, short_reason, target_of
+from peers.prepared import judge_engine, prepare_all, request_of, short_reason, target_of, way_of
 from peers.profiled import operator_shares
-from peers.race import EQUAL, GUIDED, Contestant, Measured, WorkerFailed, run, say
+from peers.race import EQUAL, GUIDED, Contestant, Measured, WorkerFailed, quickest_way, run, say
 from peers.summary import AT_MOST, BASELINE, INT8_BASELINE, OUR_INT8
 
 NAME, RUN = "peers", "run"
@@ -67,7 +67,7 @@ def measure(output: Path) -> list[Record]:
                 failed[variant.name] = short_reason(error)
         contestants = [*(_peer(peer, dense, best) for peer in left), *(one for each in made for one in _ours(each))]
         contestants.append(_our_int8(dense))
-        shipped, dropped = run(contestants, ROUNDS, RUNS, available_threads())
+        shipped, dropped = run(contestants, ROUNDS, RUNS)
     large, large_failed = measure_large()
     figures = {
         "shipped": [dataclasses.asdict(each) for each in shipped],
@@ -130,8 +130,8 @@ def _peer(peer: Peer, dense: Dense, best: Mapping[str, Best]) -> Contestant:
     if peer.name == BASELINE:
         images[AT_MOST] = request_of("euler", MOST, null)
     late = {EQUAL: request_of("euler", EQUAL_STEPS, null, guidance=1.0)}
-    batch, told = batch_of(peer, dense, available_threads()), tuple(command(peer.worker, peer.environment))
-    return Contestant(peer.name, told, target_of(peer, dense), peer.precision, images, late, batch)
+    way, told = way_of(peer, dense, available_threads()), tuple(command(peer.worker, peer.environment))
+    return Contestant(peer.name, told, target_of(peer, dense), peer.precision, images, late, way.batch, way.threads)
 
 
 def _exported(store: Store, variant: ours.Variant, folder: Path) -> ours.Made:
@@ -149,17 +149,22 @@ def _ours(made: ours.Made) -> list[Contestant]:
     """The denoiser in the runtime's loop; of the recommended steps also `sampler.onnx`."""
     told = tuple(command("in_kind_edge", None))
     equal = {EQUAL: {}} if made.variant.steps == EQUAL_STEPS else {}
-    found = [Contestant(made.variant.name, told, made.path, made.files["denoiser"], {GUIDED: {}}, equal, batch=1)]
+    say(f"{made.variant.name}: how many threads?")
+    threads = quickest_way(told, made.path, made.files["denoiser"], available_threads(), batches=(1,)).threads
+    denoiser = made.files["denoiser"]
+    found = [Contestant(made.variant.name, told, made.path, denoiser, {GUIDED: {}}, equal, threads=threads)]
     if equal and "sampler" in made.files:
         name = f"{made.variant.name}, sampler.onnx"
-        found.append(Contestant(name, told, made.path, made.files["sampler"], {GUIDED: {}}, batch=1, single=False))
+        sampler = made.files["sampler"]
+        found.append(Contestant(name, told, made.path, sampler, {GUIDED: {}}, threads=threads, single=False))
     return found
 
 
 def _our_int8(dense: Dense) -> Contestant:
     """The twin through our int8: how it compares with other engines on one and the same denoiser."""
     told, path = tuple(command("in_onnxruntime", None)), dense.our_int8
-    return Contestant(OUR_INT8, told, path.parent, path.name, {}, batch=2)
+    way = quickest_way(told, path.parent, path.name, available_threads())
+    return Contestant(OUR_INT8, told, path.parent, path.name, {}, batch=2, threads=way.threads)
 
 
 # --- DiT-B/2 ----------------------------------------------------------------------------------------------------------
@@ -168,9 +173,18 @@ def _our_int8(dense: Dense) -> Contestant:
 def measure_large() -> tuple[list[Measured], dict[str, str]]:
     """Single evaluations alone: an image of the dense model would take a minute."""
     dense = large_dense()
+    threads = available_threads()  # work enough for all
     ready, failed = prepare_all(LARGE_PEERS, dense, guided=False)
     contestants = [
-        Contestant(peer.name, tuple(command(peer.worker, peer.environment)), target, peer.precision, {}, batch=2)
+        Contestant(
+            peer.name,
+            tuple(command(peer.worker, peer.environment)),
+            target,
+            peer.precision,
+            {},
+            batch=2,
+            threads=threads,
+        )
         for peer in LARGE_PEERS
         if (target := ready.get(peer.name)) is not None
     ]
@@ -178,8 +192,8 @@ def measure_large() -> tuple[list[Measured], dict[str, str]]:
     for storage, classes, precision in ours.LARGE_MODELS:
         path = ours.large_files(storage, classes)[precision]
         name = f"kind-edge {precision}, {storage}, {classes} classes"
-        contestants.append(Contestant(name, told, path.parent, path.name, {}, batch=1))
-    measured, dropped = run(contestants, LARGE_ROUNDS, LARGE_RUNS, available_threads())
+        contestants.append(Contestant(name, told, path.parent, path.name, {}, threads=threads))
+    measured, dropped = run(contestants, LARGE_ROUNDS, LARGE_RUNS)
     return measured, failed | dropped
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -16,7 +17,7 @@ from kind_edge.errors import GateError
 from peers.distance import GUIDANCE, Best, judged, noise_and_classes
 from peers.environments import PINS, WORKERS, Peer, command
 from peers.models import Dense, whole
-from peers.race import WorkerFailed, quicker_batch, say, working
+from peers.race import Way, WorkerFailed, quickest_way, say, working
 from peers.samplers import flow_table
 
 
@@ -38,14 +39,14 @@ def prepare(peer: Peer, dense: Dense) -> Path:
     return target
 
 
-def batch_of(peer: Peer, dense: Dense, threads: int) -> int:
-    """How this engine takes a guided step more quickly, in one call or in two: found once, and remembered."""
-    known = dense.folder / f"{target_of(peer, dense).name}-{threads}-threads.json"
+def way_of(peer: Peer, dense: Dense, threads: int) -> Way:
+    """How this engine takes a guided step most quickly: found once, and remembered."""
+    known = dense.folder / f"{target_of(peer, dense).name}-way-of-{threads}-threads.json"
     if not known.exists():
-        say(f"{peer.name}: one call of two rows, or two of one?")
-        batch = quicker_batch(command(peer.worker, peer.environment), target_of(peer, dense), peer.precision, threads)
-        whole(known, lambda path: path.write_text(json.dumps({"batch": batch})) and None)
-    return int(json.loads(known.read_text())["batch"])
+        say(f"{peer.name}: one call of two rows, or two of one? how many threads?")
+        way = quickest_way(command(peer.worker, peer.environment), target_of(peer, dense), peer.precision, threads)
+        whole(known, lambda path: path.write_text(json.dumps(dataclasses.asdict(way))) and None)
+    return Way(**json.loads(known.read_text()))
 
 
 def prepare_all(peers: tuple[Peer, ...], dense: Dense, guided: bool = True) -> tuple[dict[str, Path], dict[str, str]]:
@@ -56,7 +57,7 @@ def prepare_all(peers: tuple[Peer, ...], dense: Dense, guided: bool = True) -> t
         try:
             target = prepare(peer, dense)
             if guided:
-                batch_of(peer, dense, available_threads())
+                way_of(peer, dense, available_threads())
             ready[peer.name] = target
         except GateError as error:
             failed[peer.name] = short_reason(error)
@@ -81,7 +82,7 @@ def judge_engine(peer: Peer, dense: Dense, best: Best, classes: int, threads: in
         given, drawn = Path(folder, "given.npz"), Path(folder, "drawn.npy")
         np.savez(given, noise=noise, classes=labels)
         asked = {"target": str(target), "precision": peer.precision, "threads": threads}
-        worker.ask("open", **asked, batch=batch_of(peer, dense, threads))
+        worker.ask("open", **asked, batch=way_of(peer, dense, threads).batch)
         request = request_of(best.sampler, best.steps, spec.num_classes)
         worker.ask("draw", **request, images=str(given), output=str(drawn))
         images = np.load(drawn)

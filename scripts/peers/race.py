@@ -44,6 +44,7 @@ class Contestant:
     images: Mapping[str, Mapping[str, Any]]
     late: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     batch: int = 1
+    threads: int = 1
     single: bool = True
     """Whether it can be asked for one evaluation."""
 
@@ -55,6 +56,7 @@ class Measured:
     name: str
     runtime: str
     batch: int
+    threads: int
     load_ms: float
     file_bytes: int
     peak_bytes: int
@@ -129,9 +131,7 @@ def working(command: Sequence[str]) -> Iterator[Worker]:
             worker.close()
 
 
-def run(
-    contestants: Sequence[Contestant], rounds: int, runs: int, threads: int
-) -> tuple[list[Measured], dict[str, str]]:
+def run(contestants: Sequence[Contestant], rounds: int, runs: int) -> tuple[list[Measured], dict[str, str]]:
     """What was measured of each, and why others could not be."""
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
@@ -141,7 +141,8 @@ def run(
             say(f"starting {one.name}")
             try:
                 worker = stack.enter_context(working(one.command))
-                asked = {"target": str(one.target), "precision": one.precision, "batch": one.batch, "threads": threads}
+                asked = {"target": str(one.target), "precision": one.precision}
+                asked |= {"batch": one.batch, "threads": one.threads}
                 opened[one.name] = {"batch": one.batch, **worker.ask("open", **asked)}
                 workers[one.name] = worker
             except WorkerFailed as error:
@@ -171,7 +172,7 @@ def run(
         single = interleaved(left, rounds, evaluations)
     measured = [
         Measured(
-            one.name, opened[one.name]["runtime"], opened[one.name]["batch"], opened[one.name]["load_ms"],
+            one.name, opened[one.name]["runtime"], opened[one.name]["batch"], one.threads, opened[one.name]["load_ms"],
             file_bytes(one, opened[one.name]["batch"]), peaks[one.name],
             {**early[one.name], **late[one.name]}, single[one.name],
         )
@@ -192,12 +193,26 @@ def interleaved(
     return found
 
 
-def quicker_batch(command: Sequence[str], target: Path, precision: str, threads: int, tries: int = 5) -> int:
-    """2 if one call of two rows is quicker than two calls of one."""
-    with working(command) as worker:
-        worker.ask("open", target=str(target), precision=precision, batch=2, threads=threads)
-        times = {batch: min(worker.ask("evaluate", batch=batch, runs=tries)["latencies_ms"]) for batch in (1, 2)}
-    return 2 if times[2] <= 2 * times[1] else 1
+@dataclass(frozen=True)
+class Way:
+    """How an engine is quickest: rows of a call in a guided step, and threads."""
+
+    batch: int
+    threads: int
+
+
+def quickest_way(
+    command: Sequence[str], target: Path, precision: str, threads: int, batches: Sequence[int] = (1, 2), tries: int = 20
+) -> Way:
+    """Of one thread or `threads`; of two rows, one call of both or two of one (1 alone: a step is a single row)."""
+    found: dict[Way, float] = {}
+    for count in sorted({1, threads}):
+        with working(command) as worker:
+            worker.ask("open", target=str(target), precision=precision, batch=max(batches), threads=count)
+            for batch in batches:
+                latencies_ms = worker.ask("evaluate", batch=batch, runs=tries)["latencies_ms"]
+                found[Way(batch, count)] = statistics.median(latencies_ms) * max(batches) / batch
+    return min(found, key=lambda way: found[way])
 
 
 def file_bytes(one: Contestant, batch: int) -> int:

@@ -44,7 +44,7 @@ def _run_parts(found: Found) -> Iterator[str]:
     yield markdown(("model", "ms an image", "times ours"), _equal_rows(found))
     yield "### One evaluation of the denoiser"
     yield paragraph(_single_words(found))
-    yield markdown(("model", "one row, ms", "two rows, ms", "a guided step"), _single_rows(found))
+    yield markdown(("model", "one row, ms", "two rows, ms", "a guided step", "threads"), _single_rows(found))
     yield f"### {large_about()}"
     yield paragraph(_large_words(found))
     yield markdown(
@@ -62,7 +62,8 @@ def _conditions(run: Record) -> str:
     pins = ", ".join(pin for name in PINS for pin in PINS[name] if not pin.startswith("torch"))
     return (
         f"`scripts/bench peers` on {own['cpu']} ({', '.join(own['instruction_sets'])}), {own['cores']} cores, "
-        f"{own['threads']} threads for every engine, load average {own['load_average']} before it began; "
+        f"one thread or {own['threads']}, whichever an engine is quicker with (`threads` below; at DiT-B/2 all), load "
+        f"average {own['load_average']} before it began; "
         f"{own['system']}, Python {own['python']}; {', '.join(runtimes)} (made with {pins}). {own['rounds']} rounds, "
         "forth and back over all processes; a figure is the median over the rounds of the median of "
         f"{own['runs']} images; ratios are taken within a round, and the range in brackets is that of the middle 80 % "
@@ -163,7 +164,7 @@ def _single_rows(found: Found) -> Iterator[tuple[str, ...]]:
         if one["evaluation_ms"]:
             figures = (f"{statistics.median(one['evaluation_ms'][rows]):.2f}" for rows in ("1", "2"))
             step = "–" if name.startswith("kind-edge") else "two rows" if one["batch"] == 2 else "one row, twice"
-            yield name, *figures, step
+            yield name, *figures, step, str(one["threads"])
 
 
 def _large_words(found: Found) -> str:

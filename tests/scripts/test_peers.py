@@ -79,7 +79,7 @@ def test_rounds_go_forth_and_back_over_processes_that_stay_alive(tmp_path: Path)
         Contestant(name, told, tmp_path / "model", name, images, late, batch)
         for name, batch in (("once", 2), ("twice", 1), ("refused", 1), ("dying", 1))
     ]
-    measured, failed = run(contestants, rounds=2, runs=3, threads=1)
+    measured, failed = run(contestants, rounds=2, runs=3)
     assert {one.name: (one.runtime, one.batch, one.file_bytes) for one in measured} == {
         "once": ("fake 1.0", 2, 3),
         "twice": ("fake 1.0", 1, 5),
@@ -162,7 +162,7 @@ def records(ours: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
 
     def one(name: str, **images: float) -> dict[str, Any]:
         times = {{"most": AT_MOST, "guided": GUIDED, "equal": EQUAL}[key]: [ms] * 3 for key, ms in images.items()}
-        return {"name": name, "runtime": "fake 1", "batch": 2, "load_ms": 3.0, "file_bytes": 8_000_000,
+        return {"name": name, "runtime": "fake 1", "batch": 2, "threads": 1, "load_ms": 3.0, "file_bytes": 8_000_000,
                 "peak_bytes": 10**7, "image_ms": times, "evaluation_ms": {"1": [1.0] * 3, "2": [1.5] * 3}}  # fmt: skip
 
     shipped = [one("onnxruntime fp32", most=200.0, guided=30.0, equal=4.0), one("litert int8", guided=12.0, equal=2.0)]

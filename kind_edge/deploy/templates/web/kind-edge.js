@@ -28,13 +28,14 @@ export async function load(folder = ".", options = {}) {
   const manifest = withClasses(given, packs);
   const entry = chooseModel(manifest, options.model);
   const backend = options.backend ?? "cpu";
-  const ort = options.ort ?? (await importRuntime(folder, backend, options.threads));
+  const threads = options.threads ?? manifest.threads;
+  const ort = options.ort ?? (await importRuntime(folder, backend, threads));
   const decoder = chooseDecoder(manifest, entry);
   const sessions = [];
   for (const each of [entry, decoder].filter(Boolean)) {
     const bytes = await readModel(folder, given, each.path, options);
     const joined = each === entry && packs.length ? await addClasses(folder, given, each.path, bytes, packs, options) : bytes;
-    sessions.push(await openSession(ort, joined, each.path, backend, options.threads));
+    sessions.push(await openSession(ort, joined, each.path, backend, threads));
   }
   return new Model(manifest, entry, ort, sessions);
 }
