@@ -64,7 +64,7 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield "limits", _limits(plan) or "none: the most faithful plan, then the fastest"
     if plan.optimality_gap is not None:
         least = "loss" if plan.minimised == "loss" else _SMALLEST[plan.minimised]
-        yield "proved", f"within {format_share(plan.optimality_gap)} of the least {least} that any plan has"
+        yield "proved", f"within {format_share(round(plan.optimality_gap, 6))} of the least {least} that any plan has"
     for name, price in plan.prices.items():
         yield "price", _price(plan, name, price)
     if plan.time:

@@ -127,7 +127,7 @@ def _reasons(plan: Mapping[str, Any]) -> Iterator[str]:
     """Why it is this plan, in sentences."""
     if plan["optimality_gap"] is not None:
         least = "predicted loss of quality" if plan["minimised"] == "loss" else "cost"
-        gap = format_share(plan["optimality_gap"])
+        gap = format_share(round(plan["optimality_gap"], 6))
         yield f"No plan within the limits has a {least} that is lower by more than {gap}."
     if not plan["binding"]:
         yield "No limit keeps it from being better."
