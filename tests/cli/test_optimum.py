@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCHER = "from optimum.commands.optimum_cli import main; main()"  # all that the script optimum-cli does
+# All that the script optimum-cli does. The wheel is what is tested: an editable install beside it would register twice.
+LAUNCHER = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in str(finder)]
+sys.path = [path for path in sys.path if "__editable__" not in path]
+from optimum.commands.optimum_cli import main
+main()
+"""
 
 
 @pytest.fixture(scope="module")
