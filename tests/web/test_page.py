@@ -184,3 +184,13 @@ def test_takes_a_class_that_was_left_out(bundle: Path, page: Any, tmp_path: Path
         page.get_by_label("Add classes").set_input_files(pack)
         page.wait_for_function(FAILED)
         assert "bag is there already" in page.get_by_role("status").inner_text()
+
+
+def test_the_page_is_the_same_when_it_is_written_again(bundle: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(bundle, tmp_path / "again", ignore=shutil.ignore_patterns("web"))
+    PACKAGER.write(again, json.loads((bundle / "manifest.json").read_text()))
+    first, second = (
+        {path.relative_to(web): path.read_bytes() for path in web.rglob("*") if path.is_file()}
+        for web in (bundle / "web", again / "web")
+    )
+    assert first == second
