@@ -138,8 +138,7 @@ def predict_here_ms(
     One call of a denoiser is one evaluation, of a sampler or a decoder one image.
     """
     # Here, because the rest of this file also serves bundles joined from packs, without SciPy and without PyTorch.
-
-    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling  # what packs do needs no SciPy
+    from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 
     left = spec.without_branches(plan.dropped_branches)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows)
