@@ -24,6 +24,7 @@ from kind_edge.budget.profile import HOST, DeviceProfile, Figure, packaged_text
 from kind_edge.budget.profile_file import parse_profile
 from kind_edge.budget.profile_text import profile_text
 from kind_edge.errors import InputError, UsageError
+from kind_edge.model.cache import cache_base
 
 CACHE_VERSION = 3
 
@@ -67,9 +68,8 @@ def host_key() -> HostKey:
 
 def cache_path(key: HostKey) -> Path:
     """Where the figures for a key are kept: $XDG_CACHE_HOME (or ~/.cache) /kind-edge/host-*.toml."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     digest = hashlib.sha256(f"{CACHE_VERSION} {key}".encode()).hexdigest()[:16]
-    return Path(root) / "kind-edge" / f"host-{digest}.toml"
+    return cache_base() / f"host-{digest}.toml"
 
 
 def available_threads() -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from kind_edge.budget.influence import Sensitivity, read_sensitivity
 from kind_edge.errors import InputError
+from kind_edge.model.cache import cache_base
 from kind_edge.model.checkpoint import write_text
 from kind_edge.model.spec import ModelSpec
 
@@ -47,8 +47,7 @@ def keep_sensitivity(table: Sensitivity, folder: Path | None) -> Path | None:
 
 def cache_path(sha256: str) -> Path:
     """$XDG_CACHE_HOME (or ~/.cache) /kind-edge/sensitivity-*.json."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "kind-edge" / f"sensitivity-{sha256[:16]}.json"
+    return cache_base() / f"sensitivity-{sha256[:16]}.json"
 
 
 def _check(table: Sensitivity, spec: ModelSpec, where: str) -> None:

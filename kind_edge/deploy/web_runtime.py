@@ -18,6 +18,7 @@ from pathlib import Path
 
 from kind_edge.deploy.ort import DISTRIBUTIONS
 from kind_edge.errors import InputError, UsageError
+from kind_edge.model.cache import cache_base
 
 PACKAGE, VERSION = "onnxruntime-web", "1.30.0"
 SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRMDs1SigqR4CXAfKYQ=="
@@ -49,8 +50,7 @@ def copy_runtime(folder: Path, files: Collection[str]) -> None:
 
 def cached_package() -> Path:
     """Where the package is kept: $XDG_CACHE_HOME (or ~/.cache) /kind-edge/onnxruntime-web-VERSION.tgz."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "kind-edge" / f"{PACKAGE}-{VERSION}.tgz"
+    return cache_base() / f"{PACKAGE}-{VERSION}.tgz"
 
 
 def fetch_runtime() -> Path:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import hashlib
-import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kind_edge.errors import InputError
+from kind_edge.model.cache import cache_base
 
 CLASS_NAMES: tuple[str, ...] = (
     "t-shirt",
@@ -151,11 +151,6 @@ class FashionMNIST:
     test_images: npt.NDArray[np.uint8]  # [10000, 28, 28]
     test_labels: npt.NDArray[np.int64]  # [10000]
     data_sha256: str
-
-
-def cache_base() -> Path:
-    """The user's cache: ${XDG_CACHE_HOME:-~/.cache}/kind-edge."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) / "kind-edge"
 
 
 def cache_folder() -> Path:

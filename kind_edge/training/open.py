@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kind_edge.errors import InputError, UsageError, unknown
 from kind_edge.model.autoencoder import autoencoder_files
+from kind_edge.model.cache import cache_base
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import (
@@ -22,7 +23,6 @@ from kind_edge.training.data import (
     IMAGE_SIDE,
     DataSplit,
     TrainingData,
-    cache_base,
     fashion_mnist_split,
     load_fashion_mnist,
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from studies.store import TWIN
 
+from kind_edge.model.cache import cache_base
 from kind_edge.model.checkpoint import checkpoint_hash, load_checkpoint
 from kind_edge.model.spec import ModelSpec, named_spec
 
@@ -32,8 +32,7 @@ CALIBRATION_IMAGES, CALIBRATION_STEPS = 30, 8
 
 def cache() -> Path:
     """Where environments and model files of the peers are kept."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "kind-edge" / "peers"
+    return cache_base() / "peers"
 
 
 @dataclass(frozen=True)
