@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kind_edge.budget.words import predicted_words
 from kind_edge.cli import tables
-from kind_edge.cli.plan_view import predicted_words
 from kind_edge.cli.refusal_view import shown
 from kind_edge.cli.terminal import Terminal
 from kind_edge.errors import NoPlanError, UsageError

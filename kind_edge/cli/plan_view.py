@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 
 from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, predicted_words
 from kind_edge.cli import tables
 from kind_edge.cli.tables import Cell
 from kind_edge.units import format_flops, format_seconds, format_share
@@ -15,18 +16,6 @@ _MODULATIONS = {
     "baked": "baked into a table",
     "baked-fp16": "baked into a table of fp16",
     "network": "kept as a network, which costs less here than a table of all steps and classes",
-}
-_FORMS = {
-    "switch": "switch: one shared learngene, a tailor per class picked by the class index",
-    "single": "single: learngene and tailor folded into one weight",
-    "union": "union: all kept tailors folded into one weight, an approximation",
-}
-WRITE: Mapping[str, Callable[[float], str]] = {
-    "max_latency": lambda nanoseconds: format_seconds(nanoseconds / 1e9),
-    "max_flops": format_flops,
-    "max_size": tables.size,
-    "max_memory": tables.size,
-    "max_quality_loss": format_share,
 }
 _SMALLEST = {
     "flops": "FLOPs", "weight_bytes": "model file", "peak_memory_bytes": "memory", "latency_ns": "latency",
@@ -43,7 +32,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield "classes", ", ".join(plan.classes)
-    yield "form", _FORMS[plan.form]
+    yield "form", FORM_WORDS[plan.form]
     yield "runs on", f"{plan.unit}, {plan.precision}"
     guided = f"guidance {plan.guidance:g}" if plan.evaluations_per_step > 1 else "no guidance"
     if plan.inside_guidance is not None:
@@ -81,14 +70,6 @@ def _decoder_words(decoder: Mapping[str, int | str]) -> str:
     return stored if count == 1 else f"{stored}; {count} x {count} overlapping tiles, one after the other"
 
 
-def predicted_words(loss_increase: float | None, frechet: float | None) -> str:
-    """ "loss +2.1 %, Fréchet distance 7.4"."""
-    loss = f"loss +{format_share(loss_increase or 0.0)}"
-    if frechet is None:
-        return loss
-    return f"{loss}, Fréchet distance {frechet:,.0f}" if frechet >= 1000 else f"{loss}, Fréchet distance {frechet:.3g}"
-
-
 def _price(plan: Plan, name: str, price: Mapping[str, float | None]) -> str:
     """What a tenth more of a limit would buy."""
     limit = price["limit"] or 0.0
@@ -98,7 +79,7 @@ def _price(plan: Plan, name: str, price: Mapping[str, float | None]) -> str:
         key = "sustained_image_latency_s" if plan.minimised == "latency_ns" else plan.minimised
         write = {"flops": format_flops, "sustained_image_latency_s": format_seconds}.get(key, tables.size)
         bought = f"{_SMALLEST[plan.minimised]} {write(price[key] or 0.0)}"
-    return f"10 % more, --{name.replace('_', '-')} {WRITE[name](limit)}, would buy {bought}"
+    return f"10 % more, --{name.replace('_', '-')} {WRITE_LIMIT[name](limit)}, would buy {bought}"
 
 
 def time_words(time: Mapping[str, float]) -> str:
@@ -133,7 +114,7 @@ def _limits(plan: Plan) -> str:
     texts = []
     for name, limit in plan.limits.items():
         binds = " (binds)" if name in plan.binding else ""
-        texts.append(f"--{name.replace('_', '-')} {WRITE[name](limit)}{binds}")
+        texts.append(f"--{name.replace('_', '-')} {WRITE_LIMIT[name](limit)}{binds}")
     return ", ".join(texts)
 
 

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from kind_edge.budget.words import WRITE_LIMIT, predicted_words
 from kind_edge.cli import tables
-from kind_edge.cli.plan_view import WRITE, predicted_words, print_plan
+from kind_edge.cli.plan_view import print_plan
 from kind_edge.cli.terminal import Terminal
 from kind_edge.errors import NoPlanError
 from kind_edge.units import format_share
@@ -36,7 +37,7 @@ def _print(terminal: Terminal, refusal: Refusal) -> None:
     print_plan(err, refusal.closest)
     err.print(tables.heading("What it misses"))
     rows = [
-        (f"--{miss.limit.replace('_', '-')}", WRITE[miss.limit](miss.asked), WRITE[miss.limit](miss.needed),
+        (f"--{miss.limit.replace('_', '-')}", WRITE_LIMIT[miss.limit](miss.asked), WRITE_LIMIT[miss.limit](miss.needed),
          format_share(miss.over))
         for miss in refusal.misses
     ]  # fmt: skip

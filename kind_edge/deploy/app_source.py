@@ -1,4 +1,4 @@
-"""Source code for apps, written from a bundle's manifest through templates."""
+"""Source code for apps, and pages, written from a bundle's manifest through templates."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 
-def render(template: str, context: Mapping[str, Any]) -> str:
-    """A template of `templates/`, filled in. Kotlin, Swift and Markdown: HTML's escapes have no place there."""
+def render(template: str, context: Mapping[str, Any], escape: bool = False) -> str:
+    """A template of `templates/`, filled in; `escape`: it is HTML. Kotlin, Swift and Markdown have no such escapes."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(
-        autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        autoescape=escape, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["float32"] = lambda value: np.format_float_scientific(np.float32(value), trim="0")
     source = files("kind_edge.deploy").joinpath("templates", *template.split("/")).read_text(encoding="utf-8")

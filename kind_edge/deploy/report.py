@@ -8,10 +8,11 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, distance_words, predicted_words
+from kind_edge.deploy.app_source import guidance_words, render
 from kind_edge.deploy.mac_results import MacResults
 from kind_edge.errors import InputError
 from kind_edge.units import format_bytes, format_flops, format_params, format_seconds, format_share
@@ -22,19 +23,6 @@ FULL_PICTURE = "verify/full.png"
 
 Row = tuple[str, ...]
 
-_WRITE = {
-    "max_latency": lambda nanoseconds: format_seconds(nanoseconds / 1e9),
-    "max_flops": format_flops,
-    "max_size": format_bytes,
-    "max_memory": format_bytes,
-    "max_quality_loss": format_share,
-}
-_FORMS = {
-    "switch": "one shared learngene, a tailor per class picked by the class index",
-    "single": "learngene and tailor folded into one weight",
-    "union": "all kept tailors folded into one weight, an approximation",
-}
-
 
 def write_report(folder: Path, values: Mapping[str, Any], target: Path, on_mac: MacResults | None = None) -> None:
     """Write the report of the bundle in `folder`, whose manifest holds `values`, to `target`.
@@ -42,10 +30,6 @@ def write_report(folder: Path, values: Mapping[str, Any], target: Path, on_mac: 
     `on_mac`: what its Core ML packages did on a Mac.
     Raises `InputError` for a manifest that says too little.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    source = files("kind_edge.deploy").joinpath("templates", "report.html.j2").read_text(encoding="utf-8")
     try:
         context = {**_context(folder, values), "on_mac": list(_on_mac(on_mac)) if on_mac else [],
                    "mac": list(on_mac.conditions.items()) if on_mac else []}  # fmt: skip
@@ -53,7 +37,7 @@ def write_report(folder: Path, values: Mapping[str, Any], target: Path, on_mac: 
         raise InputError(
             f"{folder}: its manifest does not say all that a report shows ({error}); export again"
         ) from error
-    target.write_text(environment.from_string(source).render(**context), encoding="utf-8")
+    target.write_text(render("report.html.j2", context, escape=True), encoding="utf-8")
 
 
 def _context(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,18 +74,15 @@ def _asked(plan: Mapping[str, Any]) -> Iterator[Row]:
     yield "classes", ", ".join(plan["classes"])
     for name, limit in plan["limits"].items():
         binds = ": this limit binds" if name in plan["binding"] else ""
-        yield name.replace("_", " ").replace("max", "at most"), f"{_WRITE[name](limit)}{binds}"
+        yield name.replace("_", " ").replace("max", "at most"), f"{WRITE_LIMIT[name](limit)}{binds}"
     if not plan["limits"]:
         yield "limits", "none"
 
 
 def _decided(plan: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row]:
-    yield "form", f"{plan['form']}: {_FORMS[plan['form']]}"
+    yield "form", FORM_WORDS[plan["form"]]
     yield "runs on", f"{plan['unit']}, {plan['precision']}"
-    guided = f"guidance {plan['guidance']:g}" if plan["evaluations_per_step"] > 1 else "no guidance"
-    if plan.get("inside_guidance") is not None:
-        guided = f"guidance {plan['inside_guidance']:g} inside the model"
-    yield "sampler", f"{plan['steps']} {plan['sampler']} steps, {guided}"
+    yield "sampler", f"{plan['steps']} {plan['sampler']} steps, {guidance_words(values)}"
     storages = [matrix["storage"] for matrix in plan["matrices"].values()]
     yield "matrices", ", ".join(f"{storages.count(kind)} {kind}" for kind in dict.fromkeys(storages))
     yield "modulation", "baked into a table" if plan["modulation"] != "network" else "kept as a network"
@@ -133,7 +114,7 @@ def _reasons(plan: Mapping[str, Any]) -> Iterator[str]:
         yield "No limit keeps it from being better."
     for name, price in plan["prices"].items():
         bought = _predicted(price.get("predicted_loss_increase"), price.get("predicted_frechet"))
-        yield f"With a tenth more of {name.replace('max_', '')}, {_WRITE[name](price['limit'])}: {bought}."
+        yield f"With a tenth more of {name.replace('max_', '')}, {WRITE_LIMIT[name](price['limit'])}: {bought}."
     yield f"Predicted for this plan: {_predicted(plan['predicted_loss_increase'], plan['predicted_frechet'])}."
     if plan.get("teacher_time") and plan.get("time"):
         longer = plan["teacher_time"]["image_s"] / plan["time"]["image_s"]
@@ -142,14 +123,7 @@ def _reasons(plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _predicted(increase: float | None, frechet: float | None) -> str:
-    if increase is None:
-        return "nothing is known of its quality"
-    distance = "" if frechet is None else f", Fréchet distance {_distance(frechet)}"
-    return f"loss +{format_share(increase)}{distance}"
-
-
-def _distance(frechet: float) -> str:
-    return f"{frechet:,.0f}" if frechet >= 1000 else f"{frechet:.3g}"
+    return "nothing is known of its quality" if increase is None else predicted_words(increase, frechet)
 
 
 def _front_drawing(points: list[Mapping[str, Any]], plan: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -183,7 +157,7 @@ def _point_row(point: Mapping[str, Any]) -> Row:
     return (
         format_bytes(point["weight_bytes"]),
         f"+{format_share(point['predicted_loss_increase'])}",
-        "" if distance is None else _distance(distance),
+        "" if distance is None else distance_words(distance),
         f"{point['steps']:.0f}",
         format_seconds(next(point[key] for key in ("sustained_image_latency_s", "image_latency_s") if key in point)),
     )
@@ -224,22 +198,8 @@ def _by_class(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _quality(values: Mapping[str, Any]) -> Iterator[Row]:
     for name, each in values.get("quality", {}).items():
-        if "share" in each:
-            yield (
-                name,
-                str(each["images"]),
-                f"{each['full']:.4f}",
-                f"{each['difference']:.4f}",
-                format_share(each["share"]),
-            )
-        else:
-            yield (
-                name,
-                str(each["images"]),
-                f"{each['full']:.4f}",
-                f"{each['plan']:.4f}",
-                format_share(each["increase"]),
-            )
+        after, change = ("difference", "share") if "share" in each else ("plan", "increase")
+        yield name, str(each["images"]), f"{each['full']:.4f}", f"{each[after]:.4f}", format_share(each[change])
 
 
 def _measured(values: Mapping[str, Any]) -> Iterator[Row]:
