@@ -22,18 +22,28 @@ from kind_edge.model.dit import modulate
 Picked = Pick | dict[tuple[int, int], Tensor] | None
 
 
-class TokenLinear(nn.Module):
-    """x [B, N, m] -> [B, N, n]. Weights lie n x m, as Core ML's `linear` wants them; tailors as they are gathered."""
+class _Linear(nn.Module):
+    """`kind`, and the shared part: `weight` [n, m], or `v` [r, m] and `u` [n, r], or nothing; and the bias."""
 
-    kind: str
     weight: Tensor
     v: Tensor
     u: Tensor
 
     def __init__(self, source: PlainLinear) -> None:
         super().__init__()
-        _shared(self, source)
+        self.kind = "tailors"
+        if isinstance(source.shared, Dense):
+            self.kind, self.weight = "dense", _parameter(source.shared.weight.T)
+        elif isinstance(source.shared, Thin):
+            self.kind, self.v, self.u = "factored", _parameter(source.shared.v.T), _parameter(source.shared.u.T)
         self.bias = nn.Parameter(source.bias.clone())
+
+
+class TokenLinear(_Linear):
+    """x [B, N, m] -> [B, N, n]. Weights lie n x m, as Core ML's `linear` wants them; tailors as they are gathered."""
+
+    def __init__(self, source: PlainLinear) -> None:
+        super().__init__(source)
         self.switches = source.tailors is not None
         if source.tailors is not None:
             self.tailors_v, self.tailors_u = nn.Parameter(source.tailors.v), nn.Parameter(source.tailors.u)
@@ -52,21 +62,14 @@ class TokenLinear(nn.Module):
         return out if out.ndim > 1 else out.expand(*x.shape[:2], -1)
 
 
-class ChannelLinear(nn.Module):
+class ChannelLinear(_Linear):
     """x [B, m, 1, N] -> [B, n, 1, N] by 1x1 convolutions; the shared thin factors and all tailors are one pair.
 
     `mask_key` says which mask it needs: shared rank in the pair, rank of a tailor.
     """
 
-    kind: str
-    weight: Tensor
-    v: Tensor
-    u: Tensor
-
     def __init__(self, source: PlainLinear) -> None:
-        super().__init__()
-        _shared(self, source)
-        self.bias = nn.Parameter(source.bias.clone())
+        super().__init__(source)
         self.mask_key: tuple[int, int] | None = None
         if source.tailors is not None:
             rank = source.tailors.v.shape[-1]
@@ -93,15 +96,6 @@ class ChannelLinear(nn.Module):
         if mask is not None:
             return F.conv2d(F.conv2d(x, self.tailors_v) * mask, self.tailors_u, self.bias)
         return self.bias[:, None, None].expand(x.shape[0], -1, 1, x.shape[-1])  # len(x) would fix the batch
-
-
-def _shared(layer: nn.Module, source: PlainLinear) -> None:
-    """`kind`, and the shared part: `weight` [n, m], or `v` [r, m] and `u` [n, r], or nothing."""
-    layer.kind = "tailors"
-    if isinstance(source.shared, Dense):
-        layer.kind, layer.weight = "dense", _parameter(source.shared.weight.T)
-    elif isinstance(source.shared, Thin):
-        layer.kind, layer.v, layer.u = "factored", _parameter(source.shared.v.T), _parameter(source.shared.u.T)
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -110,6 +110,11 @@ class Plan:
     decoder: Mapping[str, int | str] = field(default_factory=dict)
 
     @property
+    def strength(self) -> float:
+        """Guidance of an image, whether the loop does it or the model has it inside."""
+        return self.guidance if self.inside_guidance is None else self.inside_guidance
+
+    @property
     def null_branch(self) -> bool:
         """Whether the deployed model has a null class: not where one class is folded in, nor with guidance inside."""
         return self.form == "switch" and self.inside_guidance is None

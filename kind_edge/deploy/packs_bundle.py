@@ -243,8 +243,7 @@ def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Pla
     }
     if plan.form != "switch" or not files:
         return None
-    inside = plan.inside_guidance
-    sampling = {"sampler": plan.sampler, "steps": plan.steps, "guidance": plan.guidance if inside is None else inside}
+    sampling = {"sampler": plan.sampler, "steps": plan.steps, "guidance": plan.strength}
     text, core = make_core(files, len(plan.classes), plan.precision, sampling)
     _write(folder / CORE_FILE, text)
     return {"core": core.sha256, "order": list(plan.classes)}

@@ -113,8 +113,7 @@ def make_images(
     shape = (len(shown), spec.channels, spec.image_size, spec.image_size)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     classes = torch.from_numpy(shown) if plan.form == "switch" else torch.full((1,), kept)
-    strength = plan.guidance if plan.inside_guidance is None else plan.inside_guidance
-    denoise = denoiser(truncated.model(), plan.steps, strength)
+    denoise = denoiser(truncated.model(), plan.steps, plan.strength)
     images = sample(denoise, noise, classes, spec.objective, plan.steps, plan.sampler)
     found = {"noise": noise.numpy(), "image_class": np.asarray(shown)}
     if autoencoder is None:

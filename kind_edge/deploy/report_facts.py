@@ -46,14 +46,13 @@ def draw_whole_model(folder: Path, checkpoint: Checkpoint, plan: Plan) -> None:
     spec = checkpoint.spec
     if spec.channels not in PICTURE_CHANNELS or spec.pixels_per_latent > 1:
         return
-    strength = plan.guidance if plan.inside_guidance is None else plan.inside_guidance
-    each = model_cost(spec.dense(), "exact").flops * plan.steps * (1 if spec.distilled or strength == 1 else 2)
+    each = model_cost(spec.dense(), "exact").flops * plan.steps * (1 if spec.distilled or plan.strength == 1 else 2)
     columns = min(PREVIEW_IMAGES, int(MOST_FLOPS / (each * len(plan.classes))))
     if not columns:
         return
     shape = (spec.channels, spec.image_size, spec.image_size)
     noise = torch.from_numpy(np.tile(gaussian_noise(0, 0, columns, shape), (len(plan.classes), 1, 1, 1)))
     classes = torch.tensor(class_indices(checkpoint, plan.classes)).repeat_interleave(columns)
-    denoise = denoiser(checkpoint.model(), plan.steps, strength)
+    denoise = denoiser(checkpoint.model(), plan.steps, plan.strength)
     images = sample(denoise, noise, classes, spec.objective, plan.steps, plan.sampler)
     save_grid(to_pixels(images.numpy()), folder / FULL_PICTURE, columns, labels=plan.classes)

@@ -286,9 +286,7 @@ async function addClasses(folder, manifest, path, bytes, packs, options) {
 
 /** The denoiser of a path or precision; the bundle's own choice where none is asked for. */
 function chooseModel(manifest, wanted = manifest.default_model) {
-  const entries = Object.entries(manifest.models)
-    .map(([path, entry]) => ({ path, ...entry }))
-    .filter((entry) => entry.role === "denoiser" && entry.path.endsWith(".onnx"));
+  const entries = ofRole(manifest, "denoiser");
   const found = entries.find((entry) => entry.path === wanted || entry.precision === wanted);
   if (!found) throw new KindEdgeError(`no model ${wanted}; there are: ${entries.map((e) => e.path).join(", ")}`);
   return found;
@@ -296,10 +294,14 @@ function chooseModel(manifest, wanted = manifest.default_model) {
 
 /** The decoder of latents, in the denoiser's precision where there is one; undefined for models of pixels. */
 function chooseDecoder(manifest, denoiser) {
-  const decoders = Object.entries(manifest.models)
-    .map(([path, entry]) => ({ path, ...entry }))
-    .filter((entry) => entry.role === "decoder" && entry.path.endsWith(".onnx"));
+  const decoders = ofRole(manifest, "decoder");
   return decoders.find((entry) => entry.precision === denoiser.precision) ?? decoders[0];
+}
+
+function ofRole(manifest, role) {
+  return Object.entries(manifest.models)
+    .map(([path, entry]) => ({ path, ...entry }))
+    .filter((entry) => entry.role === role && entry.path.endsWith(".onnx"));
 }
 
 async function importRuntime(folder, backend, threads) {
