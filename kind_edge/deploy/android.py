@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kind_edge.budget.precision import decoder_path, decoder_precision
 from kind_edge.deploy.app_source import guidance_words, is_guided, render
 from kind_edge.units import format_bytes
 
@@ -38,7 +39,7 @@ def _context(values: Mapping[str, Any]) -> dict[str, Any]:
     plan = values["plan"]
     entry = values["models"][values["default_model"]]
     names = [each["name"] for each in entry["inputs"]]
-    decoders = [path for path, each in values["models"].items() if each["role"] == "decoder" and path.endswith(".onnx")]
+    wanted = (decoder_path(decoder_precision(entry["precision"])), decoder_path("fp32"))
     return {
         **{key: values[key] for key in ("name", "licence", "classes", "sampler", "tools", "default_model")},
         "image": values.get("latent", values["image"]),
@@ -48,7 +49,7 @@ def _context(values: Mapping[str, Any]) -> dict[str, Any]:
         "threads": values.get("threads", 2),
         "guided": is_guided(values),
         "guidance_words": guidance_words(values),
-        "decoder": decoders[0] if decoders else None,
+        "decoder": next((path for path in wanted if path in values["models"]), None),
         "peak_memory": format_bytes(plan["peak_memory_bytes"]),
     }
 

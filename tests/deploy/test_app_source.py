@@ -66,6 +66,12 @@ def test_follows_another_model(packaged: Path, tmp_path: Path) -> None:
     assert "className" not in kotlin
     assert "NULL_INDEX" not in kotlin
     assert "return decode(sample)" in kotlin
+    assert "onnx/decoder.onnx" in kotlin
+    entry["precision"] = "int8"
+    values["models"]["onnx/decoder.int8-weights.onnx"] = values["models"]["onnx/decoder.onnx"]
+    (tmp_path / "again").mkdir()
+    PACKAGER.write(tmp_path / "again", values)
+    assert "onnx/decoder.int8-weights.onnx" in (tmp_path / "again" / "android" / "KindEdge.kt").read_text()
     assert kotlin.count("{") == kotlin.count("}")
 
 

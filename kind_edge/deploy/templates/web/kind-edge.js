@@ -292,10 +292,11 @@ function chooseModel(manifest, wanted = manifest.default_model) {
   return found;
 }
 
-/** The decoder of latents, in the denoiser's precision where there is one; undefined for models of pixels. */
+/** The decoder that goes with a denoiser, as in Python; undefined for models of pixels. */
 function chooseDecoder(manifest, denoiser) {
   const decoders = ofRole(manifest, "decoder");
-  return decoders.find((entry) => entry.precision === denoiser.precision) ?? decoders[0];
+  const wanted = ["fp32", "fp16"].includes(denoiser.precision) ? denoiser.precision : "int8-weights";
+  return decoders.find(({ precision }) => precision === wanted) ?? decoders.find(({ precision }) => precision === "fp32");
 }
 
 function ofRole(manifest, role) {
