@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
+from kind_edge.bounded import read_object
 from kind_edge.budget.image_time import FACTORS
 from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.errors import InputError, nearest
@@ -233,13 +233,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def read_plan(path: Path) -> Plan:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot read the plan: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: want a JSON object, the plan, not {type(values).__name__}")
-    return Plan.from_dict(values, str(path))
+    return Plan.from_dict(read_object(path, "the plan"), str(path))
 
 
 def check_replayable(plan: Plan, spec: ModelSpec) -> None:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from kind_edge.bounded import read_text
 from kind_edge.budget.operator_table import OperatorTable
 from kind_edge.budget.precision import PRECISIONS, Arithmetic, Precision, Unit
-from kind_edge.errors import InputError, UsageError, unknown
+from kind_edge.errors import UsageError, unknown
 
 Mark = Literal["P", "3P", "M", "E", "G"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
@@ -170,7 +171,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     text = str(name_or_path)
     if text.endswith(".toml") or "/" in text:
         path = Path(name_or_path)
-        return parse_profile(_read(path), path.stem, str(path))
+        return parse_profile(read_text(path, "the profile"), path.stem, str(path))
     if text not in profile_names():
         raise unknown("profile", text, profile_names())
     if text == HOST:
@@ -183,10 +184,3 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 def packaged_text(name: str) -> str:
     """The TOML text of a packaged profile."""
     return importlib.resources.files(PACKAGE).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the profile ({error})") from error

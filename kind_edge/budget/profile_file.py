@@ -16,11 +16,11 @@ memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer oper
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kind_edge.bounded import parse_toml
 from kind_edge.budget.operator_table import KINDS, Key, OperatorTable
 from kind_edge.budget.precision import ARITHMETICS, Arithmetic, Unit
 from kind_edge.budget.profile import MARKS, UNITS, ComputeUnit, DeviceProfile, Figure
@@ -68,10 +68,7 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
     Raises `InputError`, which names `where` and the key: for text that is not TOML, a key that is not known (with the
     nearest known one), a missing or a malformed value.
     """
-    try:
-        top = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where}: not TOML ({error})") from error
+    top = parse_toml(text, where)
     _check_keys(top, TOP_KEYS, where)
     memory = _table(top, "memory", where)
     _check_keys(memory, MEMORY_KEYS, f"{where}: memory")
