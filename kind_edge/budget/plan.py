@@ -69,6 +69,7 @@ class Plan:
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
     teacher of a distilled model were cut like this; both are empty where nothing is known.
     `decoder`: what turns latents into pixels, where it was given: its autoencoder, and what it adds to the figures.
+    `coreml`: where Core ML runs on the device, or was asked for: what its packages would take (see `budget.coreml`).
     """
 
     model: str
@@ -108,6 +109,7 @@ class Plan:
     latency_source: Literal["measured table", "roofline estimate"] = "roofline estimate"
     burst: bool = False
     decoder: Mapping[str, int | str] = field(default_factory=dict)
+    coreml: Mapping[str, int | float | str] = field(default_factory=dict)
 
     @property
     def strength(self) -> float:
@@ -171,14 +173,23 @@ class Plan:
         _check_times(given, where)
         if given.get("decoder") and set(given["decoder"]) != set(_DECODER):
             raise InputError(f"{where}: decoder: got {given['decoder']!r:.60}, want {', '.join(_DECODER)}")
+        if given.get("coreml") and not set(_COREML) <= set(given["coreml"]) <= {*_COREML, *_COREML_FIGURES}:
+            raise InputError(
+                f"{where}: coreml: got {given['coreml']!r:.60}, want {', '.join(_COREML)}, and its figures"
+            )
         lists = {name: tuple(given[name]) for name in _LISTS}
         return cls(**{**given, **lists, "matrices": matrices})
 
 
 _LISTS = ("classes", "precisions", "binding")
-_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst", "decoder")
+_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst", "decoder", "coreml")
 """Fields that plans of kind-edge 0.1.0 do not have."""
 _DECODER = ("autoencoder_sha256", "precision", "tiles", "params", "flops", "weight_bytes")
+_COREML = ("mark", "target", "layout", "weights", "denoiser_bytes", "app_bytes")
+_COREML_FIGURES = (
+    "sampler_bytes", "decoder_bytes",
+    *(f"{unit}_{name}_s" for unit in ("npu", "gpu") for name in ("image_latency", "sustained_image_latency")),
+)  # fmt: skip
 
 
 def _check_times(values: Mapping[str, Any], where: str) -> None:

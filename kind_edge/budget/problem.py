@@ -311,18 +311,37 @@ class Deployment:
         }
 
     def limits(self) -> dict[str, int]:
-        """The request's limits in the solver's units; memory is always limited by what the system allows an app."""
+        """The request's limits in the solver's units. Memory is always limited by what the system allows an app, the
+        model files by what its store takes, where they could be larger than that."""
         dense = self.dense()
-        allowed = int(self.request.profile.app_memory_limit_bytes.value)
-        limits = {"peak_memory_bytes": allowed}
+        limits = self._of_device()
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]
             if quantity.unit == "share":
                 limits[cost] = int(dense[cost] * quantity.value)
             else:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
-        limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
+        return limits | {cost: min(limits[cost], allowed) for cost, allowed in self._of_device().items()}
+
+    def _of_device(self) -> dict[str, int]:
+        """What no request can raise."""
+        profile = self.request.profile
+        limits = {"peak_memory_bytes": int(profile.app_memory_limit_bytes.value)}
+        if profile.store is not None and self._largest_bytes > profile.store.model_bytes.value:
+            limits["weight_bytes"] = int(profile.store.model_bytes.value)
         return limits
+
+    @property
+    def _largest_bytes(self) -> int:
+        """No plan of this candidate has larger model files."""
+        largest = self.fixed_costs()["weight_bytes"]
+        for matrix in self.spec.matrices():
+            ranks = self.spec.ranks(matrix.name)
+            shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
+            largest += max(cost.weight_bytes + cost.operators * self._operator_bytes for cost in shared)
+            tailors = self.tailors(matrix, ranks.tailor, "fp32")
+            largest += tailors.weight_bytes + tailors.operators * self._operator_bytes
+        return largest
 
 
 def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:

@@ -82,6 +82,20 @@ class ComputeUnit:
 
 
 @dataclass(frozen=True)
+class Store:
+    """Where apps for a device come from, and how large it lets them be: a whole app, and one pack of models in it."""
+
+    name: str
+    app_bytes: Figure
+    pack_bytes: Figure | None = None
+
+    @property
+    def model_bytes(self) -> Figure:
+        """The most that the model files of one app may take: of one pack, where there are packs."""
+        return self.pack_bytes or self.app_bytes
+
+
+@dataclass(frozen=True)
 class DeviceProfile:
     """A device as the planner sees it. Memory figures are those of the smallest model that is sold.
 
@@ -98,6 +112,7 @@ class DeviceProfile:
     activation_bytes_per_s: Figure
     ram_bytes: Figure
     app_memory_limit_bytes: Figure
+    store: Store | None = None
 
     def unit(self, name: Unit) -> ComputeUnit:
         """The compute unit of that name; `UsageError` where the device has none, or no figure for it is known."""
@@ -143,6 +158,10 @@ class DeviceProfile:
         """Every figure with its dotted name, derived ones included: "gpu.peak_flops_per_s.fp16"."""
         for name in ("memory_bytes_per_s", "activation_bytes_per_s", "ram_bytes", "app_memory_limit_bytes"):
             yield name, getattr(self, name)
+        if self.store is not None:
+            yield "store.app_bytes", self.store.app_bytes
+            if self.store.pack_bytes is not None:
+                yield "store.pack_bytes", self.store.pack_bytes
         for unit in self.units.values():
             for precision, figure in unit.peak_flops_per_s.items():
                 yield f"{unit.name}.peak_flops_per_s.{precision}", figure

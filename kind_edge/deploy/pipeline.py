@@ -15,9 +15,10 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.problem import Request, Source
+from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile, profile_names
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
+from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
 from kind_edge.deploy.merge import class_indices, truncate
@@ -146,8 +147,9 @@ def export(
     if wanted.packs:
         check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
+    packages = Packages(source, device, (format_choices or {}).get("coreml", {}) if "coreml" in formats else None)
     with writing_bundle(destination, keep_failed, sign) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
+        plan, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
@@ -162,7 +164,7 @@ def export(
 def _fitted(
     model: OpenedModel,
     plan: Plan,
-    source: Source,
+    packages: Packages,
     request: Request | None,
     folder: Path,
     formats: Formats,
@@ -182,7 +184,8 @@ def _fitted(
             )
         spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
-        plan = make_plan(source, request)
+        plan = packages.settled(make_plan(packages.source, request))
+    packages.check(made.values["models"], plan)
     return plan, made
 
 
