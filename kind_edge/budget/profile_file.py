@@ -9,6 +9,7 @@
     [cpu.operators]     source, and measured microseconds, as `profiles calibrate` writes them:
                         product, tailor, attention, mlp = [[precision, size, ..., us], ...]
                         ends = [[size, ..., us], ...]
+    [cpu.operators_on_one_thread]   the same, of models that run on a single one
 
 with FIGURE = { value = 76.8, mark = "3P", source = "where it comes from" }. Only title, os, execution_providers,
 memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer operations.
@@ -34,6 +35,7 @@ TOP_KEYS = ("title", "os", "execution_providers", "memory", "store", *UNITS)
 MEMORY_KEYS = ("kind", "bandwidth_gb_per_s", "activation_gb_per_s", "ram_gib", "app_limit_gib")
 STORE_KEYS = ("name", "app_gb", "pack_gb")
 UNIT_KEYS = ("peak_gflops", "efficiency", "sustained_share", "overhead_us")
+OPERATORS, ONE_THREAD = "operators", "operators_on_one_thread"
 OPERATORS_KEYS = ("source", *KINDS)
 CORES_KEYS = ("mark", "source", "clusters")
 CLUSTER_KEYS = ("count", "name", "ghz", "fp32_lanes", "little")
@@ -105,7 +107,7 @@ def _store(table: Table, where: str) -> Store:
 
 
 def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> ComputeUnit:
-    _check_keys(table, (*UNIT_KEYS, "operators", "cores") if name == "cpu" else (*UNIT_KEYS, "operators"), where)
+    _check_keys(table, (*UNIT_KEYS, OPERATORS, ONE_THREAD, *(("cores",) if name == "cpu" else ())), where)
     peaks_table = _optional_table(table, "peak_gflops", where)
     efficiency_table = _optional_table(table, "efficiency", where)
     for inner, key in ((peaks_table, "peak_gflops"), (efficiency_table, "efficiency")):
@@ -121,12 +123,16 @@ def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> Co
         sustained_share=_share(table, "sustained_share", where) or sustained_default,
         overhead_us=_figure(table, "overhead_us", where)
         or Figure(_OVERHEAD_US[name], "E", "derived: usual cost of starting one operator"),
-        table=_operators(_table(table, "operators", where), f"{where}.operators") if "operators" in table else None,
+        table=_operators(table, OPERATORS, where),
+        one_thread=_operators(table, ONE_THREAD, where),
     )
 
 
-def _operators(table: Table, where: str) -> OperatorTable:
-    """Measured times of operators; what each key means is told by `OperatorTable`."""
+def _operators(unit: Table, key: str, where: str) -> OperatorTable | None:
+    """Measured times of operators, if there are any; what each key means is told by `OperatorTable`."""
+    if key not in unit:
+        return None
+    table, where = _table(unit, key, where), f"{where}.{key}"
     _check_keys(table, OPERATORS_KEYS, where)
     times = {kind: _times(table.get(kind), kind, f"{where}.{kind}") for kind in KINDS}
     return OperatorTable(**times, source=_text(table, "source", where))
