@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from kind_edge.budget.denoiser_graph import TAILORS
-from kind_edge.model.spec import SHARED, weight_type
+from kind_edge.model.names import SHARED, weight_type
 
 LARGEST = 127
 FINAL = "final"

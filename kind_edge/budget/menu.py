@@ -10,7 +10,8 @@ from kind_edge.budget.plan import Storage
 from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.budget.problem import Candidate, Deployment, Request, Source, branch_kind
 from kind_edge.budget.solver import Option, Problem
-from kind_edge.model.spec import MatrixShape, branch_of, weight_type
+from kind_edge.model.names import weight_type
+from kind_edge.model.spec import MatrixShape, branch_of
 
 
 def build_problem(source: Source, request: Request, candidate: Candidate) -> Problem:
@@ -99,9 +100,7 @@ class _Menu:
         """Equal where costs are: whose matrix it is matters only for what blocks have in common."""
         return matrix if self._deployment.in_common else matrix._replace(name="")
 
-    def _cost_of(
-        self, matrix: MatrixShape, storage: Storage | None, rank: int, precision: Precision
-    ) -> dict[str, int]:
+    def _cost_of(self, matrix: MatrixShape, storage: Storage | None, rank: int, precision: Precision) -> dict[str, int]:
         if storage is None:
             return self._deployment.matrix_costs(self._deployment.tailors(matrix, rank, precision), precision)
         return self._deployment.matrix_costs(self._deployment.shared(matrix, storage, rank, precision), precision)

@@ -13,7 +13,8 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 from kind_edge.budget.image_time import FACTORS
 from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.errors import InputError, nearest
-from kind_edge.model.spec import Form, ModelSpec, branch_of, default_sampler, weight_type
+from kind_edge.model.names import weight_type
+from kind_edge.model.spec import Form, ModelSpec, branch_of, default_sampler
 
 SCHEMA_VERSION = 2
 """1: kind-edge 0.1.0, whose plans maximised the layers' retained energy; still read, with nothing predicted."""

@@ -26,7 +26,7 @@ from kind_edge.budget.problem import (
 from kind_edge.budget.solver import GAP, LOSS, Option, Problem, Solution, lower_bound, solve
 from kind_edge.budget.ways import Way, all_baked, ways, written_precisions
 from kind_edge.errors import KindEdgeError, NoPlanError
-from kind_edge.model.spec import weight_type
+from kind_edge.model.names import weight_type
 
 PRICED = 1.1
 """A price is what so much of a limit would buy."""

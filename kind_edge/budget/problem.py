@@ -35,7 +35,8 @@ from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
-from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec, weight_type
+from kind_edge.model.names import weight_type
+from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
 
 GRAPH_BYTES_PER_OPERATOR = 180

@@ -28,9 +28,10 @@ from kind_edge.errors import InputError, unknown
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.dit import DiT
+from kind_edge.model.names import SHARED, is_factor, weight_type
 from kind_edge.model.one_thread import one_thread
 from kind_edge.model.sampling import step_span
-from kind_edge.model.spec import SHARED, ModelSpec, Ranks, branch_of, is_factor, weight_type
+from kind_edge.model.spec import ModelSpec, Ranks, branch_of
 from kind_edge.model.truncation import SortedFactors, fold_matrix
 
 
@@ -53,11 +54,7 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
     """
     kept = class_indices(checkpoint, plan.classes)
     left = checkpoint.spec.without_branches(plan.dropped_branches)
-    tensors = {
-        name: t
-        for name, t in _without_branches(checkpoint, left).items()
-        if not is_factor(name)
-    }
+    tensors = {name: t for name, t in _without_branches(checkpoint, left).items() if not is_factor(name)}
     if checkpoint.spec.label_embedding:
         labels = checkpoint.tensors["y_embed.weight"].float()
         last = labels[-1:] if plan.form == "switch" else labels[kept].mean(0, keepdim=True)

@@ -24,7 +24,8 @@ from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint, save_checkpoint
 from kind_edge.model.dit_layouts import DenseDiT
 from kind_edge.model.foreign_files import read_foreign
-from kind_edge.model.spec import BRANCHES, ModelSpec, branch_of, is_factor
+from kind_edge.model.names import is_factor
+from kind_edge.model.spec import BRANCHES, ModelSpec, branch_of
 
 OnMatrix = Callable[[int, int], None]
 """Told (done, total) matrices."""

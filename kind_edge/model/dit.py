@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kind_edge.model.gated_linear import Basis, ClassGate, GatedLinear
-from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec, weight_type
+from kind_edge.model.names import weight_type
+from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec
 
 
 def sincos_position_table(side: int, width: int) -> Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from kind_edge.errors import InputError, UsageError, nearest, unknown
+from kind_edge.model.names import SHARED, weight_type
 
 Objective = Literal["epsilon", "flow"]
 OBJECTIVES: tuple[Objective, ...] = ("epsilon", "flow")
@@ -32,9 +33,6 @@ FREQUENCY_WIDTH = 256
 Branch = Literal["attn", "mlp"]
 BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
 """The two residual branches of a block, in the order of the forward pass; "blocks.3.attn" is one by name."""
-
-SHARED = "shared"
-"""What the names of factors begin with that the blocks have in common ("shared.attn.q.U")."""
 
 _DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
@@ -285,8 +283,8 @@ class ModelSpec:
 
     def dense(self) -> ModelSpec:
         """The ordinary DiT of the same shape: what percentages of a budget refer to."""
-        ordinary: dict[str, Any] = {"nested": False, "shared_factors": False, "matrix_ranks": {}, "dropped_branches": ()}
-        ordinary |= {"step_counts": (), "inside_guidance": None}
+        ordinary: dict[str, Any] = {"nested": False, "shared_factors": False}
+        ordinary |= {"matrix_ranks": {}, "dropped_branches": (), "step_counts": (), "inside_guidance": None}
         return dataclasses.replace(self, factored=False, learngene_rank=0, tailor_rank=0, **ordinary)
 
     def to_dict(self) -> dict[str, Any]:
@@ -324,16 +322,6 @@ class ModelSpec:
 def branch_of(matrix: str) -> str:
     """The branch that a matrix belongs to: "blocks.3.attn" of "blocks.3.attn.q"."""
     return matrix.rpartition(".")[0]
-
-
-def weight_type(matrix: str) -> str:
-    """What a matrix is, whatever its block: "attn.q" of "blocks.3.attn.q"."""
-    return matrix.split(".", 2)[2]
-
-
-def is_factor(tensor: str) -> bool:
-    """Whether a tensor of a checkpoint is a factor of learngene or tailors."""
-    return ".learngene." in tensor or ".tailors." in tensor or tensor.startswith(f"{SHARED}.")
 
 
 def _parse_ranks(values: Any, where: str) -> dict[str, Ranks]:

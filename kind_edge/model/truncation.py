@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
-from kind_edge.model.spec import Form, weight_type
+from kind_edge.model.names import weight_type
+from kind_edge.model.spec import Form
 
 _FLOOR = 1e-6
 """Smallest eigenvalue of a covariance, as a share of their mean: fp16 storage can push small ones below zero."""

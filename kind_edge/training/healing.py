@@ -25,8 +25,9 @@ from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import Checkpoint, read_metadata, read_tensors, write_tensors
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import GatedLinear
+from kind_edge.model.names import SHARED
 from kind_edge.model.sampling import step_span
-from kind_edge.model.spec import SHARED, Form
+from kind_edge.model.spec import Form
 from kind_edge.training.loop import stop_requests
 from kind_edge.training.tailors import BETAS
 
