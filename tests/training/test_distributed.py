@@ -39,7 +39,8 @@ torch.set_default_dtype(torch.float64)  # Adam turns the rounding of a tiny grad
 folder = pathlib.Path(sys.argv[1])
 
 def configured(classes, shared):
-    spec = ModelSpec(8, 1, 4, 16, 2 if shared else 1, 2, classes, learngene_rank=4, tailor_rank=2, shared_factors=shared)
+    depth = 2 if shared else 1
+    spec = ModelSpec(8, 1, 4, 16, depth, 2, classes, learngene_rank=4, tailor_rank=2, shared_factors=shared)
     config = TrainConfig(spec, images=12 * 4, batch_size=12, warmup_steps=2, accumulation=2, nested_share=0.75)
     labels = torch.arange(max(60, classes)) % classes
     images = torch.randint(256, (len(labels), 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

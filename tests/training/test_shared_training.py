@@ -1,4 +1,4 @@
-"""Factors that blocks have in common learn as any other weight does: once a step, resumed bit for bit, healed, adapted."""
+"""Factors that blocks have in common learn as any other weight does: once a step, resumed bit for bit, and healed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     resumed = load_state(tmp_path / "half", CONFIG)
     for _ in range(3):
         train_step(CONFIG, resumed, DATA, batches)
-    assert "shared.attn.q.U" in whole.parameters() and whole.step == resumed.step
+    assert "shared.attn.q.U" in whole.parameters()
+    assert whole.step == resumed.step
     for name, parameter in whole.parameters().items():
         assert torch.equal(parameter, resumed.parameters()[name]), name
         assert torch.equal(whole.average[name], resumed.average[name]), name
@@ -45,7 +46,8 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
 def test_a_step_moves_factors_once_whatever_the_number_of_blocks() -> None:
     state = start(CONFIG)
     names = [name for name, _ in state.model.named_parameters()]
-    assert len(names) == len(set(names)) and sum(name.startswith("shared.") for name in names) == 12
+    assert len(names) == len(set(names))
+    assert sum(name.startswith("shared.") for name in names) == 12
     batches = ClassBatches(DATA.labels, 3, CONFIG.batch_size, 0)
     for _ in range(3):  # the gates of adaLN are zero at first, and nothing before them learns
         before = {name: p.detach().clone() for name, p in state.parameters().items()}
