@@ -21,6 +21,7 @@ from kind_edge.budget.cost import (
     deployed_fixed_cost,
     fixed_latency_s,
     fixed_memory_bytes,
+    in_common,
     matrix_cost,
     matrix_latency_s,
     matrix_memory_bytes,
@@ -36,6 +37,7 @@ from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
+from kind_edge.model.names import weight_type
 from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
 
@@ -178,9 +180,19 @@ class Deployment:
         mixed = self.candidate.precision == "int8" and self.request.precision == "auto"
         return ("fp32", "int8") if mixed else (self.candidate.precision,)
 
+    @property
+    def in_common(self) -> bool:
+        """Whether blocks have weights in common: where the model shares factors, unless a form folds tailors into
+        them, or the graph is an NPU's, in which every product has a constant of its own."""
+        static = PRECISIONS[self.candidate.precision].static
+        return self.spec.shared_factors and self.candidate.form == "switch" and not static
+
     def shared(self, matrix: MatrixShape, storage: Storage, rank: int, precision: Precision) -> MatrixCost:
-        """The part of a matrix that every image sees."""
-        return matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+        """The part of a matrix that every image sees. What blocks have in common lies with the first of them."""
+        cost = matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+        if not self.in_common or storage != "factored" or not rank:
+            return cost
+        return in_common(cost, matrix == self.spec.weight_types()[weight_type(matrix.name)])
 
     def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""

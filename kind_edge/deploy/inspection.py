@@ -15,7 +15,7 @@ from kind_edge.errors import InputError
 
 if TYPE_CHECKING:
     from kind_edge.deploy.manifest import Manifest
-    from kind_edge.model.spec import ModelSpec
+    from kind_edge.model.spec import SHARED, ModelSpec
 
 _PARTS = {
     "patch_embed": "patch embedding",
@@ -200,7 +200,7 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
 
 def _part(tensor: str) -> str:
     """The part of a model that a tensor belongs to, in the words of the checkpoint contract."""
-    if ".learngene." in tensor:
+    if ".learngene." in tensor or tensor.startswith(f"{SHARED}."):
         return "learngenes"
     if ".tailors." in tensor:
         return "tailors"
