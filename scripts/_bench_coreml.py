@@ -22,6 +22,7 @@ from kind_edge.deploy.merge import fold
 from kind_edge.deploy.parity import sqnr_db
 from kind_edge.deploy.pipeline import plan as make_plan
 from kind_edge.deploy.plain import PlainDiT
+from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.request import open_model
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.exporters.coreml_choices import batches
@@ -84,15 +85,12 @@ def _rows(name: str, layout: Layout) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
 def _distance_db(model: PlainDiT, path: Path) -> float:
-    """Of the first class, at the sampler's first step."""
-    spec, generator = model.origin.truncated.spec, torch.Generator().manual_seed(0)
-    sample = torch.randn(1, spec.channels, spec.image_size, spec.image_size, generator=generator)
-    first, timestep = torch.zeros(1, dtype=torch.int32), model.origin.timesteps[:1].float()
-    gated = model.origin.truncated.model()(sample, timestep, first.long())
-    inputs = {"sample": sample.numpy(), "step_index": first.numpy(), "class_index": first.numpy()}
-    return sqnr_db(gated.numpy(), open_package(path)(inputs))
+    """Of the first class at the sampler's first step."""
+    origin = model.origin
+    reference = make_reference(origin.truncated, origin.plan.form, origin.timesteps, None)
+    inputs = {name: reference[name][:1] for name in model.input_names}
+    return sqnr_db(reference["prediction"][:1], open_package(path)(inputs))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kind_edge.budget.coreml import Packaging, coreml_estimate
 from kind_edge.budget.coreml_weights import WEIGHTS, palette_bytes, palette_group, weights_for
 from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.manifest import ModelEntry, TensorInfo, read_manifest
 from kind_edge.deploy.merge import fold, truncate
@@ -249,6 +252,29 @@ def test_compression_keeps_gates_and_tables(program: Any, distilled: PlainDiT, t
     assert sizes["palette4"] < sizes["palette6"] < sizes["palette8"] < sizes["fp16"]
     assert sizes["int4"] < sizes["int8"] < sizes["fp16"]
     assert sizes["mixed"] <= sizes["fp16"]
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels"])
+def test_sizes_are_as_predicted(layout: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Of a model whose weights are most of its package, as those of real ones are."""
+    plain = plain_model(make_checkpoint(width=192, depth=1, learngene_rank=12, num_classes=3), unit="cpu")
+    denoiser, plan = Denoiser(plain, layout), plain.origin.plan
+    interface = coreml_convert.interface_of(denoiser)
+    request = Request(load_profile("apple-a18"), CLASSES, Sampling("euler", 2, 2.0, 2), "switch")
+    candidate = Candidate("switch", "fp32", "cpu", "baked")
+    deployment = Deployment(
+        make_checkpoint(width=192, depth=1, learngene_rank=12, num_classes=3).spec, request, candidate
+    )
+    targets: dict[Any, tuple[Any, ...]] = {"iOS18": ("fp16", "int8", "palette4"), "iOS16": ("int8",)}
+    for target, ways in targets.items() if layout == "tokens" else [("iOS18", ("fp16", "int4"))]:
+        program = coreml_convert.convert(denoiser, interface, target, (2,))
+        for weights in ways:
+            save_package(compress(program, weights, target), tmp_path / PACKAGE, Description("", "", "", "", {}))
+            found = coreml_estimate(deployment, plan.matrices, Packaging(target, weights, layout))
+            assert package_bytes(tmp_path / PACKAGE) == pytest.approx(found["denoiser_bytes"], rel=0.03), (
+                target,
+                weights,
+            )
 
 
 def test_any_batch_and_the_whole_loop_without_a_switch(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
