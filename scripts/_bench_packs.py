@@ -56,7 +56,11 @@ def random_model(labels: bool) -> PlainDiT:
     ranks = {"factored": True, "learngene_rank": RANK - TAILOR_RANK, "tailor_rank": TAILOR_RANK}
     spec = named_spec("DiT-B/2", len(CLASSES), label_embedding=labels, **ranks)
     torch.manual_seed(0)
-    model = DiT(spec)  # its sizes alone count, so it is not initialised as for training
+    model = DiT(spec)
+    with torch.no_grad():  # no two weights alike, which a package would hold once, and each matrix of an ordinary scale
+        for name, weight in model.named_parameters():
+            if name.endswith((".U", ".V", ".s")):
+                torch.nn.init.normal_(weight, mean=float(name.endswith(".s")), std=0.04)
     checkpoint = Checkpoint(spec, CLASSES, {name: t.detach() for name, t in model.state_dict().items()}, {})
     plan = _plan(spec)
     timesteps = torch.from_numpy(sampler_table(plan.sampler, spec.objective, plan.steps).timestep)
