@@ -44,7 +44,7 @@ _FEATURES = {
     "class_index": "Class of every image, by the order of the classes",
     "prediction": "What the sampler's row makes the next sample from",
     "noise": "Gaussian noise, [batch, channels, height, width]",
-    "latent": "Latents in the network's scale, [batch, channels, height, width]",
+    "latent": "Latents in the network's scale, [batch, channels, height, width]; of one tile where there are several",
     "image": "Images with values from 0 to 1, [batch, channels, height, width]",
 }
 
@@ -127,14 +127,16 @@ class CoreMLExporter:
             forget_clusters()
 
     def _decoder(self, model: PlainDiT) -> _Made | None:
-        """What makes pictures of latents, where an autoencoder was given. It takes one image at a time."""
+        """What makes pictures of latents, where an autoencoder was given. It takes one image at a time; where the plan
+        decodes in tiles, one tile: the app goes through them, so that no more than one is in memory."""
         autoencoder = model.origin.autoencoder
         if autoencoder is None:
             return None
+        from kind_edge.deploy.decoder import tile_count
         from kind_edge.exporters.coreml_convert import Interface, convert
 
-        spec, side = model.spec, model.spec.image_size * model.spec.pixels_per_latent
-        latent = (spec.channels, spec.image_size, spec.image_size)
+        size = autoencoder.tiles(tile_count(model.origin.plan)).size
+        side, latent = size * model.spec.pixels_per_latent, (model.spec.channels, size, size)
         interface = Interface({"latent": ("float32", latent)}, "image", (autoencoder.image_channels, side, side))
         return _Made("Decoder", convert(autoencoder.decoder, interface, self.target, (1,), DECODER_FP32), interface)
 

@@ -80,9 +80,10 @@ def refusal(problems: Problems, request: Request, error: NoPlanError) -> NoPlanE
     raises = list(_raised(problems, request, answer, misses))
     found = sorted([*raises, *_others(problems, request)], key=_rank)
     what = "; ".join(str(error).split("; ")[:-1]) or str(error)
-    what += "".join(_device_words(request, error.diagnosis))  # type: ignore[attr-defined]
+    given = "".join(_device_words(request, error.diagnosis))  # type: ignore[attr-defined]
     ways_out = "; or ".join(each.change for each in found[:4])
-    better = NoPlanError(f"{what}; {ways_out}" if found else str(error))
+    otherwise = f"{what}{given}; no choice of this model that was tried fits" if given else str(error)
+    better = NoPlanError(f"{what}{given}; {ways_out}" if found else otherwise)
     better.diagnosis = error.diagnosis  # type: ignore[attr-defined]
     better.refusal = Refusal(plan_of(problems.source, answer, {}), misses, tuple(found))  # type: ignore[attr-defined]
     return better

@@ -25,7 +25,7 @@ from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
 from kind_edge.deploy.runtime import LoadedBundle
 from kind_edge.deploy.session import open_session
-from kind_edge.deploy.swift import write_swift
+from kind_edge.deploy.swift import app_words, write_swift
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.spec import ModelSpec
@@ -240,7 +240,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 ```
 
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
-{_mac_words(values)}
+{app_words(values)}
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
 {once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
@@ -298,18 +298,6 @@ Any build of ONNX Runtime loads them, a minimal one with few operators as well:
 
     ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
         --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
-"""
-
-
-def _mac_words(values: Mapping[str, Any]) -> str:
-    packages = [f"`{path}`" for path in values["models"] if path.startswith("coreml/")]
-    if not packages:
-        return ""
-    return f"""
-## Xcode
-
-Drop {" and ".join(packages)} into the project. On a Mac, `python3 {MAC_PROGRAM}` (with coremltools) compares
-them with the stored outputs and times them on the CPU, the GPU and the Neural Engine.
 """
 
 
