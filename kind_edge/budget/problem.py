@@ -72,7 +72,8 @@ class Request:
     """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction.
 
     `sampling` is what the user or the checkpoint says; `others` may be taken instead, where the user left it open;
-    `fewer` have fewer steps, most first: ways out where nothing fits.
+    `fewer` have fewer steps, most first: ways out where nothing fits. `asked` is `sampling` as it was before another
+    one was taken, if one was: percentages refer to that, so that no choice has a larger budget than another.
     `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
     `max_loss`.
     `burst`: latency is limited as it is at first, not after minutes of load.
@@ -94,6 +95,7 @@ class Request:
     burst: bool = False
     modulation: Modulation | Literal["auto"] = "auto"
     decoder: DecoderCost | None = None
+    asked: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -320,7 +322,8 @@ class Deployment:
 
     def limits(self) -> dict[str, int]:
         """The request's limits in the solver's units; memory is always limited by what the system allows an app."""
-        dense = self.dense()
+        asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
+        dense = dataclasses.replace(self, request=asked).dense()
         allowed = int(self.request.profile.app_memory_limit_bytes.value)
         limits = {"peak_memory_bytes": allowed}
         for name, quantity in self.request.limits.items():
