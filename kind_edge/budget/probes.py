@@ -1,15 +1,17 @@
 """What calibration runs on a device, and the operator table that follows from its latencies.
 
-A probe is a small model: a chain of products, or a network of few blocks. Times of operators are differences between
-probes, so that whatever the runtime fuses, shares or keeps in caches is in them.
+A probe is a whole small model, written as the exporter writes its own. Times of parts are differences between probes,
+so that whatever the runtime fuses, shares or keeps in caches is in them, at the place where it happens:
 
-    product     m -> n and n -> m are measured as one chain; a pair's time is split by a chain back in fp32
-    tailor      what the tailors of a layer add to it
-    attention   a block with the attention alone, beyond its four products
-    mlp         a whole block beyond one with the attention alone, beyond its two products
-    ends        a network without blocks: the call, patches, the gathered row of modulation, the final layer
+    square      a layer of the attention, D x D: the same model with all of them stored otherwise, or with tailors
+    wide        a layer of the MLP, D x 4 D or 4 D x D: likewise
+    attention   a model with the attention alone, beyond ends and layers
+    mlp         what MLPs add to that, beyond their layers
+    ends        a model without blocks: the call, patches, the gathered row of modulation, the final layer
 
-There is a table for models that run on all cores, and one for those that run on one.
+The layers of the lowest measured rank are taken to cost the start of their operators and what one more rank costs, so
+often as they have ranks; all else of such a model belongs to attention and mlp. A model of measured storage is thus
+predicted as it was measured. There is a table for models that run on all cores, and one for those that run on one.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 
 from kind_edge.budget import probe_graph
 from kind_edge.budget.onnx_writer import Ends, Graph, Value
-from kind_edge.budget.operator_table import OperatorTable
+from kind_edge.budget.operator_table import KINDS, OperatorTable
 from kind_edge.budget.probe_graph import Branch, Layer, Network
 
 Inputs = Mapping[str, tuple[str, tuple[int, ...]]]
@@ -31,56 +33,46 @@ Latencies = Mapping[str, float]
 
 PRECISIONS = ("fp32", "int8")
 BATCHES = (1, 2)
+TAILOR_RANKS = (2, 8, 24)
+LOWEST = 8
+"""Rank of all layers but those that a difference is about."""
+
+
+@dataclass(frozen=True)
+class Width:
+    """Of measured models: heads, and so many blocks that their weights are no more at home in caches than a model's."""
+
+    heads: int
+    blocks: int
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """The sizes that a table is measured at; between them it interpolates.
+    """What a table is measured at, beside BATCHES, tokens and LOWEST; between these it interpolates.
 
-    `rows` and `sizes` (inputs and outputs) of products; inputs and outputs, and ranks, of `tailors`; `widths` of blocks
-    with their heads. `threads`: what the models run with; None: as many as the device has cores.
+    `threads`: what the models run with; None: as many as the device has cores. `ranks` go up to where two thin matrices
+    take as long as a dense one, about.
     """
 
     threads: int | None
-    rows: tuple[int, ...]
-    sizes: tuple[int, ...]
-    tailors: tuple[int, ...]
-    widths: Mapping[int, int]
+    widths: Mapping[int, Width]
+    ranks: tuple[int, ...]
 
     def named(self, name: str) -> str:
         return name if self.threads is None else f"{name}-threads{self.threads}"
 
 
-ALL_CORES = Shapes(
-    threads=None,
-    rows=(49, 98, 256, 512),
-    sizes=(8, 16, 32, 64, 128, 256, 384, 512, 768, 1536, 3072),
-    tailors=(128, 512, 3072),
-    widths={128: 4, 384: 6, 768: 12},
-)
-ONE_THREAD = Shapes(
-    threads=1,
-    rows=(49, 98, 256),
-    sizes=(4, 8, 16, 32, 64, 128, 256, 512),
-    tailors=(64, 128, 512),
-    widths={64: 4, 128: 4, 192: 6},
-)
+ALL_CORES = Shapes(None, {128: Width(4, 6), 384: Width(6, 2), 768: Width(12, 1)}, (32, 96, 256))
+ONE_THREAD = Shapes(1, {64: Width(4, 6), 128: Width(4, 6), 192: Width(6, 4)}, (16, 32, 64))
 """Of models so small that they run on one: `kind_edge.budget.whole_model.ONE_THREAD_FLOPS`."""
 
-_LARGEST_PRODUCT = 768 * 3072
-_TAILOR_RANKS, _TAILOR_BASE = (2, 8, 32), 8
 _IMAGES = {49: (28, 1, 4, 1), 256: (32, 4, 2, 8)}
-"""Tokens of the measured blocks: image size, channels, patch size, output channels."""
+"""Tokens of the measured models: image size, channels, patch size, output channels."""
 
-_CHAIN_WEIGHTS, _FEWEST_PAIRS, _MOST_PAIRS = 800_000, 2, 24
-"""Floats of a chain: more than the caches next to a core hold, as in a model, where a weight is used once a call."""
-
-_BLOCKS, _BLOCK_RANK = 4, 16
-"""Blocks of a probe, and the rank of their matrices: low, so that most of the time is what the difference wants."""
-
+_ROLES = ("square", "wide")
 _TINY_OPERATORS = 128
 _FEWEST_OPERATORS = 5
-"""Of a branch, and of what tailors add: a difference of disturbed times may come out below what these take."""
+"""Of a branch: a difference of disturbed times may come out below what these take."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +89,48 @@ class Probe:
     threads: int | None = None
 
 
+@dataclass(frozen=True)
+class Model:
+    """A probe's network: its blocks and how their layers are stored. `mlp` None: the attention alone."""
+
+    width: int
+    blocks: int
+    heads: int
+    attention: Layer
+    mlp: Layer | None
+
+    @property
+    def name(self) -> str:
+        if not self.blocks:
+            return f"ends-{self.width}"
+        return f"blocks-{self.width}-{_stored(self.attention)}-{_stored(self.mlp) if self.mlp else 'none'}"
+
+    def file(self, tokens: int) -> str:
+        return f"{self.name}-{tokens}.onnx"
+
+    def at(self, batch: int, tokens: int) -> str:
+        """The probe's name."""
+        return f"{self.name}-{batch}x{tokens}"
+
+    def build(self, tokens: int) -> bytes:
+        side, channels, patch, outputs = _IMAGES[tokens]
+        branches: tuple[Branch, ...] = ("attn", "mlp") if self.mlp else ("attn",)
+        return probe_graph.network(
+            Network(
+                side, channels, patch, outputs, self.width, self.heads, 4 * self.width, (branches,) * self.blocks,
+                self.attention, self.mlp,
+            )
+        )  # fmt: skip
+
+
+def _stored(layer: Layer) -> str:
+    own = f"{layer.precision}-{f'rank{layer.rank}' if layer.rank else 'dense'}"
+    return own + (f"-tailors{layer.tailor_rank}" if layer.tailor_rank else "")
+
+
 def table_probes(shapes: Shapes) -> Iterator[Probe]:
-    """What a table is made of. Some occur twice."""
-    for probe in (*_products(shapes), *_tailors(shapes), *_blocks(shapes), *_calls()):
+    """What a table is made of."""
+    for probe in (*_networks(shapes), *_calls()):
         yield dataclasses.replace(probe, name=shapes.named(probe.name), threads=shapes.threads)
 
 
@@ -107,35 +138,59 @@ def operator_table(all_us: Latencies, shapes: Shapes = ALL_CORES) -> OperatorTab
     """The table of the latencies of `table_probes`, microseconds by probe name."""
     own = shapes.named("")
     latency_us = {name.removesuffix(own): us for name, us in all_us.items() if name.endswith(own)}
-    call, least = call_us(latency_us), _FEWEST_OPERATORS * operator_us(latency_us)
-    product: dict[Key, float] = {}
-    for precision, rows, m, n in _product_points(shapes):
-        pair = pair_us(latency_us, call, precision, rows, m, n)
-        forth = pair / 2
-        if precision == "int8" and m != n:
-            mixed = pair_us(latency_us, call, "mixed", rows, m, n)
-            forth = min(max(mixed - product["fp32", rows, n, m], pair / 8), pair * 7 / 8)
-        product[precision, rows, m, n] = forth
-        product[precision, rows, n, m] = pair - forth
-    tailor: dict[Key, float] = {}
-    for precision, batch, tokens, m, n, rank in _tailor_points(shapes):
-        names = [_tailor_name(precision, batch, tokens, m, n, r) for r in (rank, 0)]
-        each = (latency_us[names[0]] - latency_us[names[1]]) / pairs(m, n) / 2
-        tailor[precision, batch, tokens, m, n, rank] = tailor[precision, batch, tokens, n, m, rank] = max(each, least)
-    ends: dict[Key, float] = {(b, t, w): latency_us[_ends_name(b, t, w)] for b, t, w in _block_points(shapes)}
-    table = OperatorTable(product, tailor, {}, {}, ends)
-    attention: dict[Key, float] = {}
-    mlp: dict[Key, float] = {}
-    for precision, (batch, tokens, width) in itertools.product(PRECISIONS, _block_points(shapes)):
-        key, rows = (precision, batch, tokens, width), batch * tokens
-        whole, half = (
-            (latency_us[_block_name(precision, batch, tokens, width, only)] - ends[batch, tokens, width]) / _BLOCKS
-            for only in (False, True)
-        )
-        thin = {n: _factored_us(table, precision, rows, width, n) for n in (width, 4 * width)}
-        attention[key] = max(half - 4 * thin[width], least)
-        mlp[key] = max(whole - half - 2 * thin[4 * width], least)
-    return OperatorTable(product, tailor, attention, mlp, ends)
+    times: dict[str, dict[Key, float]] = {kind: {} for kind in KINDS}
+    for width, batch, tokens in itertools.product(shapes.widths, BATCHES, _IMAGES):
+        for kind, found in _Place(latency_us, shapes, width, batch, tokens).times():
+            times[kind] |= found
+    return OperatorTable(**times)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Differences between the models of one width, batch and number of tokens."""
+
+    latency_us: Latencies
+    shapes: Shapes
+    width: int
+    batch: int
+    tokens: int
+
+    def times(self) -> Iterator[tuple[str, dict[Key, float]]]:
+        """Microseconds of every kind of part."""
+        place, operator = (self.batch, self.tokens, self.width), operator_us(self.latency_us)
+        base, least, low_rank = Layer("fp32", LOWEST), _FEWEST_OPERATORS * operator, self.shapes.ranks[0]
+        lowest = {}
+        for role in _ROLES:
+            for_one = self.beyond(role, Layer("fp32", low_rank), base) / (low_rank - LOWEST)
+            lowest[role] = 2 * operator + LOWEST * max(for_one, 0.0)
+        ends, alone, both = self.us(None, None), self.us(base, None), self.us(base, base)
+        blocks = self.shapes.widths[self.width].blocks
+        yield "ends", {place: ends}
+        yield "attention", {place: max((alone - ends) / blocks - 4 * lowest["square"], least)}
+        yield "mlp", {place: max((both - alone) / blocks - 2 * lowest["wide"], least)}
+        for precision, role in itertools.product(PRECISIONS, _ROLES):
+            low, key = Layer(precision, LOWEST), (precision, *place)
+            start = lowest[role] + self.beyond(role, low, base)  # with what int8 quantizes
+            thin = {rank: start + self.beyond(role, Layer(precision, rank), low) for rank in self.shapes.ranks}
+            tailor = {rank: self.beyond(role, Layer(precision, LOWEST, rank), low) for rank in TAILOR_RANKS}
+            yield f"{role}_dense", {key: max(start + self.beyond(role, Layer(precision), low), operator)}
+            for part, found in (("factored", {LOWEST: start} | thin), ("tailor", tailor)):
+                yield f"{role}_{part}", {(*key, rank): max(time, 2 * operator) for rank, time in found.items()}
+
+    def beyond(self, role: str, layer: Layer, low: Layer) -> float:
+        """What one layer of that role takes more than one that is stored like `low`.
+
+        Those of attention where the MLPs' are like `low`, those of MLPs where attention's are like `layer`: a model of
+        nothing but such layers is then the sum of its parts.
+        """
+        if role == "square":
+            more, own = self.us(layer, low) - self.us(low, low), 4
+        else:
+            more, own = self.us(layer, layer) - self.us(layer, low), 2
+        return more / self.shapes.widths[self.width].blocks / own
+
+    def us(self, attention: Layer | None, mlp: Layer | None) -> float:
+        return self.latency_us[model_of(self.shapes, self.width, attention, mlp).at(self.batch, self.tokens)]
 
 
 def operator_us(latency_us: Latencies) -> float:
@@ -148,94 +203,36 @@ def call_us(latency_us: Latencies) -> float:
     return latency_us["tiny-1"]
 
 
-def pair_us(latency_us: Latencies, call: float, precision: str, rows: int, m: int, n: int) -> float:
-    """Of a chain m -> n -> m; never below what two operators cost."""
-    whole = latency_us[product_name(precision, rows, m, n)] - call
-    return max(whole / pairs(m, n), 2 * operator_us(latency_us))
+def model_of(shapes: Shapes, width: int, attention: Layer | None, mlp: Layer | None) -> Model:
+    """Without `attention` there are no blocks, without `mlp` the attention is alone."""
+    own = shapes.widths[width]
+    return Model(width, own.blocks if attention else 0, own.heads, attention or Layer("fp32"), mlp)
 
 
-def _product_points(shapes: Shapes) -> Iterator[tuple[str, int, int, int]]:
-    """fp32 first: int8 is split with its help."""
-    for precision, rows in itertools.product(PRECISIONS, shapes.rows):
-        for m, n in itertools.combinations_with_replacement(shapes.sizes, 2):
-            if m * n <= _LARGEST_PRODUCT:
-                yield precision, rows, m, n
+def _models(width: int, shapes: Shapes) -> Iterator[Model]:
+    """Every model that a table is made of."""
+    base = Layer("fp32", LOWEST)
+    pairs: list[tuple[Layer | None, Layer | None]] = [(None, None), (base, None)]
+    for precision in PRECISIONS:
+        low = Layer(precision, LOWEST)
+        others = [Layer(precision, rank) for rank in (*shapes.ranks, 0)]
+        others += [Layer(precision, LOWEST, rank) for rank in TAILOR_RANKS]
+        pairs += [(low, base), (low, low), *((other, mlp) for other in others for mlp in (low, other))]
+    yield from (model_of(shapes, width, *pair) for pair in dict.fromkeys(pairs))
 
 
-def _tailor_points(shapes: Shapes) -> Iterator[tuple[str, int, int, int, int, int]]:
-    for precision, batch, tokens in itertools.product(PRECISIONS, BATCHES, _IMAGES):
-        for m, n in itertools.combinations_with_replacement(shapes.tailors, 2):
-            for rank in _TAILOR_RANKS:
-                yield precision, batch, tokens, m, n, rank
-
-
-def _block_points(shapes: Shapes) -> Iterator[tuple[int, int, int]]:
-    return itertools.product(BATCHES, _IMAGES, shapes.widths)
-
-
-def pairs(m: int, n: int) -> int:
-    """How often a pair is repeated in a chain."""
-    return max(_FEWEST_PAIRS, min(_MOST_PAIRS, _CHAIN_WEIGHTS // (2 * m * n)))
-
-
-def _factored_us(table: OperatorTable, precision: str, rows: int, m: int, n: int) -> float:
-    """Half of a layer m -> n and one n -> m, of the blocks' rank."""
-    ends = ((m, _BLOCK_RANK), (_BLOCK_RANK, n), (n, _BLOCK_RANK), (_BLOCK_RANK, m))
-    return sum(table.product_us(precision, rows, inputs, outputs) for inputs, outputs in ends) / 2
-
-
-def product_name(precision: str, rows: int, m: int, n: int) -> str:
-    """Of the probe of a chain m -> n -> m."""
-    return f"product-{precision}-{rows}x{m}x{n}"
-
-
-def _tailor_name(precision: str, batch: int, tokens: int, m: int, n: int, rank: int) -> str:
-    return f"tailor-{precision}-{batch}x{tokens}x{m}x{n}-rank{rank}"
-
-
-def _block_name(precision: str, batch: int, tokens: int, width: int, only_attention: bool) -> str:
-    return f"{'attention' if only_attention else 'block'}-{precision}-{batch}x{tokens}x{width}"
-
-
-def _ends_name(batch: int, tokens: int, width: int) -> str:
-    return f"ends-{batch}x{tokens}x{width}"
-
-
-def _products(shapes: Shapes) -> Iterator[Probe]:
-    for precision, rows, m, n in _product_points(shapes):
-        kinds = [(precision, None)] + ([("mixed", Layer("fp32"))] if precision == "int8" and m != n else [])
-        for kind, back in kinds:
-            build = functools.partial(probe_graph.chain, m, n, pairs(m, n), Layer(precision), back)
-            inputs = {"x": ("float32", (1, rows, m))}
-            yield Probe(product_name(kind, rows, m, n), f"product-{kind}-{m}x{n}.onnx", build, inputs)
-
-
-def _tailors(shapes: Shapes) -> Iterator[Probe]:
-    for precision, batch, tokens, m, n, rank in _tailor_points(shapes):
-        for tailor_rank in (0, rank):
-            layer = Layer(precision, _TAILOR_BASE, tailor_rank)
-            inputs: dict[str, tuple[str, tuple[int, ...]]] = {"x": ("float32", (batch, tokens, m))}
-            if tailor_rank:
-                inputs["class_index"] = ("int64", (batch,))
-            build = functools.partial(probe_graph.chain, m, n, pairs(m, n), layer)
-            file = f"tailor-{precision}-{m}x{n}-rank{tailor_rank}.onnx"
-            yield Probe(_tailor_name(precision, batch, tokens, m, n, tailor_rank), file, build, inputs)
-
-
-def _blocks(shapes: Shapes) -> Iterator[Probe]:
+def _networks(shapes: Shapes) -> Iterator[Probe]:
     """The file of a batch is that of any other."""
-    both: tuple[Branch, ...] = ("attn", "mlp")
-    for batch, tokens, width in _block_points(shapes):
-        side, channels, patch, outputs = _IMAGES[tokens]
-        inputs = {"sample": ("float32", (batch, channels, side, side)), "step_index": ("int32", (batch,))}
-        shape = Network(side, channels, patch, outputs, width, shapes.widths[width], 4 * width, (), Layer("fp32"))
-        build = functools.partial(probe_graph.network, shape)
-        yield Probe(_ends_name(batch, tokens, width), f"{_ends_name(0, tokens, width)}.onnx", build, inputs)
-        for precision, branches in itertools.product(PRECISIONS, (both[:1], both)):
-            layer = Layer(precision, _BLOCK_RANK)
-            deep = dataclasses.replace(shape, blocks=(branches,) * _BLOCKS, layer=layer)
-            name, file = (_block_name(precision, b, tokens, width, branches == both[:1]) for b in (batch, 0))
-            yield Probe(name, f"{file}.onnx", functools.partial(probe_graph.network, deep), inputs)
+    for width, tokens in itertools.product(shapes.widths, _IMAGES):
+        side, channels, *_ = _IMAGES[tokens]
+        for model, batch in itertools.product(_models(width, shapes), BATCHES):
+            inputs: dict[str, tuple[str, tuple[int, ...]]] = {
+                "sample": ("float32", (batch, channels, side, side)), "step_index": ("int32", (batch,))
+            }  # fmt: skip
+            if model.attention.tailor_rank:
+                inputs["class_index"] = ("int64", (batch,))
+            build = functools.partial(model.build, tokens)
+            yield Probe(model.at(batch, tokens), model.file(tokens), build, inputs)
 
 
 def _calls() -> Iterator[Probe]:

@@ -74,7 +74,8 @@ class Request:
     """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction.
 
     `sampling` is what the user or the checkpoint says; `others` may be taken instead, where the user left it open;
-    `fewer` have fewer steps, most first: ways out where nothing fits.
+    `fewer` have fewer steps, most first: ways out where nothing fits. `asked` is `sampling` as it was before another
+    one was taken, if one was: percentages refer to that, so that no choice has a larger budget than another.
     `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
     `max_loss`.
     `burst`: latency is limited as it is at first, not after minutes of load.
@@ -96,6 +97,7 @@ class Request:
     burst: bool = False
     modulation: Modulation | Literal["auto"] = "auto"
     decoder: DecoderCost | None = None
+    asked: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,8 @@ class Deployment:
     def limits(self) -> dict[str, int]:
         """The request's limits in the solver's units. Memory is always limited by what the system allows an app, the
         model files by what its store takes, where they could be larger than that."""
-        dense = self.dense()
+        asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
+        dense = dataclasses.replace(self, request=asked).dense()
         limits = self._of_device()
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]

@@ -7,8 +7,8 @@
                         sustained_share, overhead_us = FIGURE
     [cpu.cores]         mark, source, clusters = [{ count, name, ghz, fp32_lanes, little = false }]
     [cpu.operators]     source, and measured microseconds, as `profiles calibrate` writes them:
-                        product, tailor, attention, mlp = [[precision, size, ..., us], ...]
-                        ends = [[size, ..., us], ...]
+                        square_dense and so on = [[precision, size, ..., us], ...]
+                        attention, mlp, ends = [[size, ..., us], ...]
     [cpu.operators_on_one_thread]   the same, of models that run on a single one
 
 with FIGURE = { value = 76.8, mark = "3P", source = "where it comes from" }. Only title, os, execution_providers,
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from kind_edge.bounded import parse_toml
-from kind_edge.budget.operator_table import KINDS, Key, OperatorTable
+from kind_edge.budget.operator_table import KINDS, Key, OperatorTable, is_layer
 from kind_edge.budget.precision import ARITHMETICS, Arithmetic, Unit
 from kind_edge.budget.profile import MARKS, UNITS, ComputeUnit, DeviceProfile, Figure, Store
 from kind_edge.errors import InputError, nearest
@@ -139,10 +139,10 @@ def _operators(unit: Table, key: str, where: str) -> OperatorTable | None:
 
 
 def _times(rows: object, kind: str, where: str) -> dict[Key, float]:
-    """Rows of a precision (but for the ends), sizes of at least 1 and microseconds."""
+    """Rows of a precision (of layers), sizes of at least 1 and microseconds."""
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{where}: want a list of measured times")
-    names, sizes = int(kind != "ends"), KINDS[kind]
+    names, sizes = int(is_layer(kind)), KINDS[kind]
     times: dict[Key, float] = {}
     for index, row in enumerate(rows):
         sound = isinstance(row, list) and len(row) == names + sizes + 1

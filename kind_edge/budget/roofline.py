@@ -11,20 +11,14 @@ import numpy as np
 from kind_edge.budget import probe_graph
 from kind_edge.budget.onnx_writer import Graph
 from kind_edge.budget.probe_graph import Layer
-from kind_edge.budget.probes import (
-    ALL_CORES,
-    Latencies,
-    Probe,
-    as_bytes,
-    call_us,
-    pair_us,
-    pairs,
-    product_name,
-    table_probes,
-)
+from kind_edge.budget.probes import ALL_CORES, Latencies, Probe, as_bytes, call_us, operator_us, table_probes
 
 _RATE_SHAPES = ((49, 128), (256, 768))
 """Tokens and width of a DiT's products and elementwise work."""
+
+_RATES = ("fp32", "fp16", "int8")
+_CHAIN_WEIGHTS, _FEWEST_PAIRS = 800_000, 1
+"""Floats of a chain: more than the caches next to a core hold, as in a model, where a weight is used once a call."""
 
 _STREAMED_BYTES = 2**27
 """Well above the share of a last-level cache that one process gets."""
@@ -39,25 +33,25 @@ def own_probes() -> Iterator[Probe]:
     for tokens, width in _RATE_SHAPES:
         build, rows = functools.partial(_elementwise, width), {"x": ("float32", (tokens, width))}
         yield Probe(f"elementwise-{tokens}x{width}", f"elementwise-{width}.onnx", build, rows)
-        half = functools.partial(probe_graph.chain, width, 4 * width, pairs(width, 4 * width), Layer("fp16"))
-        inputs = {"x": ("float32", (1, tokens, width))}
-        yield Probe(product_name("fp16", tokens, width, 4 * width), f"product-fp16-{width}.onnx", half, inputs)
+        for precision in _RATES:
+            build = functools.partial(probe_graph.chain, width, 4 * width, _pairs(width), Layer(precision))
+            name = _products_name(precision, tokens, width)
+            yield Probe(name, f"{name}.onnx", build, {"x": ("float32", (1, tokens, width))})
 
 
 def roofline_probes() -> list[Probe]:
     """What a roofline alone needs."""
-    wanted = {product_name(p, tokens, w, 4 * w) for p in ("fp32", "int8") for tokens, w in _RATE_SHAPES}
-    shared = [probe for probe in table_probes(ALL_CORES) if probe.name in wanted or probe.name.startswith("tiny")]
-    return [*shared, *own_probes()]
+    return [*own_probes(), *(probe for probe in table_probes(ALL_CORES) if probe.name.startswith("tiny"))]
 
 
 def throughput_flops_per_s(latency_us: Latencies) -> dict[str, float]:
     """FLOP/s (integer OP/s) of a DiT's products by precision: geometric mean over shapes, none outweighs another."""
-    call, rates = call_us(latency_us), {}
-    for precision in ("fp32", "fp16", "int8"):
+    call, least, rates = call_us(latency_us), 2 * operator_us(latency_us), {}
+    for precision in _RATES:
         found = []
         for tokens, width in _RATE_SHAPES:
-            pair = pair_us(latency_us, call, precision, tokens, width, 4 * width)
+            pairs = _pairs(width)
+            pair = max((latency_us[_products_name(precision, tokens, width)] - call) / pairs, least)
             found.append(4 * tokens * width * 4 * width / pair * 1e6)
         rates[precision] = _geometric_mean(found)
     return rates
@@ -75,6 +69,15 @@ def activation_bytes_per_s(latency_us: Latencies) -> float:
         moved = 11 * _ELEMENTWISE_ROUNDS * tokens * width * 4
         rates.append(moved / latency_us[f"elementwise-{tokens}x{width}"] * 1e6)
     return _geometric_mean(rates)
+
+
+def _pairs(width: int) -> int:
+    """How often D -> 4 D -> D is repeated in a chain."""
+    return max(_FEWEST_PAIRS, _CHAIN_WEIGHTS // (8 * width * width))
+
+
+def _products_name(precision: str, tokens: int, width: int) -> str:
+    return f"products-{precision}-{tokens}x{width}"
 
 
 def _geometric_mean(rates: list[float]) -> float:

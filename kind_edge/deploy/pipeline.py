@@ -32,7 +32,7 @@ from kind_edge.deploy.request import (
     Choices,
     OpenedModel,
     as_replayed,
-    make_request,
+    ask,
     make_source,
     open_model,
 )
@@ -68,8 +68,8 @@ def plan(
     """
     device = load_profile(profile)
     opened = open_model(model, on_measure, autoencoder)
-    request = make_request(opened.checkpoint, device, **choices)
-    return make_plan(make_source(opened), request)
+    source, request = ask(opened, device, **choices)
+    return make_plan(source, request)
 
 
 def pareto(
@@ -87,8 +87,8 @@ def pareto(
     """
     opened = open_model(model, on_measure, autoencoder)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
-    request = make_request(opened.checkpoint, load_profile(profile), **choices)
-    return front(make_source(opened), request, axis)
+    source, request = ask(opened, load_profile(profile), **choices)
+    return front(source, request, axis)
 
 
 def export(
@@ -134,8 +134,7 @@ def export(
         device = load_profile(profile)
         if wanted.packs and choices.get("form", "auto") == "auto":
             choices["form"] = "switch"
-        request = make_request(opened.checkpoint, device, **choices)
-        source = make_source(opened)
+        source, request = ask(opened, device, **choices)
         plan = make_plan(source, request)
     else:
         if profile is None and plan.profile not in profile_names():

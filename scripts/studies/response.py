@@ -31,7 +31,7 @@ SHARES = tuple(float(share) for share in np.linspace(0.62, 0.28, 18).round(3))
 """FLOPs of the plans, as shares of the dense model's."""
 HELD_OUT_EVERY = 3
 STEPS = 10
-"""Of pictures of plans that take a guided branch: what is compared is a growth, and twice as many take twice as long."""
+"""Of pictures of plans with a guided branch: what is compared is a growth, and twice as many take twice as long."""
 
 SWEEP_STEPS, SWEEP_GUIDANCE = (5, 10, 20), (1.0, 1.25, 1.5, 1.75, 2.0)
 """At which a model with a guided branch is judged whole: what its planner then chooses from."""
