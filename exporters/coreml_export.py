@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kind_edge._version import __version__
+from kind_edge.budget.coreml import MOST_UNROLLED, Packaging
+from kind_edge.budget.coreml_weights import TARGETS, WEIGHTS, Target, Weights
 from kind_edge.budget.precision import PRECISIONS
 from kind_edge.errors import UsageError
 from kind_edge.exporters.coreml_choices import (
-    TARGETS,
-    WEIGHTS,
     Batch,
     Functions,
-    Target,
-    Weights,
     batches,
     check_functions,
     check_weights,
     class_sets,
-    weights_for,
 )
 from kind_edge.exporters.coreml_functions import add_functions
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
@@ -37,9 +34,6 @@ if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 FOLDER = "coreml"
-MOST_UNROLLED = 8
-"""A model that takes more steps has no `Sampler`: every one of them is written out in it."""
-
 DECODER_FP32 = ("reduce_mean", "reduce_sum", "square", "sub", "rsqrt", "real_div", "instance_norm", "softmax")
 """Group normalisation, which adds up the squares of large groups: fp16 would overflow there."""
 
@@ -107,13 +101,11 @@ class CoreMLExporter:
         from kind_edge.exporters.coreml_graph import Denoiser
 
         plan = model.origin.plan
-        layout = self.layout
-        if layout == "auto":
-            layout = "channels" if plan.unit == "npu" else "tokens"
+        packaging = Packaging(self.target, self.weights, self.layout)
+        layout, weights = packaging.layout_on(plan.unit), packaging.weights_of(plan.precision)
         if self.functions and not model.switches:
             raise UsageError("--coreml-function: this plan has its classes folded in; take --form switch")
         sets = class_sets(self.functions, plan.classes, plan.null_branch)
-        weights = weights_for(plan.precision, self.target) if self.weights == "auto" else self.weights
         denoiser = Denoiser(model, layout, mapped=bool(self.functions))
         try:
             sizes = batches(self.target, self.batch, plan.evaluations_per_step)

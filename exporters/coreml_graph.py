@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kind_edge.budget.coreml_weights import Layout
 from kind_edge.deploy.plain import Dense, ModulationTable, Pick, PlainDiT, PlainLinear, Thin
 from kind_edge.deploy.sampler_table import SamplerTable
-from kind_edge.exporters.coreml_choices import Layout
 from kind_edge.model.dit import modulate
 
 Picked = Pick | dict[tuple[int, int], Tensor] | None

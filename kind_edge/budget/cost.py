@@ -37,6 +37,7 @@ from kind_edge.budget.whole_model import (
     model_flops,
     model_params,
     paper_table,
+    runs_on_one_thread,
 )
 
 __all__ = [
@@ -71,5 +72,6 @@ __all__ = [
     "operator_latency_s",
     "paper_table",
     "peak_activation_bytes",
+    "runs_on_one_thread",
     "tailor_macs",
 ]

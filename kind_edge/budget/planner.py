@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kind_edge.budget.coreml import coreml_estimate, reached_units
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
@@ -270,6 +271,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
         burst=request.burst,
         decoder=deployment.decoder.to_dict(precision),
+        coreml=coreml_estimate(deployment, matrices) if reached_units(request.profile.execution_providers) else {},
     )
 
 

@@ -32,6 +32,9 @@ MODULATE_FLOPS = 2
 """Per element: multiply by (1 + scale), add shift."""
 RESIDUAL_FLOPS = 2
 """Per element: multiply by the gate, add."""
+ONE_THREAD_FLOPS = 3e8
+"""Of the dense model. Below so much work in an evaluation one thread is quicker than several: handing operators of
+microseconds over takes as long as computing them, where idle threads sleep."""
 PAPER_EVALUATIONS = 250 * 2
 """The authors' image: 250 steps, each with a class and a null evaluation."""
 
@@ -88,6 +91,14 @@ def model_params(spec: ModelSpec, rank: int | None = None, convention: Conventio
 def model_flops(spec: ModelSpec, convention: Convention, rank: int | None = None) -> int:
     """FLOPs of one evaluation at batch 1, of `model_cost`."""
     return model_cost(spec, convention, rank).flops
+
+
+def runs_on_one_thread(spec: ModelSpec) -> bool:
+    """Whether every plan of that model is deployed to run on a single thread; latents have a decoder that wants all.
+
+    It depends on the shape alone, so that a planner knows it before it chooses ranks.
+    """
+    return spec.pixels_per_latent == 1 and model_flops(spec.dense(), convention="exact") < ONE_THREAD_FLOPS
 
 
 def _storage(spec: ModelSpec, matrix: MatrixShape, rank: int | None) -> tuple[Storage, int]:

@@ -18,6 +18,7 @@ from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.precision import PRECISIONS, decoder_path
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
+from kind_edge.budget.whole_model import runs_on_one_thread
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
 from kind_edge.deploy.grid import save_grid
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
 LICENCE = "Apache-2.0"
-ONE_THREAD_FLOPS = 3e8
-"""Below so much work in an evaluation one thread is quicker than several: handing operators of microseconds over takes
-as long as computing them, where idle threads sleep."""
 MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
@@ -78,7 +76,7 @@ def describe(
             "prediction_channels": spec.output_channels,
         },
         "plan": plan.to_dict(),
-        **({"threads": 1} if plan.flops < ONE_THREAD_FLOPS and spec.pixels_per_latent == 1 else {}),
+        **({"threads": 1} if runs_on_one_thread(spec) else {}),
         "tools": tool_versions(),
     }
 

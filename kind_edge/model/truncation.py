@@ -88,10 +88,8 @@ def reordered(checkpoint: Checkpoint, calibration: Calibration) -> Checkpoint:
     for shape in checkpoint.spec.matrices():
         name = f"{shape.name}.learngene"
         u, s, v = (tensors[f"{name}.{part}"].double() for part in "UsV")
-        found = sorted_factors(u * s, v, _both_branches(calibration, shape.name))
-        length = found.V.norm(dim=0)  # into s, so that V stays of the size that the optimizer is used to
-        factors = {"U": found.U, "s": found.s * length, "V": found.V / length}
-        tensors |= {f"{name}.{part}": tensor.float() for part, tensor in factors.items()}
+        found = sorted_factors(u * s, v, both_branches(calibration, shape.name))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in trainable(found).items()}
     return Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
 
 
@@ -103,7 +101,7 @@ def _reordered_on_bases(checkpoint: Checkpoint, calibration: Calibration) -> Che
         length = v.norm(dim=0).clamp_min(1e-12)
         v = v / length
         scales = [tensors[spec.factor_name(name, "s")].double() * length for name in blocks]
-        seen = [(_both_branches(calibration, name).root @ v).square().sum(0) for name in blocks]
+        seen = [(both_branches(calibration, name).root @ v).square().sum(0) for name in blocks]
         energy = sum(s.square() * e for s, e in zip(scales, seen, strict=True)) * u.square().sum(0)
         order = torch.as_tensor(energy).argsort(descending=True, stable=True)
         for part, values in (("U", u), ("V", v)):
@@ -113,7 +111,13 @@ def _reordered_on_bases(checkpoint: Checkpoint, calibration: Calibration) -> Che
     return Checkpoint(spec, checkpoint.class_names, tensors, checkpoint.provenance)
 
 
-def _both_branches(calibration: Calibration, name: str) -> Whitening:
+def trainable(factors: SortedFactors) -> dict[str, Tensor]:
+    """U, s, V in float32, V's columns of length 1 and their length in s: the size that the optimizer is used to."""
+    length = factors.V.norm(dim=0)
+    return {"U": factors.U.float(), "s": (factors.s * length).float(), "V": (factors.V / length).float()}
+
+
+def both_branches(calibration: Calibration, name: str) -> Whitening:
     """Of class and null branch; of the classes alone where there is no null branch."""
     pooled, null = calibration.pooled[name], calibration.null.get(name)
     return Whitening.of(pooled if null is None else (pooled + null) / 2)
@@ -141,7 +145,7 @@ def fold_matrix(
     tu, ts, tv = (t[f"{name}.tailors.{part}"].double()[classes] for part in "UsV")
     own = None if calibration is None else Whitening.of(calibration.pooled[name])
     if form == "switch":
-        both = None if calibration is None else _both_branches(calibration, name)
+        both = None if calibration is None else both_branches(calibration, name)
         in_order = spec.nested or spec.shared_factors
         shared = as_they_lie(u, s, v, both) if in_order else sorted_factors(u * s, v, both)
         return FoldedMatrix(shared, tuple(sorted_factors(tu[c] * ts[c], tv[c], own) for c in range(len(classes))))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kind_edge.bounded import read_toml
 from kind_edge.errors import InputError, nearest, unknown
 from kind_edge.model.spec import ModelSpec
 
@@ -130,11 +130,7 @@ def preset(name: str) -> TrainConfig:
 
 def read_config(path: Path) -> TrainConfig:
     """A TOML file: the fields of `TrainConfig` at the top, those of `ModelSpec` under [model]."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot read the training configuration: {reason}") from error
+    values = read_toml(path, "the training configuration")
     config = TrainConfig.from_dict(values, str(path))
     if config.spec.distilled:
         raise InputError(f"{path} [model]: step_counts: training makes none; train without, then kind-edge distill")

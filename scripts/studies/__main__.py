@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers import brief
 from peers import measure as peers
 from peers.text import text as peers_text
 
@@ -36,9 +37,9 @@ from studies import (
     trials,
     uniform,
 )
-from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert
+from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert, runs_of
 from studies.statistics import SEEDS
-from studies.store import Record, Store, Subject, subject_of
+from studies.store import Record, Store, Subject, read_record, subject_of
 
 HELP = """publish        all that README.md and docs say of the shipped model, or only the BLOCKs that are named
 
@@ -80,6 +81,8 @@ BLOCKS = (
     Block("cost", "docs/results.md", exported.cost_text),
     Block("coreml", "docs/coreml.md", packages.text),
     Block("peers", "docs/benchmarks.md", peers_text),
+    Block("measured", "README.md", brief.readme_text, of="peers"),
+    Block("compare", "docs/compare.md", brief.compare_text, of="peers"),
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
     Block("precisions", "docs/precision.md", precisions.text, images=precisions.IMAGES, seeds=1),
@@ -98,7 +101,7 @@ METHODS = {
     "anysize-heal": ("healed",),
     "anysize-dense": ("dense",),
 }
-ABOUT_A_MODEL = (*(block.name for block in BLOCKS), *(name for name in METHODS if name != "anysize"))
+ABOUT_A_MODEL = (*(block.name for block in BLOCKS if not block.of), *(name for name in METHODS if name != "anysize"))
 OTHERS = ("trainings", "transfer", "trials", "twin")
 
 
@@ -167,11 +170,15 @@ def publish(names: Sequence[str]) -> None:
         if name not in known:
             raise unknown("block", name, known)
     subject = subject_of(DEFAULT_MODEL)
-    for block in [block for block in BLOCKS if block.name in (names or known)]:
+    for block in [block for block in BLOCKS if not names or {block.name, block.study} & set(names)]:
         began, document = time.monotonic(), ROOT / block.document
-        make_way(block.name, subject, ROOT / RESULTS)
-        job = Job(subject, ROOT / RESULTS, document.parent / block.album, block.images, SEEDS[: block.seeds])
-        insert(document, block.name, subject.sha256, block.text(measure(block.name, job)))
+        if block.of:
+            records = [read_record(path) for path in runs_of(ROOT, block)]
+        else:
+            make_way(block.name, subject, ROOT / RESULTS)
+            job = Job(subject, ROOT / RESULTS, document.parent / block.album, block.images, SEEDS[: block.seeds])
+            records = measure(block.name, job)
+        insert(document, block.name, subject.sha256, block.text(records))
         print(f"{block.document}: {block.name} took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if not names:
         check(ROOT, subject, BLOCKS)

@@ -36,7 +36,8 @@ _PICTURE = re.compile(r"\((?:docs/)?images/([^)]+)\)")
 class Block:
     """What one study writes into one document: `text` of its runs, which lie in RESULTS/name (unless it has none).
 
-    `images` and `seeds` are how much it draws; its pictures go into the folder `album` beside the document.
+    `images` and `seeds` are how much it draws; its pictures go into the folder `album` beside the document. A block
+    with `of` measures nothing: it says something else of the runs of that study, and is written anew with it.
     """
 
     name: str
@@ -46,6 +47,11 @@ class Block:
     seeds: int = 3
     has_runs: bool = True
     album: str = "images"
+    of: str | None = None
+
+    @property
+    def study(self) -> str:
+        return self.of or self.name
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,11 @@ class Written:
 
 def short(sha256: str) -> str:
     return sha256[:HASH_DIGITS]
+
+
+def runs_of(root: Path, block: Block) -> list[Path]:
+    """The files of the runs that a block rests on."""
+    return sorted((root / RESULTS / block.study).glob("*.json"))
 
 
 def insert(document: Path, name: str, model_sha256: str, text: str) -> None:
@@ -114,9 +125,10 @@ def check(root: Path, subject: Subject, blocks: Sequence[Block]) -> None:
         faults += [f"{block.document}: block {block.name} {fault}" for fault in own]
         names += [block.name] if own else []
     known = [block.name for block in blocks]
+    studies = {block.study for block in blocks}
     faults += [f"{path}: block {name} is no study's; known: {', '.join(known)}" for path, name in found]
     runs = sorted((root / RESULTS).glob("*/*.json"))
-    faults += [f"{path.relative_to(root)}: no block rests on it" for path in runs if path.parent.name not in known]
+    faults += [f"{path.relative_to(root)}: no block rests on it" for path in runs if path.parent.name not in studies]
     faults += _picture_faults(root, subject)
     if faults:
         heading = f"the documents are not what was measured of the shipped model, {short(subject.sha256)}:"
@@ -147,7 +159,7 @@ def _block_faults(
     elif written.model != short(subject.sha256):
         yield f"is of model {written.model}"
     records = []
-    for path in sorted((root / RESULTS / block.name).glob("*.json")):
+    for path in runs_of(root, block):
         try:
             record = read_record(path)
         except InputError as error:
@@ -158,12 +170,12 @@ def _block_faults(
             yield f"rests on {path.relative_to(root)}, of model {short(record['checkpoint']['sha256'])}"
         elif record["checkpoint"]["sha256"] == subject.sha256 and not as_recommended(record, advice):
             yield f"rests on {path.relative_to(root)}, which is not drawn as the checkpoint recommends"
-        if (record["study"], record["run"]) != (block.name, path.stem):
+        if (record["study"], record["run"]) != (block.study, path.stem):
             yield f"rests on {path.relative_to(root)}, which calls itself {record['study']}/{record['run']}"
     if block.has_runs and not records:
-        yield f"has no runs in {RESULTS / block.name}"
+        yield f"has no runs in {RESULTS / block.study}"
     if (records or not block.has_runs) and written.body.strip() != block.text(records).strip():
-        yield f"is not what the runs in {RESULTS / block.name} say"
+        yield f"is not what the runs in {RESULTS / block.study} say"
 
 
 def _picture_faults(root: Path, subject: Subject) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kind_edge.budget.coreml_weights import WEIGHTS, Layout, Target, Weights
 from kind_edge.deploy.cut import make_cut
 from kind_edge.deploy.merge import fold
 from kind_edge.deploy.parity import COREML_GATES_DB, sqnr_db
@@ -23,7 +24,7 @@ from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.request import open_model
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.exporters.coreml_choices import WEIGHTS, Layout, Target, Weights, batches
+from kind_edge.exporters.coreml_choices import batches
 from kind_edge.exporters.coreml_compress import compress, forget_clusters
 from kind_edge.exporters.coreml_convert import convert, interface_of
 from kind_edge.exporters.coreml_graph import Denoiser

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from kind_edge.budget import runner
-from kind_edge.budget.calibrate import Measured, measure_with, measured_profile
-from kind_edge.budget.probes import all_probes, operator_table
+from kind_edge.budget.calibrate import Measured, all_probes, measure_with, measured_profile
+from kind_edge.budget.probes import operator_table
 from kind_edge.errors import GateError, InputError, KindEdgeError, UsageError
 
 FEW = [probe for probe in all_probes() if probe.name in ("tiny-1", "product-int8-49x8x16", "ends-2x49x128")]
@@ -30,7 +30,7 @@ def script(folder: Path, body: str) -> str:
 
 
 ANSWER = """
-answer = {"version": 1, "device": "a phone", "system": "Android 16", "runtime": "onnxruntime 1", "threads": 4,
+answer = {"version": 2, "device": "a phone", "system": "Android 16", "runtime": "onnxruntime 1", "threads": 4,
           "ram_bytes": 8e9, "latency_us": {model["name"]: 10.0 for model in REQUEST["models"]}}
 """
 
@@ -60,7 +60,7 @@ def test_a_runner_sees_every_model_it_is_asked_for(tmp_path: Path) -> None:
         ("print('ready')", InputError, "stdout is 'ready'"),
         ("print('[1]')", InputError, "lacks everything"),
         (ANSWER + "del answer['threads']; print(json.dumps(answer))", InputError, "lacks threads"),
-        (ANSWER + "answer['version'] = 2; print(json.dumps(answer))", InputError, "version 2, want 1"),
+        (ANSWER + "answer['version'] = 1; print(json.dumps(answer))", InputError, "version 1, want 2"),
         (ANSWER + "answer['latency_us'].popitem(); print(json.dumps(answer))", InputError, "1 of 3 models are missing"),
         (ANSWER + "answer['latency_us']['tiny-1'] = -1; print(json.dumps(answer))", InputError, "tiny-1: got -1"),
         (ANSWER + "answer['latency_us'] = [1]; print(json.dumps(answer))", InputError, "microseconds by name"),

@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kind_edge.budget.coreml_weights import WEIGHTS, palette_bytes, palette_group, weights_for
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.manifest import ModelEntry, TensorInfo, read_manifest
@@ -29,8 +30,8 @@ from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import verify_images, verify_model
 from kind_edge.errors import UsageError
 from kind_edge.exporters import coreml_convert, coreml_export
-from kind_edge.exporters.coreml_choices import LARGEST_BATCH, WEIGHTS, check_weights, weights_for
-from kind_edge.exporters.coreml_compress import clusters, compress, palette_bytes, palette_group, palettized
+from kind_edge.exporters.coreml_choices import LARGEST_BATCH, check_weights
+from kind_edge.exporters.coreml_compress import clusters, compress, palettized
 from kind_edge.exporters.coreml_graph import Denoiser, Sampler
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
