@@ -64,7 +64,7 @@ def round_blocks(model: onnx.ModelProto, calls: Sequence[Call], bits: Collection
     seen: dict[str, list[NDArray[np.float64]]] = {}
     for node in products:  # a weight that blocks have in common multiplies something in each
         seen.setdefault(node.input[1], []).append(vary[node.input[0]])
-    weights = {name: (numpy_helper.to_array(constants[name]).T, sum(own) / len(own)) for name, own in seen.items()}
+    weights = {name: (numpy_helper.to_array(constants[name]).T, np.mean(own, axis=0)) for name, own in seen.items()}
     return {
         each: {name: round_matrix(weight, inputs, each, BLOCK) for name, (weight, inputs) in weights.items()}
         for each in bits

@@ -15,7 +15,7 @@ from kind_edge.errors import InputError
 
 if TYPE_CHECKING:
     from kind_edge.deploy.manifest import Manifest
-    from kind_edge.model.spec import SHARED, ModelSpec
+    from kind_edge.model.spec import ModelSpec
 
 _PARTS = {
     "patch_embed": "patch embedding",
@@ -24,6 +24,7 @@ _PARTS = {
     "span_embed": "span network",
     "y_embed": "label embedding",
     "final": "final layer",
+    "shared": "learngenes",
 }
 
 _SHOWN_APART = ("matrix_ranks", "step_counts", "inside_guidance")
@@ -200,7 +201,7 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
 
 def _part(tensor: str) -> str:
     """The part of a model that a tensor belongs to, in the words of the checkpoint contract."""
-    if ".learngene." in tensor or tensor.startswith(f"{SHARED}."):
+    if ".learngene." in tensor:
         return "learngenes"
     if ".tailors." in tensor:
         return "tailors"

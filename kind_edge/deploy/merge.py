@@ -71,8 +71,8 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
         factors[shape.name] = own
         tensors |= {f"{shape.name}.tailors.{part}": tails[part] for part in "UsV"}
         ranks[shape.name] = Ranks(own["s"].shape[-1], tails["s"].shape[-1])
-    kinds = {name: getattr(left, name) and plan.form == "switch" for name in ("nested", "shared_factors")}
-    spec = dataclasses.replace(left, num_classes=len(kept), matrix_ranks=ranks, **kinds)
+    nested, shared = (each and plan.form == "switch" for each in (left.nested, left.shared_factors))
+    spec = dataclasses.replace(left, num_classes=len(kept), nested=nested, shared_factors=shared, matrix_ranks=ranks)
     tensors |= {spec.factor_name(name, part): own[part] for name, own in factors.items() for part in "UsV"}
     float_tensors = {name: t.float() for name, t in tensors.items()}
     return Checkpoint(spec, plan.classes, float_tensors, {"truncated_from": plan.checkpoint_sha256})

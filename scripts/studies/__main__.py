@@ -23,6 +23,7 @@ from studies import (
     claims,
     decomposition,
     exported,
+    fine,
     healed,
     nesting,
     packages,
@@ -66,6 +67,8 @@ anysize-heal   the same after 300 steps of training on (trains four times a seed
 anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
 
 From runs of its own:
+fine           scripts/results fine -o FOLDER: models whose blocks have factors in common beside ordinary ones, by files
+               of equal Fréchet distance (an hour a seed); publish reads the runs in docs/studies/fine
 resize         scripts/results resize -o FOLDER: models of other sizes begun from a trained one, and from scratch (hours);
                publish reads the runs in docs/studies/resize
 
@@ -99,6 +102,7 @@ BLOCKS = (
     Block("uniform", "docs/solver.md", uniform.text),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
+    Block("fine", "docs/fine.md", fine.text, of_shipped=False),
     Block("resize", "docs/results.md", resize_text.text, album="studies/resize", of_shipped=False),
 )  # fmt: skip
 """All that is said of the shipped model, and of studies; quick ones first, and what is timed before the machine gets warm."""
@@ -112,7 +116,7 @@ ABOUT_A_MODEL = (
     *(block.name for block in BLOCKS if block.of_shipped and not block.of),
     *(name for name in METHODS if name != "anysize"),
 )
-OTHERS = ("resize", "trainings", "transfer", "trials", "twin")
+OTHERS = ("fine", "resize", "trainings", "transfer", "trials", "twin")
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,8 @@ def block_of(name: str) -> Block:
 def measure(name: str, job: Job) -> list[Record]:
     """Run a study of one model, and draw its pictures."""
     size = (job.subject, job.output, job.images, job.seeds)
+    if name == "fine":
+        return fine.records_in(job.output)
     if name == "resize":
         records = resize.records_in(job.output)
         resize_text.draw(records, job.album / "loss.png")
@@ -208,6 +214,9 @@ def beside(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
         trained = trainings.run(chosen.output, images, seeds)
         trainings.draw(trained, chosen.output)
         return [record for own in trained.values() for record in own], trainings.table(trained)
+    if name == "fine":
+        records = fine.run_study(chosen.output, chosen.images or fine.IMAGES, seeds)
+        return records, fine.text(records)
     if name == "resize":
         records = resize.run_study(chosen.output, chosen.images or resize.JUDGED_IMAGES, seeds)
         resize_text.draw(records, chosen.output / "loss.png")

@@ -116,9 +116,7 @@ class Resizing:
 
     def _scores(self, checkpoint: Checkpoint) -> dict[str, Any]:
         own = self.sampling
-        drawn = sample_checkpoint(
-            checkpoint, self.images, self.seed, own.steps, own.guidance, sampler=own.sampler
-        )
+        drawn = sample_checkpoint(checkpoint, self.images, self.seed, own.steps, own.guidance, sampler=own.sampler)
         report = self.judge.score(drawn.images, drawn.labels, neighbours=False)
         return {
             "heldout_losses": heldout_losses(checkpoint, self.heldout),

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kind_edge.errors import InputError
 from kind_edge.model.calibration import Calibration, calibrate_on_images
-from kind_edge.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kind_edge.model.checkpoint import Checkpoint, check_tensors, load_checkpoint, save_checkpoint
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
 from kind_edge.model.names import weight_type
+from kind_edge.model.resize import METHODS, resized, target_spec
 from kind_edge.model.spec import ModelSpec, Ranks
 from kind_edge.model.truncation import fold_matrix, reordered
 
@@ -140,3 +141,40 @@ def test_what_cannot_be_shared_is_refused(make_checkpoint: MakeCheckpoint) -> No
     assert dataclasses.replace(spec, matrix_ranks={f"blocks.{i}.attn.q": Ranks(5, i) for i in range(3)})
     with pytest.raises(InputError, match="shared_factors: got 1, want true or false"):
         dataclasses.replace(spec, shared_factors=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("depth", [2, 7])
+def test_any_depth_keeps_what_blocks_have_in_common(method: str, depth: int, make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(**SHAPE)
+    spec = target_spec(checkpoint.spec, depth=depth)
+    deeper = resized(checkpoint, spec, method)
+    check_tensors(spec, {name: tuple(tensor.shape) for name, tensor in deeper.tensors.items()}, "resized")
+    assert spec == dataclasses.replace(checkpoint.spec, depth=depth)
+    for name, tensor in checkpoint.tensors.items():
+        if name.startswith("shared."):
+            assert torch.equal(deeper.tensors[name], tensor), name
+    sample, timestep, classes = inputs(spec)
+    assert torch.isfinite(deeper.model()(sample, timestep, classes)).all()
+
+
+def test_s_goes_smoothly_through_the_depth(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(**{**SHAPE, "depth": 4})
+    tensors = dict(checkpoint.tensors)
+    for block in range(4):
+        tensors[f"blocks.{block}.attn.v.learngene.s"] = torch.full((6,), 1 + block / 3)
+    deeper = resized(dataclasses.replace(checkpoint, tensors=tensors), target_spec(checkpoint.spec, depth=8), "front")
+    through = torch.stack([deeper.tensors[f"blocks.{block}.attn.v.learngene.s"][0] for block in range(8)])
+    assert (through.diff() > 0).all()
+    assert abs(through.mean() - 1.5) < 0.02
+
+
+def test_another_width_resizes_the_factors_and_never_invents_components(make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(**{**SHAPE, "heads": 4})
+    for width, rank in ((12, 5), (20, 6)):
+        spec = target_spec(checkpoint.spec, width=width)
+        assert (spec.learngene_rank, spec.shared_factors) == (rank, True)
+        other = resized(checkpoint, spec, "front")
+        check_tensors(spec, {name: tuple(tensor.shape) for name, tensor in other.tensors.items()}, "resized")
+    with pytest.raises(InputError, match=r"learngene_rank: got 7, want 1 to 6 \(the components there are\)"):
+        target_spec(checkpoint.spec, width=20, learngene_rank=7)
