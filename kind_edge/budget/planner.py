@@ -53,7 +53,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Problems:
-    """The problems of a source, built once for each way."""
+    """The problems of a source, built once for each way: for requests that differ in limits and goal alone."""
 
     source: Source
     _built: dict[tuple[Sampling, Candidate, DecoderCost | None], Problem] = field(default_factory=dict)
@@ -63,7 +63,14 @@ class Problems:
         key = (way.request.sampling, way.candidate, way.request.decoder)
         if key not in self._built:
             self._built[key] = build_problem(self.source, way.request, way.candidate)
-        return with_more(self._built[key], more)
+        return with_more(within(self._built[key], self.source, way), more)
+
+
+def within(problem: Problem, source: Source, way: Way) -> Problem:
+    """The problem with the limits and the goal of a way's own request."""
+    request = way.request
+    limits = Deployment(source.spec, request, way.candidate).limits()
+    return problem.within(limits, request.minimise, request.max_loss)
 
 
 def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
@@ -72,7 +79,7 @@ def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
         return problem
     limits = {name: int(limit * more.get(name, 1.0)) for name, limit in problem.limits.items()}
     max_loss = None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0)
-    return dataclasses.replace(problem, limits=limits, max_loss=max_loss)
+    return problem.within(limits, problem.minimise, max_loss)
 
 
 def make_plan(source: Source, request: Request) -> Plan:
