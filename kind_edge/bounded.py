@@ -6,13 +6,16 @@ else. Standard library only; NumPy where arrays are read.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
+import os
 import stat
 import tomllib
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +41,10 @@ def read_bytes(path: Path | str, most_bytes: int, what: str = "the file") -> byt
     """All of a file, if that is no more than `most_bytes`."""
     try:
         with open(path, "rb") as file:
-            content = file.read(most_bytes + 1)
+            found = os.fstat(file.fileno())
+            # As much as is asked for is allocated at once, so ask for what is there.
+            size = found.st_size if stat.S_ISREG(found.st_mode) else most_bytes
+            content = file.read(min(size, most_bytes) + 1)
     except OSError as error:
         raise InputError(f"{path}: cannot read {what}: {error.strerror}") from error
     if len(content) > most_bytes:
@@ -158,3 +164,12 @@ def _array(content: bytes, where: str) -> NDArray[Any]:
         raise InputError(f"{where}: {len(content) - file.tell()} bytes are not {dtype} {list(shape)}; copy it again")
     values: NDArray[np.generic] = np.frombuffer(content, dtype, offset=file.tell())
     return values.reshape(shape, order="F" if fortran else "C")
+
+
+@contextlib.contextmanager
+def well_formed(where: str) -> Iterator[None]:
+    """Round the code that takes apart what a file says: what trips over a wrong type or a missing part is its fault."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{where}: damaged, or not what it claims to be ({error!r:.120})") from error

@@ -116,7 +116,7 @@ class Sensitivity:
             branches = {str(name): _number(value) for name, value in values["branches"].items()}
             response = Response.from_dict(values["response"]) if "response" in values else None
             return cls(str(values["checkpoint_sha256"]), dict(values["conditions"]), matrices, branches, response)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: damaged ({error!r:.80}); remove it, and it is measured anew") from error
 
 

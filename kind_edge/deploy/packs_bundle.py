@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
-_STAY = ("packs/", "onnx/decoder", "LICENSE")
+_STAY = ("packs/", "onnx/decoder", "NOTICE")
 """Beginnings of what does not depend on the classes; everything else of a bundle is made anew or left out."""
 _MADE_ANEW = ("android", "web")
 """Formats whose folders follow from the manifest and the model files."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kind_edge.model.dit import Block, DiT, Nothing, assemble, patchify, unpatchify
+from kind_edge.model.provenance import NOT_STATED, card_licence, lineage
 from kind_edge.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -166,6 +167,15 @@ class Origin:
     plan: Plan
     timesteps: Tensor
     autoencoder: Autoencoder | None = None
+
+    def lineage(self) -> dict[str, Any]:
+        """What its files say of where they come from."""
+        told = lineage(self.plan.model, self.plan.checkpoint_sha256, self.truncated.provenance)
+        if self.autoencoder is None:
+            return told
+        licence = card_licence(self.autoencoder.folder) or NOT_STATED
+        own = {"name": self.autoencoder.kind, "sha256": self.autoencoder.sha256, "licence": licence}
+        return {**told, "autoencoder": own}
 
 
 class PlainDiT(nn.Module):

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from kind_edge.model.checkpoint import Checkpoint, save_checkpoint
 from kind_edge.model.dit_layouts import DenseDiT
 from kind_edge.model.foreign_files import read_foreign
 from kind_edge.model.names import is_factor
+from kind_edge.model.provenance import card_licence
 from kind_edge.model.spec import BRANCHES, ModelSpec, branch_of
 
 OnMatrix = Callable[[int, int], None]
@@ -66,7 +68,9 @@ def import_model(
             f"classes (the last of its {spec.num_classes + 1} label rows is the null class)"
         )
     checkpoint, energies = split(found.dense, learngene_rank, tailor_rank, on_matrix)
-    provenance = {"imported_from": source.resolve().name, "layout": found.layout}
+    provenance: dict[str, Any] = {"imported_from": source.resolve().name, "layout": found.layout}
+    if licence := card_licence(source):
+        provenance["stated"] = {"licence": licence}
     save_whole(output, dataclasses.replace(checkpoint, class_names=names, provenance=provenance))
     return Imported(output, found.layout, checkpoint.spec, names, *energies)
 
