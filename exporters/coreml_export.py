@@ -25,6 +25,7 @@ from kind_edge.exporters.coreml_choices import (
 from kind_edge.exporters.coreml_functions import add_functions
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
 from kind_edge.exporters.coreml_tools import require_coremltools
+from kind_edge.model.provenance import data_words
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
@@ -211,10 +212,9 @@ def _sampler(model: PlainDiT, denoiser: Denoiser) -> Sampler | None:
 
 def _description(name: str, model: PlainDiT, functions: Mapping[str, tuple[str, ...]]) -> Description:
     """What Xcode shows, and in `facts` what an app needs to know."""
-    from kind_edge.deploy.assemble import LICENCE
     from kind_edge.deploy.sampler_table import sampler_table
 
-    plan, spec = model.origin.plan, model.spec
+    plan, spec, told = model.origin.plan, model.spec, model.origin.lineage()
     classes = ", ".join(f"{index} {label}" for index, label in enumerate(plan.classes))
     null = len(plan.classes) if plan.null_branch else None
     numbered = classes + (f", {null} none (for guidance)" if null is not None else "")
@@ -228,11 +228,13 @@ def _description(name: str, model: PlainDiT, functions: Mapping[str, tuple[str, 
         "null_index": "" if null is None else str(null),
         "sampler_tables": json.dumps(sampler_table(plan.sampler, spec.objective, plan.steps).to_dict()),
         "checkpoint_sha256": plan.checkpoint_sha256,
+        **({"author": told["author"]} if "author" in told else {}),
+        **({"training_data": "; ".join(map(data_words, told["data"]))} if "data" in told else {}),
     }
     if functions:
         facts["functions"] = json.dumps({label: list(names) for label, names in functions.items()})
     short = f"{plan.model}: {what}. {plan.steps} {plan.sampler} steps. Classes: {classes}."
-    return Description(short, f"kind-edge {__version__}", LICENCE, plan.checkpoint_sha256[:12], features, facts)
+    return Description(short, f"kind-edge {__version__}", told["licence"], plan.checkpoint_sha256[:12], features, facts)
 
 
 EXPORTER = CoreMLExporter()

@@ -7,15 +7,17 @@ marked E, with "derived" in its source, or the unit is refused when it is asked 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from kind_edge.bounded import read_text
 from kind_edge.budget.operator_table import OperatorTable
 from kind_edge.budget.precision import PRECISIONS, Arithmetic, Precision, Unit
-from kind_edge.errors import InputError, UsageError, unknown
+from kind_edge.errors import UsageError, unknown
 
 Mark = Literal["P", "3P", "M", "E", "G"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
@@ -51,7 +53,8 @@ class ComputeUnit:
     """CPU, GPU or NPU of a device: peak FLOP/s (or integer OP/s) and the share of it that a DiT reaches, by arithmetic.
 
     `sustained_share`: speed after minutes of load over speed at first; `overhead_us`: what starting one operator costs.
-    `table`: what the operators of our models really take, where that was measured.
+    `table`: what the operators of our models really take, where that was measured; `one_thread`: those of models that
+    run on a single one.
     """
 
     name: Unit
@@ -60,6 +63,7 @@ class ComputeUnit:
     sustained_share: Figure
     overhead_us: Figure
     table: OperatorTable | None = None
+    one_thread: OperatorTable | None = None
 
     def has(self, precision: Precision) -> bool:
         """Whether there is a figure for a precision."""
@@ -130,6 +134,13 @@ class DeviceProfile:
         table = self.unit(unit).table
         return table if table is not None and table.has(precision) else None
 
+    def on_one_thread(self) -> DeviceProfile:
+        """The device as a model sees it that runs on one thread: with the tables for that, where there are any."""
+        own = {
+            name: dataclasses.replace(unit, table=unit.one_thread or unit.table) for name, unit in self.units.items()
+        }
+        return dataclasses.replace(self, units=own)
+
     def speed_share(self, unit: Unit, sustained: bool) -> float:
         """The share of a unit's speed at first: 1, or what lasts."""
         return self.unit(unit).sustained_share.value if sustained else 1.0
@@ -168,8 +179,9 @@ class DeviceProfile:
                 yield f"{unit.name}.efficiency.{precision}", figure
             yield f"{unit.name}.sustained_share", unit.sustained_share
             yield f"{unit.name}.overhead_us", unit.overhead_us
-            if unit.table is not None:
-                yield f"{unit.name}.measured_times", Figure(float(len(unit.table)), "M", unit.table.source)
+            for name, table in (("measured_times", unit.table), ("measured_times_on_one_thread", unit.one_thread)):
+                if table is not None:
+                    yield f"{unit.name}.{name}", Figure(float(len(table)), "M", table.source)
 
 
 def profile_names() -> tuple[str, ...]:
@@ -189,7 +201,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     text = str(name_or_path)
     if text.endswith(".toml") or "/" in text:
         path = Path(name_or_path)
-        return parse_profile(_read(path), path.stem, str(path))
+        return parse_profile(read_text(path, "the profile"), path.stem, str(path))
     if text not in profile_names():
         raise unknown("profile", text, profile_names())
     if text == HOST:
@@ -202,10 +214,3 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 def packaged_text(name: str) -> str:
     """The TOML text of a packaged profile."""
     return importlib.resources.files(PACKAGE).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the profile ({error})") from error

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from kind_edge.budget.operator_table import KINDS, OperatorTable
 from kind_edge.budget.profile import ComputeUnit, DeviceProfile, Figure
+from kind_edge.budget.profile_file import ONE_THREAD, OPERATORS
 
 _ROWS_PER_LINE = 6
 
@@ -46,9 +47,10 @@ def _unit(unit: ComputeUnit) -> Iterator[str]:
     )
     for name, values, scale in figures:
         yield from (f"{name}.{precision} = {_figure(figure, scale)}" for precision, figure in values.items())
-    if unit.table is not None:
-        yield f"\n[{unit.name}.operators]"
-        yield from _operators(unit.table)
+    for key, table in ((OPERATORS, unit.table), (ONE_THREAD, unit.one_thread)):
+        if table is not None:
+            yield f"\n[{unit.name}.{key}]"
+            yield from _operators(table)
 
 
 def _operators(table: OperatorTable) -> Iterator[str]:

@@ -15,6 +15,7 @@ from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, distan
 from kind_edge.deploy.app_source import guidance_words, render
 from kind_edge.deploy.mac_results import MacResults
 from kind_edge.errors import InputError
+from kind_edge.model.provenance import lineage_words
 from kind_edge.units import format_bytes, format_flops, format_params, format_seconds, format_share
 
 REPORT = "report.html"
@@ -260,7 +261,7 @@ def _conditions(here: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[
     yield "runtime", f"{here['runtime']}, {here['provider']}"
     yield "checkpoint", f"{values['source']['model']}, {values['source']['checkpoint_sha256']}"
     yield "made by", ", ".join(f"{name} {version}" for name, version in values["tools"].items())
-    yield "licence", values["licence"]
+    yield from lineage_words(values.get("provenance", {"licence": values["licence"]})).items()
 
 
 def _data_uri(picture: Path) -> str:

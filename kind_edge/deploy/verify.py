@@ -5,7 +5,6 @@ Of a denoiser SQNR per class and timestep, of a sampler or decoder PSNR per imag
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.bounded import read_npz
 from kind_edge.deploy.manifest import Manifest, ModelEntry, TensorInfo
 from kind_edge.deploy.parity import FileParity, VerifyReport, gate_db, gates_db, psnr_db, sqnr_db
 from kind_edge.errors import InputError
@@ -36,11 +36,7 @@ Reference = Mapping[str, NDArray[Any]]
 
 def load_reference(folder: Path) -> Reference:
     path = folder / REFERENCE_FILE
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            reference = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot read the stored reference: {error}") from error
+    reference = read_npz(path, "the stored reference")
     images = {name: reference[name] for name in LATENT_ARRAYS & set(reference)}
     whole = LATENT_ARRAYS if "latent" in images else IMAGE_ARRAYS
     for names, found in ((REFERENCE_ARRAYS, set(reference) - set(images)), (whole, set(images) or whole)):

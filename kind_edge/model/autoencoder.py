@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kind_edge.bounded import read_object
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.spec import ModelSpec
 from kind_edge.model.tiles import Tiles, in_tiles, tiles_of
@@ -191,14 +191,12 @@ def decode_tiled(decode: Callable[[Tensor], Tensor], latent: Tensor, tiles: Tile
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        values.get("_class_name")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return read_object(folder / "config.json")
+    except InputError as error:
         raise InputError(
             f"--autoencoder {folder}: no autoencoder of diffusers ({error}); want a folder with config.json and "
             f"safetensors weights of {' or '.join(KINDS)}, often the sub-folder vae of a pipeline"
         ) from error
-    return dict(values)
 
 
 def _empty(kind: str, config: Mapping[str, Any]) -> Any:
