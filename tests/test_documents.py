@@ -295,5 +295,3 @@ def test_contributing_names_every_folder_and_every_block() -> None:
         sys.path.remove(str(ROOT / "scripts"))
     shown = re.findall(r"^\| `([a-z]+)` \| (\S+) \|", text, re.M)
     assert shown == [(block.name, block.document) for block in studies.BLOCKS]
-
-
