@@ -25,6 +25,7 @@ from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import Checkpoint, read_metadata, read_tensors, write_tensors
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import GatedLinear
+from kind_edge.model.names import SHARED
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import Form
 from kind_edge.training.loop import stop_requests
@@ -203,6 +204,8 @@ def learned(student: DiT) -> dict[str, torch.nn.Parameter]:
     """What healing changes: factors and biases of the block matrices, made to require their gradient."""
     layers = {name: module for name, module in student.named_modules() if isinstance(module, GatedLinear)}
     found = {f"{name}.{part}": p for name, layer in layers.items() for part, p in layer.named_parameters() if p.numel()}
+    if student.shared is not None:
+        found |= {f"{SHARED}.{name}": p for name, p in student.shared.named_parameters() if p.numel()}
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
@@ -213,13 +216,13 @@ def rescaled(checkpoint: Checkpoint) -> Checkpoint:
 
     Whitened factors come with columns of very different lengths.
     """
-    tensors = dict(checkpoint.float_tensors())
-    for shape in checkpoint.spec.matrices():
-        for part in ("learngene", "tailors"):
-            name = f"{shape.name}.{part}"
-            length = tensors[f"{name}.V"].norm(dim=-2).clamp_min(1e-12)
-            tensors[f"{name}.V"] = tensors[f"{name}.V"] / length.unsqueeze(-2)
-            tensors[f"{name}.s"] = tensors[f"{name}.s"] * length
+    spec, old = checkpoint.spec, checkpoint.float_tensors()
+    tensors = dict(old)
+    for shape in spec.matrices():
+        learngene = spec.factor_name(shape.name, "s"), spec.factor_name(shape.name, "V")
+        for s, v in (learngene, (f"{shape.name}.tailors.s", f"{shape.name}.tailors.V")):
+            length = old[v].norm(dim=-2).clamp_min(1e-12)
+            tensors[v], tensors[s] = old[v] / length.unsqueeze(-2), old[s] * length
     return Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
 
 
