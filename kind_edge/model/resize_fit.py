@@ -7,11 +7,11 @@ the source's layers see on its own sampling trajectories.
 - Kept: of the residual stream, of the hidden units of every MLP and of the timestep network, those that a pivoted QR of
   their covariance takes first: what is left out is as nearly a linear function of them as can be had greedily. Of the
   heads, those whose outputs carry most energy. Of the blocks, every L/L'-th.
-- Fitted: where a layer of the source sees a, and the smaller model has a' there, P = E[a a'^T] E[a' a'^T]^-1 is the best
-  linear guess of a (and the mean of what is left a bias). The layer becomes W P: V becomes P^T V, for the learngene and
-  for every tailor alike, so components stay components. Layers are fitted in the order of the forward pass, each on what
-  the smaller model, as fitted so far, sees: a later layer makes good what an earlier one lost, and what was left out
-  between two blocks.
+- Fitted: where a layer of the source sees a, and the smaller model has a' there, P = E[a a'^T] E[a' a'^T]^-1 (of what
+  is left of both without their means) is the best linear guess of a, and what remains of the means goes into the bias.
+  The layer becomes W P: V becomes P^T V, for the learngene and for every tailor alike, so components stay components.
+  Layers are fitted in the order of the forward pass, each on what the smaller model, as fitted so far, sees there: so a
+  later layer makes good what an earlier one lost, and what was left out between two blocks.
 
 Larger: channels, heads and blocks are repeated; the fit lets those that are alike share the weight.
 
@@ -56,15 +56,23 @@ class _Kept:
 class _Reading:
     """a ~ P a' + p: how what a layer read is guessed from what there is now."""
 
-    def __init__(self, wanted: Tensor, given: Tensor) -> None:
-        """wanted [..., m], given [..., m']."""
+    def __init__(self, wanted: Tensor, given: Tensor, kept: Tensor) -> None:
+        """wanted [..., m], given [..., m'], whose channels are those of `kept` [m'] as far as they are the same still.
+
+        The ridge pulls towards reading what was kept as it was: nothing is changed where nothing was lost.
+        """
         wanted, given = wanted.flatten(0, -2).double(), given.flatten(0, -2).double()
-        middle, given_middle = wanted.mean(0), given.mean(0)
+        share = 1 / torch.bincount(kept, minlength=wanted.shape[1])[kept].double()
+        same = torch.zeros(wanted.shape[1], len(kept), dtype=torch.float64)
+        same[kept, torch.arange(len(kept))] = share
+        missing = wanted - given @ same.T
+        middle, given_middle = missing.mean(0), given.mean(0)
         centred = given - given_middle
         covariance = centred.T @ centred
         covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-12)
-        self.P = torch.linalg.solve(covariance, centred.T @ (wanted - middle)).T  # [m, m']
-        self.p = middle - self.P @ given_middle
+        change = torch.linalg.solve(covariance, centred.T @ (missing - middle)).T
+        self.P = same + change  # [m, m']
+        self.p = middle - change @ given_middle
 
 
 @torch.no_grad()
@@ -133,10 +141,9 @@ def _covariances(source: DiT, inputs: Inputs) -> dict[str, Tensor]:
     """E[a a^T] of what every layer of the blocks and the final one sees, and of what adaLN and the timestep's do."""
     found: dict[str, Tensor] = {}
     hooks = []
-    names = {f"blocks.{i}.{part}" for i in range(source.spec.depth) for part in ("attn.q", "attn.o", "mlp.fc1", "mlp.fc2")}
-    alias = {"final.adaln": "condition", "t_embed.fc2": "timestep"}
+    alias = {"final.adaln": "condition", "t_embed.fc2": "timestep", "final.linear": "final.linear"}
     for name, module in source.named_modules():
-        if name not in names | alias.keys() | {"final.linear"}:
+        if name not in alias and not (name.startswith("blocks.") and name.endswith((".q", ".o", ".fc1", ".fc2"))):
             continue
 
         def look(_: object, arguments: tuple[Tensor, ...], name: str = name) -> None:
@@ -207,7 +214,7 @@ def _fit_embedders(source: DiT, new: DiT, kept: _Kept, timestep: Tensor, classes
     _set(old_embed.fc1, embed.fc1, kept.timestep, None)
     features = timestep_features(timestep, old_embed.frequencies)
     hidden, new_hidden = F.silu(old_embed.fc1(features)), F.silu(embed.fc1(features))
-    _set(old_embed.fc2, embed.fc2, kept.condition, _Reading(hidden, new_hidden))
+    _set(old_embed.fc2, embed.fc2, kept.condition, _Reading(hidden, new_hidden, kept.timestep))
     if source.y_embed is not None and new.y_embed is not None:
         new.y_embed.weight.copy_(source.y_embed.weight[:, kept.condition])
     return source.condition(timestep, classes), new.condition(timestep, classes)
@@ -230,22 +237,22 @@ def _fit_block(
 ) -> Tensor:
     """One block; `x` [B, N, D] and `new_x` [B, N, D'] come in, what leaves the new one is returned."""
     width = x.shape[-1]
-    _set(old.adaln, new.adaln, _chunks(kept.channels, 6, width), _Reading(*condition))
+    _set(old.adaln, new.adaln, _chunks(kept.channels, 6, width), _Reading(*condition, kept.condition))
     parts = old.adaln(condition[0]).unsqueeze(1).chunk(6, -1)
     new_parts = new.adaln(condition[1]).unsqueeze(1).chunk(6, -1)
     head_width = width // old.attn.heads
     rows = (kept.heads[place][:, None] * head_width + torch.arange(head_width)).flatten()
     a, new_a = _normed(x, *parts[:2]), _normed(new_x, *new_parts[:2])
-    reading = _Reading(a, new_a)
+    reading = _Reading(a, new_a, kept.channels)
     for name in "qkv":
         _set(getattr(old.attn, name), getattr(new.attn, name), rows, reading)
     y, new_y = _attended(old.attn, a, gate), _attended(new.attn, new_a, gate)
-    _set(old.attn.o, new.attn.o, kept.channels, _Reading(y, new_y))
+    _set(old.attn.o, new.attn.o, kept.channels, _Reading(y, new_y, rows))
     x, new_x = x + parts[2] * old.attn.o(y, gate), new_x + new_parts[2] * new.attn.o(new_y, gate)
     a, new_a = _normed(x, *parts[3:5], old.mlp_norm_eps), _normed(new_x, *new_parts[3:5], old.mlp_norm_eps)
-    _set(old.mlp.fc1, new.mlp.fc1, kept.hidden[place], _Reading(a, new_a))
+    _set(old.mlp.fc1, new.mlp.fc1, kept.hidden[place], _Reading(a, new_a, kept.channels))
     hidden, new_hidden = (F.gelu(mlp.fc1(b, gate), approximate="tanh") for mlp, b in ((old.mlp, a), (new.mlp, new_a)))
-    _set(old.mlp.fc2, new.mlp.fc2, kept.channels, _Reading(hidden, new_hidden))
+    _set(old.mlp.fc2, new.mlp.fc2, kept.channels, _Reading(hidden, new_hidden, kept.hidden[place]))
     return new_x + new_parts[5] * new.mlp.fc2(new_hidden, gate)
 
 
@@ -264,12 +271,10 @@ def _attended(attention: Attention, a: Tensor, gate: ClassGate) -> Tensor:
     return seen[0]
 
 
-def _fit_final(
-    source: DiT, new: DiT, kept: _Kept, x: Tensor, new_x: Tensor, condition: tuple[Tensor, Tensor]
-) -> None:
+def _fit_final(source: DiT, new: DiT, kept: _Kept, x: Tensor, new_x: Tensor, condition: tuple[Tensor, Tensor]) -> None:
     width = x.shape[-1]
-    _set(source.final.adaln, new.final.adaln, _chunks(kept.channels, 2, width), _Reading(*condition))
+    _set(source.final.adaln, new.final.adaln, _chunks(kept.channels, 2, width), _Reading(*condition, kept.condition))
     shift, scale = source.final.adaln(condition[0]).unsqueeze(1).chunk(2, -1)
     new_shift, new_scale = new.final.adaln(condition[1]).unsqueeze(1).chunk(2, -1)
-    reading = _Reading(_normed(x, shift, scale), _normed(new_x, new_shift, new_scale))
+    reading = _Reading(_normed(x, shift, scale), _normed(new_x, new_shift, new_scale), kept.channels)
     _set(source.final.linear, new.final.linear, torch.arange(source.spec.patch_values), reading)
