@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from math import isfinite
 
 from kind_edge.budget.loss import MatrixLoss
 from kind_edge.budget.plan import Storage
@@ -75,12 +76,13 @@ class _Menu:
         levels: list[tuple[Storage, int]] = [("factored", rank) for rank in rank_levels(full)]
         if tailors or not full:
             levels.insert(0, ("dropped", 0))
-        for storage, rank in [*levels, ("dense", full)] if full else levels:
+        levels = [*levels, ("dense", full)] if full else levels
+        for storage, rank in [(storage, rank) for storage, rank in levels if isfinite(loss.shared[rank])]:
             yield Option(storage, rank, _loss(loss.shared[rank]), self._cost(matrix[1:], storage, rank, precision))
 
     def _tailors(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision) -> Iterator[Option]:
         """Never rank 0: a class without tailors is none, however little that costs the loss."""
-        for rank in rank_levels(len(loss.tailor) - 1):
+        for rank in [rank for rank in rank_levels(len(loss.tailor) - 1) if isfinite(loss.tailor[rank])]:
             yield Option("tailors", rank, _loss(loss.tailor[rank]), self._cost(matrix[1:], None, rank, precision))
 
     def _cost_of(

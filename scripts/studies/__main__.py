@@ -65,8 +65,8 @@ anysize-heal   the same after 300 steps of training on (trains four times a seed
 anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
 
 From runs of its own:
-resize         scripts/results resize -o FOLDER: models of other sizes begun from a trained one, and from scratch (hours);
-               publish reads the runs in docs/studies/resize
+resize         -o FOLDER: models of other sizes, begun from a trained one and from scratch (hours); publish reads
+               the runs in docs/studies/resize
 
 Beside it:
 recommend      settles the guidance of --checkpoint by the judge, and writes it and its quality into config.json
@@ -98,14 +98,15 @@ BLOCKS = (
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
     Block("resize", "docs/results.md", resize_text.text, album="studies/resize", of_shipped=False),
 )  # fmt: skip
-"""All that is said of the shipped model, and of studies; quick ones first, and what is timed before the machine gets warm."""
+"""All that is said of the shipped model, and what stands in STUDIES; quick ones first, and what is timed before the
+machine gets warm."""
 
 METHODS = {
     "anysize": ("whitened", "plain", "planned"),
     "anysize-heal": ("healed",),
     "anysize-dense": ("dense",),
 }
-ABOUT_A_MODEL = (*(block.name for block in BLOCKS if block.of_shipped), *(name for name in METHODS if name != "anysize"))
+ABOUT_A_MODEL = (*(block.name for block in BLOCKS if block.of_shipped), "anysize-heal", "anysize-dense")
 OTHERS = ("resize", "trainings", "transfer", "trials", "twin")
 
 
