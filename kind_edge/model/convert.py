@@ -12,8 +12,9 @@ Symbols: W n x m, N_G learngene rank, N_T tailor rank, C classes.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,7 @@ def import_model(
     on_matrix: OnMatrix | None = None,
 ) -> Imported:
     """Write the KIND checkpoint of a DiT's `.pt` file or diffusers folder; `output` appears whole or not at all."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is not empty; choose another -o or remove it")
+    check_absent(output)
     found = read_foreign(source, heads)
     spec = found.dense.spec
     if heads is not None and spec.heads != heads:
@@ -66,16 +66,27 @@ def import_model(
         )
     checkpoint, energies = split(found.dense, learngene_rank, tailor_rank, on_matrix)
     provenance = {"imported_from": source.resolve().name, "layout": found.layout}
-    _save_whole(output, dataclasses.replace(checkpoint, class_names=names, provenance=provenance))
+    save_whole(output, dataclasses.replace(checkpoint, class_names=names, provenance=provenance))
     return Imported(output, found.layout, checkpoint.spec, names, *energies)
 
 
-def _save_whole(output: Path, checkpoint: Checkpoint) -> None:
-    """Write beside `output` and rename when complete."""
+def check_absent(output: Path) -> None:
+    """Refuse a folder that holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not empty; choose another -o or remove it")
+
+
+def save_whole(
+    output: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, beside: Iterable[Path] = ()
+) -> None:
+    """Write beside `output`, with copies of the files in `beside`, and rename when complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.new-", dir=output.parent) as temporary:
-        save_checkpoint(Path(temporary) / output.name, checkpoint)
-        (Path(temporary) / output.name).rename(output)
+        folder = Path(temporary) / output.name
+        save_checkpoint(folder, checkpoint, dtype)
+        for path in beside:
+            shutil.copyfile(path, folder / path.name)
+        folder.rename(output)
 
 
 def split(

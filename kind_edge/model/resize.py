@@ -18,6 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from torch import Tensor
 
 from kind_edge.errors import InputError, UsageError, unknown
 from kind_edge.model.calibration import Calibration, calibrate_on_inputs, trajectory_inputs
-from kind_edge.model.checkpoint import Checkpoint, checkpoint_hash
+from kind_edge.model.checkpoint import HELDOUT, Checkpoint, checkpoint_hash, load_checkpoint, stored_dtype
+from kind_edge.model.convert import check_absent, save_whole
 from kind_edge.model.resize_axes import Method, Stack, kinds, resize_kind
 from kind_edge.model.resize_bot import bot
 from kind_edge.model.resize_front import front
@@ -114,6 +116,35 @@ def resized(
         split = f"whitened: {calibration.source} of the source"
     provenance = _provenance(checkpoint, spec, method, split)
     return Checkpoint(spec, checkpoint.class_names, tensors, provenance)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is asked for; None: as it is, or (ranks) scaled with the width."""
+
+    depth: int | None
+    width: int | None
+    learngene_rank: int | None = None
+    tailor_rank: int | None = None
+
+
+def resize_model(
+    source: Path, output: Path, sizes: Sizes, method: str, on_part: OnPart = lambda done, total: None
+) -> Checkpoint:
+    """Write the resized checkpoint, and the source's held-out images, to `output`, which appears whole or not at all.
+
+    Raises:
+        UsageError: no size is asked for, `output` holds something, or as `resized`.
+        InputError: a size that there cannot be, or a source that cannot be read.
+    """
+    if sizes.depth is None and sizes.width is None:
+        raise UsageError("give --depth or --width, or both; what is not given stays")
+    check_absent(output)
+    checkpoint = load_checkpoint(source)
+    done = resized(checkpoint, target_spec(checkpoint.spec, *dataclasses.astuple(sizes)), method, on_part)
+    heldout = source / HELDOUT
+    save_whole(output, done, stored_dtype(checkpoint), [heldout] if heldout.is_file() else [])
+    return done
 
 
 def _check_source(checkpoint: Checkpoint, target: ModelSpec) -> None:

@@ -5,8 +5,8 @@ of one layer. What is never resized: patch values, timestep frequencies, classes
 
 - The residual stream: one axis for the whole model, the same channel in every block. Its order is an accident of the
   initialisation, but one that all blocks share, so that joining channel i with i + 1 everywhere is one projection.
-- Heads: queries, keys, values and what o reads are [heads, head width]. The head width stays, so heads are the axis, for
-  every place inside a head by itself: different places are never mixed.
+- Heads: queries, keys, values and what o reads are [heads, head width]. The head width stays, so the heads are the
+  axis, for every place inside a head by itself: different places are never mixed.
 - The MLP's hidden axis is private to its block; the order in one block has nothing to do with that in the next one.
 - adaLN: shift, scale and gate of a branch, one chunk of D outputs each, every chunk resized by itself.
 - The position table is a vector per token over the residual stream. It is resized like all that is written there: the
