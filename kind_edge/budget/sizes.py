@@ -30,27 +30,32 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Size:
-    """One measured size: the predicted relative increase of the loss at full rank, and what int8 adds by matrix.
+    """One measured size: the relative increase of the loss at full rank, and what int8 adds to it by matrix.
 
-    `steps`: optimizer steps that the time of healing held where it was measured.
+    `method` and seconds of healing, `steps` of the optimizer in them, and on what (`hardware`) it was measured.
     """
 
     depth: int
     width: int
+    method: str
+    heal_s: float
     increase: float
     int8: Mapping[str, float]
     steps: int
+    hardware: str
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """The sizes of one checkpoint, by one method and one time of healing, as they lie beside it."""
+class SizeTable:
+    """The measured sizes of one checkpoint, as they lie beside it."""
 
     checkpoint_sha256: str
-    method: str
-    heal_s: float
-    conditions: Mapping[str, Any]
     sizes: tuple[Size, ...]
+
+    def find(self, depth: int, width: int, method: str, heal_s: float) -> Size | None:
+        wanted = depth, width, method, heal_s
+        own = (size for size in self.sizes if (size.depth, size.width, size.method, size.heal_s) == wanted)
+        return next(own, None)
 
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
@@ -58,30 +63,30 @@ class Sizes:
         return json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=1) + "\n"
 
     @classmethod
-    def from_dict(cls, values: Any, where: str) -> Sizes:
+    def from_dict(cls, values: Any, where: str) -> SizeTable:
         """`InputError` for what is no such table."""
         if not isinstance(values, Mapping) or values.get("schema_version") != SCHEMA_VERSION:
             raise InputError(f"{where}: not a table of sizes of schema version {SCHEMA_VERSION}; remove it")
         try:
             sizes = tuple(_size(each) for each in values["sizes"])
-            own = str(values["checkpoint_sha256"]), str(values["method"]), _number(values["heal_s"])
-            return cls(*own, dict(values["conditions"]), sizes)
+            return cls(str(values["checkpoint_sha256"]), sizes)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: damaged ({error!r:.80}); remove it, and measure the sizes anew") from error
 
 
-def read_sizes(path: Path) -> Sizes:
+def read_sizes(path: Path) -> SizeTable:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error}); remove it, and measure the sizes anew") from error
-    return Sizes.from_dict(values, str(path))
+    return SizeTable.from_dict(values, str(path))
 
 
 def _size(values: Mapping[str, Any]) -> Size:
     int8 = {str(name): _number(value) for name, value in values["int8"].items()}
     depth, width, steps = (int(_number(values[name])) for name in ("depth", "width", "steps"))
-    return Size(depth, width, _number(values["increase"]), int8, steps)
+    method, hardware = str(values["method"]), str(values["hardware"])
+    return Size(depth, width, method, _number(values["heal_s"]), _number(values["increase"]), int8, steps, hardware)
 
 
 def _number(value: Any) -> float:
@@ -90,13 +95,13 @@ def _number(value: Any) -> float:
     return float(value)
 
 
-def sized_source(whole: Source, sizes: Sizes, size: Size, spec: ModelSpec) -> Source:
+def sized_source(whole: Source, size: Size, spec: ModelSpec) -> Source:
     """The model at a measured size, `spec`, as something to plan for: at full rank, with precision left to choose."""
 
     def losses(form: Form, classes: Sequence[str]) -> LossModel:
         return full_rank_losses(spec, size, form, len(classes))
 
-    resize = {"depth": size.depth, "width": size.width, "method": sizes.method, "heal_s": sizes.heal_s}
+    resize = {"depth": size.depth, "width": size.width, "method": size.method, "heal_s": size.heal_s}
     return dataclasses.replace(
         whole, spec=spec, losses=losses, calibration="none: no rank is cut", teacher=None, resize=resize
     )

@@ -94,9 +94,16 @@ def _check_size(name: str, wanted: int, now: int, unit: int) -> None:
 
 
 def resized(
-    checkpoint: Checkpoint, spec: ModelSpec, method: str, on_part: OnPart = lambda done, total: None
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    method: str,
+    on_part: OnPart = lambda done, total: None,
+    *,
+    to_heal: bool = False,
 ) -> Checkpoint:
     """The checkpoint at the shape of `spec`, which `target_spec` made, by the method of that name; float32.
+
+    `to_heal`: also a distilled one, which no training on images would bring back its steps; healing does.
 
     Raises:
         UsageError: an unknown method, or a checkpoint that cannot be resized.
@@ -104,7 +111,7 @@ def resized(
     """
     if method not in METHODS:
         raise unknown("method", method, METHODS)
-    _check_source(checkpoint, spec)
+    _check_source(checkpoint, spec, to_heal)
     resizing = _Resizing(checkpoint.spec, spec, METHODS[method])
     source = {name: t.double().numpy() for name, t in checkpoint.float_tensors().items() if not is_factor(name)}
     tensors = {name: torch.from_numpy(array).float() for name, array in resizing(source).items()}
@@ -147,9 +154,9 @@ def resize_model(
     return done
 
 
-def _check_source(checkpoint: Checkpoint, target: ModelSpec) -> None:
+def _check_source(checkpoint: Checkpoint, target: ModelSpec, to_heal: bool) -> None:
     spec, where = checkpoint.spec, checkpoint.path or "the checkpoint"
-    if spec.distilled:
+    if spec.distilled and not to_heal:
         raise UsageError(
             f"{where} is distilled: its steps were learned at its size; resize the model that it was distilled from, "
             "train that on, and distil again"
