@@ -9,20 +9,19 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from kind_edge.budget.problem import Source
-from kind_edge.budget.sizes import Size, SizeTable, sized_source
+from kind_edge.budget.sizes import Size, sized_source
 from kind_edge.deploy.probe import int8_losses
 from kind_edge.deploy.quality import heldout_quality, overall
 from kind_edge.deploy.request import OpenedModel
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.sizes_file import find_sizes, healing_file, keep_sizes
 from kind_edge.errors import GateError, UsageError
-from kind_edge.model.checkpoint import Checkpoint, as_stored
+from kind_edge.model.checkpoint import as_stored
 from kind_edge.model.resize import resized, target_spec
 from kind_edge.model.spec import ModelSpec, recommended
 from kind_edge.units import format_seconds
