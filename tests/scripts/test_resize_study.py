@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.training.config import preset
 from kind_edge.training.data import find_fashion_mnist
 
@@ -96,7 +97,13 @@ def test_every_point_is_run_once_and_never_mixed_with_another_start(
     assert "half-depth, selection" in text(records)
     draw(records, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 5_000
-    monkeypatch.setattr(resize, "resized", lambda source, spec, _: resized(source, spec, "bot"))
+
+    def another(*asked: Any) -> Checkpoint:
+        start = resized(*asked)
+        moved = {"final.linear.bias": start.tensors["final.linear.bias"] + 1}
+        return dataclasses.replace(start, tensors={**start.tensors, **moved})
+
+    monkeypatch.setattr(resize, "resized", another)
     (tmp_path / "resize" / "half-depth-front-80-seed0.json").unlink()
     with pytest.raises(UsageError, match="began from other weights; remove the runs of half-depth, front"):
         resize.run_study(tmp_path, 20, (0,))
