@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,13 +34,16 @@ from kind_edge.model.resize_axes import Method, Stack, kinds, resize_kind
 from kind_edge.model.resize_bot import bot
 from kind_edge.model.resize_front import front
 from kind_edge.model.resize_selection import selection
-from kind_edge.model.spec import ModelSpec
+from kind_edge.model.spec import BRANCHES, ModelSpec
 from kind_edge.model.truncation import Whitening, both_branches, sorted_factors, trainable
 
 METHODS: Mapping[str, Method] = {"front": front, "bot": bot, "selection": selection}
 
 FURTHEST = 4
 """Times as large or as small, at most, in depth and in width."""
+
+TWIN_NOISE = 0.02
+"""Of a matrix's root mean square, where width grows. Channels that are copies would have equal gradients for ever."""
 
 _OF_THE_OLD_SIZE = ("quality", "quality_by_steps", "final_loss", "resized")
 
@@ -183,8 +188,29 @@ class _Resizing:
             if kind.name.format(0) in tensors:
                 old = [tensors[name] for name in kind.names(self.spec.depth)]
                 names = kind.names(self.target.depth)
-                found |= zip(names, resize_kind(self.method, kind, old, len(names)), strict=True)
+                new = resize_kind(self.method, kind, old, len(names))
+                found |= {name: self._finished(name, stack) for name, stack in zip(names, new, strict=True)}
         return found
+
+    def _finished(self, name: str, tensor: Stack) -> Stack:
+        """With what a stack alone does not tell.
+
+        Where fewer blocks add to the residual stream, each adds more: gates go by L/L'. Where width grows, channels may
+        be copies: a little noise, or they would stay so.
+        """
+        if ".adaln." in name and name.startswith("blocks."):
+            chunks = tensor.reshape(len(BRANCHES), 3, self.target.width, -1).copy()  # shift, scale and gate of each
+            chunks[:, 2] *= self.spec.depth / self.target.depth
+            return chunks.reshape(tensor.shape)
+        if _is_matrix(name) and self.target.width > self.spec.width:
+            noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.shape)
+            return tensor + TWIN_NOISE * np.sqrt(np.square(tensor).mean()) * noise
+        return tensor
+
+
+def _is_matrix(name: str) -> bool:
+    """Whether it is one of the six that may be factored."""
+    return name.startswith("blocks.") and name.endswith(".weight") and ".adaln." not in name
 
 
 def is_factor(name: str) -> bool:

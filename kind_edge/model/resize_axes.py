@@ -90,10 +90,23 @@ def resize_kind(method: Method, kind: Kind, tensors: Sequence[Stack], layers: in
     shape = tensors[0].shape
     stack = np.stack([(t.T if kind.transposed else t).reshape(len(t.T if kind.transposed else t), -1) for t in tensors])
     resized = _resize(method, stack, kind.outputs, kind.inputs, layers)
+    resized *= _gain(stack, resized)
     if kind.transposed:
         return [layer.T.copy() for layer in resized]
     inputs = shape[1:] if kind.inputs.size == kind.inputs.new_size else (-1,)  # also those of a patch, or none
     return [layer.reshape(len(layer), *inputs) for layer in resized]
+
+
+def _gain(old: Stack, new: Stack) -> float:
+    """What keeps the variance of the outputs, over inputs that are not correlated, where a method loses some of it.
+
+    A smaller stack holds the low frequencies alone, or means of neighbours; and in a trained model neighbours are as
+    good as independent. Where a stack grows, the new inputs are correlated (m of m' directions are in use): the rest of
+    the variance is no loss.
+    """
+    inputs = min(1.0, old.shape[2] / new.shape[2])
+    before, after = (np.square(stack).sum() / (stack.shape[0] * stack.shape[1]) for stack in (old, new))
+    return float(np.sqrt(max(1.0, before * inputs / after))) if after > 0 else 1.0
 
 
 def _resize(method: Method, stack: Stack, outputs: Axis, inputs: Axis, layers: int) -> Stack:

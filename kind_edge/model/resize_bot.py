@@ -33,10 +33,14 @@ def bot(stack: NDArray[np.float64], shape: tuple[int, int, int]) -> NDArray[np.f
 
 def _along(stack: NDArray[np.float64], axis: int, size: int, share: bool) -> NDArray[np.float64]:
     """One axis, level by level. `share`: samples sum where they are joined, and share where they are doubled."""
-    while (now := stack.shape[axis]) > size:
-        stack = _join(stack, axis, max(size, (now + 1) // 2), share)
-    while (now := stack.shape[axis]) < size:
-        stack = _double(stack, axis, min(size, 2 * now), share)
+    small, large = sorted((stack.shape[axis], size))
+    whole = [small * 2**level for level in range(large // small) if small * 2**level <= large]
+    if stack.shape[axis] > size:  # what is no whole level first, so that this undoes its inverse
+        for step in reversed(whole):
+            stack = _join(stack, axis, step, share)
+        return stack
+    for step in [*whole[1:], size]:
+        stack = _double(stack, axis, step, share)
     return stack
 
 
