@@ -1,4 +1,4 @@
-"""Where the measured sizes of a model lie: beside the checkpoint, or in the user's cache where that cannot be written."""
+"""Where the measured sizes of a model lie: beside the checkpoint, or in the user's cache where that is read-only."""
 
 from __future__ import annotations
 

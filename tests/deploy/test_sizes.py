@@ -16,7 +16,7 @@ from kind_edge.budget.sizes import Size, SizeTable, full_rank_losses, read_sizes
 from kind_edge.deploy import pipeline, resizing
 from kind_edge.deploy.cut import healing_key, make_cut
 from kind_edge.deploy.request import make_source, open_model
-from kind_edge.deploy.resizing import METHOD, offered, sized_sources, size_spec
+from kind_edge.deploy.resizing import METHOD, offered, size_spec, sized_sources
 from kind_edge.deploy.sizes_file import SIZES, find_sizes, healing_file, keep_sizes
 from kind_edge.errors import InputError, NoPlanError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint
