@@ -1,5 +1,7 @@
 """Measurements of the shipped model on this machine; every name prints a table, or one JSON object with --json.
 
+coreml   seconds and memory of converting the shipped model and a DiT-B/2 with random weights to Core ML, and how close
+         the saved packages stay for one class; five minutes
 costs    calibrates this machine, then: latency, memory and file size of plans, predicted against measured; sizes of a
          DiT-B/2; ten minutes
 peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
@@ -75,6 +77,13 @@ def steps() -> dict[str, Any]:
     return {"rows": rows, **summary(records)}
 
 
+def coreml() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_coreml import coreml as conversions
+
+    return conversions()
+
+
 def costs() -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parent))
     from _bench_costs import costs as compared
@@ -124,6 +133,7 @@ def peers() -> dict[str, Any]:
 
 
 BENCHES = {
+    "coreml": coreml,
     "costs": costs,
     "export": export_time,
     "graph": graph,

@@ -23,8 +23,9 @@ HEAVY = {
 }  # fmt: skip
 
 ALL_BUT_EXPORTERS = {"budget", "cli", "deploy", "model", "profiles", "registry", "training"}
-FREE = {"errors", "units", "_version"}
+FREE = {"bounded", "errors", "units", "_version"}
 ARROWS = {
+    "bounded": set(),
     "errors": set(),
     "units": set(),
     "_version": set(),

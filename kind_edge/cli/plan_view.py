@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 
 from kind_edge.budget.plan import MatrixPlan, Plan
-from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, predicted_words
+from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, predicted_words
 from kind_edge.cli import tables
 from kind_edge.cli.tables import Cell
 from kind_edge.units import format_flops, format_seconds, format_share
@@ -61,6 +61,7 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
         yield "price", _price(plan, name, price)
     if plan.time:
         yield "time", time_words(plan.time)
+    yield from coreml_words(plan.coreml)
     if plan.teacher_time:
         longer = plan.teacher_time["image_s"] / plan.time["image_s"]
         yield "before", f"{time_words(plan.teacher_time)} at its teacher's steps and guidance: {longer:.3g} x as long"

@@ -133,7 +133,7 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
     default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
     decoder = decoder_facts(model.autoencoder, plan, reference["latent"]) if model.autoencoder else None
     spec = size_spec(model.checkpoint.spec, plan.resize)
-    values = assemble.describe(plan, spec, entries, default_model, table, decoder)
+    values = assemble.describe(plan, spec, entries, default_model, table, plain.origin.lineage(), decoder)
     verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
     loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
     size = sum((folder / file).stat().st_size for file in loaded)

@@ -15,10 +15,11 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.problem import Request, Source
+from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile, profile_names
 from kind_edge.budget.sizes import make_plan_of_any_size
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
+from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
 from kind_edge.deploy.merge import class_indices, truncate
@@ -32,12 +33,13 @@ from kind_edge.deploy.request import (
     Choices,
     OpenedModel,
     as_replayed,
-    make_request,
+    ask,
     make_source,
     open_model,
 )
 from kind_edge.deploy.resizing import at_planned_size, check_heal, planned_source, sized_sources
 from kind_edge.deploy.sampler_table import sampler_table
+from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint
@@ -72,8 +74,7 @@ def plan(
     """
     device = load_profile(profile)
     opened = open_model(model, on_measure, autoencoder)
-    request = make_request(opened.checkpoint, device, **choices)
-    source = make_source(opened)
+    source, request = ask(opened, device, **choices)
     if allow_resize is None:
         return make_plan(source, request)
     heal_s = parse_duration(allow_resize, "--allow-resize")
@@ -95,8 +96,8 @@ def pareto(
     """
     opened = open_model(model, on_measure, autoencoder)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
-    request = make_request(opened.checkpoint, load_profile(profile), **choices)
-    return front(make_source(opened), request, axis)
+    source, request = ask(opened, load_profile(profile), **choices)
+    return front(source, request, axis)
 
 
 def export(
@@ -109,6 +110,7 @@ def export(
     autoencoder: str | Path | None = None,
     heal: str | None = None,
     format_choices: Mapping[str, Mapping[str, Any]] | None = None,
+    sign: SigningKey | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
     on_healing: OnHealing | None = None,
@@ -121,7 +123,8 @@ def export(
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
     `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
     ONNX is always among the formats: what an app loads, what is measured and what draws the preview. `format_choices`
-    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}.
+    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}. With `sign` the manifest is signed:
+    `kind_edge.deploy.signing.read_signing_key("KEY.pem")`.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
@@ -140,8 +143,7 @@ def export(
         device = load_profile(profile)
         if wanted.packs and choices.get("form", "auto") == "auto":
             choices["form"] = "switch"
-        request = make_request(opened.checkpoint, device, **choices)
-        source = make_source(opened)
+        source, request = ask(opened, device, **choices)
         plan = make_plan(source, request)
     else:
         if profile is None and plan.profile not in profile_names():
@@ -154,8 +156,9 @@ def export(
     if wanted.packs:
         check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
-    with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
+    packages = Packages(source, device, (format_choices or {}).get("coreml", {}) if "coreml" in formats else None)
+    with writing_bundle(destination, keep_failed, sign) as folder:
+        plan, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
@@ -170,7 +173,7 @@ def export(
 def _fitted(
     model: OpenedModel,
     plan: Plan,
-    source: Source,
+    packages: Packages,
     request: Request | None,
     folder: Path,
     formats: Formats,
@@ -190,7 +193,8 @@ def _fitted(
             )
         spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
-        plan = make_plan(source, request)
+        plan = packages.settled(make_plan(packages.source, request))
+    packages.check(made.values["models"], plan)
     return plan, made
 
 
@@ -221,16 +225,21 @@ def heal_cut(
 
 
 def verify(
-    bundle: str | Path, checkpoint: str | Path | None = None, autoencoder: str | Path | None = None
+    bundle: str | Path,
+    checkpoint: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    key: str | Path | None = None,
 ) -> VerifyReport:
     """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
+
+    With `key`, a PEM file with the public half of an Ed25519 key, the signature of its manifest comes first.
 
     The stored reference is used; with `checkpoint` it is computed anew from the gated model. Of a healed bundle that is
     the healed checkpoint in it, and `checkpoint` must be the one that it was cut from. Where there is a decoder, its
     `autoencoder` must be given as well.
     """
     with open_bundle(bundle) as folder:
-        manifest = verified_manifest(folder, str(bundle))
+        manifest = verified_manifest(folder, str(bundle), key)
         reference, told = load_reference(folder), VerifyReport.reference
         if autoencoder is not None and checkpoint is None:
             raise UsageError("--autoencoder goes with --checkpoint: alone it has nothing to decode")

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, distance_words, predicted_words
+from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, distance_words, predicted_words
 from kind_edge.deploy.app_source import guidance_words, render
 from kind_edge.deploy.mac_results import MacResults
 from kind_edge.errors import InputError
+from kind_edge.model.provenance import lineage_words
 from kind_edge.units import format_bytes, format_flops, format_params, format_seconds, format_share
 
 REPORT = "report.html"
@@ -62,6 +63,7 @@ def _context(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "parity": list(_parity(values)),
         "by_class": _by_class(values),
+        "packages": list(_packages(values)),
         "quality": list(_quality(values)),
         "healed": values.get("healing", {}).get("told") if values.get("healing", {}).get("kept") else None,
         "measured": list(_measured(values)),
@@ -87,6 +89,7 @@ def _decided(plan: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row
     yield "matrices", ", ".join(f"{storages.count(kind)} {kind}" for kind in dict.fromkeys(storages))
     yield "modulation", "baked into a table" if plan["modulation"] != "network" else "kept as a network"
     yield "app loads", values["default_model"]
+    yield from coreml_words(plan.get("coreml", {}))
 
 
 def _costs(plan: Mapping[str, Any]) -> Iterator[Row]:
@@ -176,7 +179,7 @@ def _parity(values: Mapping[str, Any]) -> Iterator[Row]:
     found = values["verification"]
     for file, worst_db in found["parity"].items():
         entry = values["models"][file.partition("#")[0]]  # a function of a file has the file's entry
-        what = "PSNR of the image" if entry["role"] == "sampler" else "SQNR"
+        what = "PSNR of the image" if entry["role"] in ("sampler", "decoder") else "SQNR"
         told = "none" if worst_db is None else f"{worst_db:.1f} dB"
         passed = worst_db is not None and worst_db >= found["gates"][file]
         yield file, entry["precision"], what, told, f"{found['gates'][file]:.0f} dB", "passed" if passed else "FAILED"
@@ -194,6 +197,23 @@ def _by_class(values: Mapping[str, Any]) -> dict[str, Any]:
                 row[file] = min(value, row.get(file, math.inf))
     rows = [(name, *(f"{row[file]:.1f}" if file in row else "" for file in points)) for name, row in worst.items()]
     return {"files": list(points), "rows": rows}
+
+
+def _packages(values: Mapping[str, Any]) -> Iterator[Row]:
+    """Every Core ML package: how it was made, its size beside the prediction and beside the fp32 ONNX file."""
+    models, predicted = values["models"], values["plan"].get("coreml", {})
+    for path, entry in models.items():
+        if not path.startswith("coreml/"):
+            continue
+        size, expected = entry["package_bytes"], predicted.get(f"{entry['role']}_bytes")
+        whole = values["latency"]["models"].get(f"onnx/{entry['role']}.onnx", {}).get("size_bytes")
+        yield (
+            path,
+            ", ".join(entry[key] for key in ("precision", "target", "layout") if key in entry),
+            format_bytes(size),
+            "" if expected is None else format_bytes(expected),
+            "" if not whole else format_share(size / whole),
+        )
 
 
 def _quality(values: Mapping[str, Any]) -> Iterator[Row]:
@@ -241,7 +261,7 @@ def _conditions(here: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[
     yield "runtime", f"{here['runtime']}, {here['provider']}"
     yield "checkpoint", f"{values['source']['model']}, {values['source']['checkpoint_sha256']}"
     yield "made by", ", ".join(f"{name} {version}" for name, version in values["tools"].items())
-    yield "licence", values["licence"]
+    yield from lineage_words(values.get("provenance", {"licence": values["licence"]})).items()
 
 
 def _data_uri(picture: Path) -> str:

@@ -9,6 +9,9 @@ learngenes are a stack, and so are the tailors of one class. Each result is spli
 whitened by what the resized model sees at its layers when it is shown the states of the source's own sampling
 trajectories: so the components that matter most come first, as in a nested learngene.
 
+Factors that blocks have in common (`ModelSpec.shared_factors`) are no stack of matrices: U and V are resized as they are,
+so at another depth alone they stay to the last bit, and s goes the way of its component through the depth.
+
 Symbols: L blocks, D width, n outputs, m inputs, C classes.
 """
 
@@ -30,6 +33,7 @@ from kind_edge.errors import InputError, UsageError, unknown
 from kind_edge.model.calibration import Calibration, calibrate_on_inputs, trajectory_inputs
 from kind_edge.model.checkpoint import HELDOUT, Checkpoint, checkpoint_hash, load_checkpoint, stored_dtype
 from kind_edge.model.convert import check_absent, save_whole
+from kind_edge.model.names import is_factor
 from kind_edge.model.resize_axes import Method, Stack, kinds, resize_kind
 from kind_edge.model.resize_bot import bot
 from kind_edge.model.resize_front import front
@@ -71,11 +75,17 @@ def target_spec(
     scale = width / spec.width
     given = (("learngene_rank", learngene_rank), ("tailor_rank", tailor_rank))
     ranks = {name: _scaled(getattr(spec, name), scale) if rank is None else rank for name, rank in given}
+    most = dict.fromkeys(ranks, width)
+    if spec.shared_factors:  # such components are cut, but none are made
+        most["learngene_rank"] = min(width, spec.learngene_rank)
+        if learngene_rank is None:
+            ranks["learngene_rank"] = min(ranks["learngene_rank"], spec.learngene_rank)
     for name, rank in ranks.items() if spec.factored else ():
         lowest = 1 if name == "learngene_rank" and spec.learngene_rank else 0
-        if not lowest <= rank <= width:
-            near = min(max(rank, lowest), width)
-            raise InputError(f"{name}: got {rank}, want {lowest} to {width} (the width); the nearest is {near}")
+        if not lowest <= rank <= most[name]:
+            near = min(max(rank, lowest), most[name])
+            limit = "the width" if most[name] == width else "the components there are"
+            raise InputError(f"{name}: got {rank}, want {lowest} to {most[name]} ({limit}); the nearest is {near}")
     if not spec.factored and (learngene_rank is not None or tailor_rank is not None):
         raise InputError("learngene_rank, tailor_rank: the model is dense, it has no ranks; leave them out")
     heads = width // spec.head_width
@@ -118,8 +128,8 @@ def resized(
         raise unknown("method", method, METHODS)
     _check_source(checkpoint, spec, to_heal)
     resizing = _Resizing(checkpoint.spec, spec, METHODS[method])
-    source = {name: t.double().numpy() for name, t in checkpoint.float_tensors().items() if not is_factor(name)}
-    tensors = {name: torch.from_numpy(array).float() for name, array in resizing(source).items()}
+    source = {name: t.double().numpy() for name, t in checkpoint.float_tensors().items() if _stays(name, spec)}
+    tensors = {name: _leading(name, array, spec) for name, array in resizing(source).items()}
     split = "none"
     if spec.factored:
         plain = Checkpoint(spec, checkpoint.class_names, tensors | _factors(checkpoint, resizing, None, on_part))
@@ -168,6 +178,8 @@ def _check_source(checkpoint: Checkpoint, target: ModelSpec, to_heal: bool) -> N
         )
     if spec.dropped_branches:
         raise UsageError(f"{where} has lost {', '.join(spec.dropped_branches[:3])}: resize the model it was cut from")
+    if spec.shared_factors and spec.matrix_ranks:
+        raise UsageError(f"{where} was cut: its weight types have ranks of their own; resize the model it was cut from")
     sizes = {name: getattr(target, name) for name in ("depth", "width", "heads", "learngene_rank", "tailor_rank")}
     if dataclasses.replace(spec, **sizes, matrix_ranks={}) != target or spec.head_width != target.head_width:
         raise InputError("the target differs from the checkpoint in more than its sizes; use target_spec")
@@ -213,8 +225,17 @@ def _is_matrix(name: str) -> bool:
     return name.startswith("blocks.") and name.endswith(".weight") and ".adaln." not in name
 
 
-def is_factor(name: str) -> bool:
-    return ".learngene." in name or ".tailors." in name
+def _stays(name: str, spec: ModelSpec) -> bool:
+    """Whether a tensor is resized as it is, and not as a part of a folded matrix."""
+    return not is_factor(name) or (spec.shared_factors and ".tailors." not in name)
+
+
+def _leading(name: str, array: Stack, target: ModelSpec) -> Tensor:
+    """In float32; of factors in common as many components as the target has."""
+    tensor = torch.from_numpy(array).float()
+    if not is_factor(name):
+        return tensor
+    return tensor[..., : target.learngene_rank].contiguous()
 
 
 def _factors(
@@ -224,7 +245,7 @@ def _factors(
     spec, target = checkpoint.spec, resizing.target
     factors: dict[str, Tensor] = {}
     tailors: dict[str, list[Tensor]] = {}
-    for part in range(-1, spec.num_classes):  # -1: the learngene
+    for part in range(0 if spec.shared_factors else -1, spec.num_classes):  # -1: the learngene
         folded = {f"{shape.name}.weight": _folded(checkpoint, shape.name, part) for shape in spec.matrices()}
         matrices = resizing(folded)
         for shape in target.matrices():

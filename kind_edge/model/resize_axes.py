@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.model.names import SHARED
 from kind_edge.model.spec import FREQUENCY_WIDTH, ModelSpec
 
 Stack = NDArray[np.float64]
@@ -55,15 +56,16 @@ class Kind(NamedTuple):
 
 
 def kinds(spec: ModelSpec, target: ModelSpec) -> Iterator[Kind]:
-    """Every type of tensor of the dense model of that shape."""
+    """Every type of tensor of the dense model of that shape, and of the factors that blocks have in common."""
     width = Axis(spec.width, target.width)
     heads = Axis(spec.heads, target.heads, inside=spec.head_width)
     hidden = Axis(spec.hidden_width, target.hidden_width)
-    for part in "qkv":
-        yield from _layer(f"blocks.{{}}.attn.{part}", heads, width)
-    yield from _layer("blocks.{}.attn.o", width, heads)
-    yield from _layer("blocks.{}.mlp.fc1", hidden, width)
-    yield from _layer("blocks.{}.mlp.fc2", width, hidden)
+    matrices = {f"attn.{part}": (heads, width) for part in "qkv"}
+    matrices |= {"attn.o": (width, heads), "mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    for name, axes in matrices.items():
+        yield from _layer(f"blocks.{{}}.{name}", *axes)
+        if spec.shared_factors:
+            yield from _in_common(name, *axes, _same(spec.learngene_rank))
     yield from _layer("blocks.{}.adaln", width._replace(before=6), width)
     yield from _layer("patch_embed", width, _same(spec.channels * spec.patch_size**2))
     yield Kind("pos_embed", width, _same(spec.tokens), transposed=True)
@@ -83,6 +85,13 @@ def _same(size: int) -> Axis:
 def _layer(name: str, outputs: Axis, inputs: Axis) -> Iterator[Kind]:
     yield Kind(f"{name}.weight", outputs, inputs)
     yield Kind(f"{name}.bias", outputs, Axis(1, 1))
+
+
+def _in_common(name: str, outputs: Axis, inputs: Axis, components: Axis) -> Iterator[Kind]:
+    """U and V stand beside the blocks, which have them in common; a component's s is a function of depth."""
+    yield Kind(f"{SHARED}.{name}.U", outputs, components)
+    yield Kind(f"{SHARED}.{name}.V", components, inputs, transposed=True)
+    yield Kind(f"blocks.{{}}.{name}.learngene.s", components, Axis(1, 1))
 
 
 def resize_kind(method: Method, kind: Kind, tensors: Sequence[Stack], layers: int) -> list[Stack]:

@@ -25,6 +25,7 @@ from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import Checkpoint, read_metadata, read_tensors, write_tensors
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import GatedLinear
+from kind_edge.model.names import SHARED
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import Form
 from kind_edge.training.loop import stop_requests
@@ -208,7 +209,8 @@ def heal(
 
 def learned(student: DiT, whole: bool) -> dict[str, torch.nn.Parameter]:
     """What healing changes, made to require its gradient: factors and biases of the block matrices, or all there is."""
-    factored = tuple(f"{name}." for name, module in student.named_modules() if isinstance(module, GatedLinear))
+    layers = [name for name, module in student.named_modules() if isinstance(module, GatedLinear)]
+    factored = tuple(f"{name}." for name in [*layers, SHARED])
     found = {name: p for name, p in student.named_parameters() if p.numel() and (whole or name.startswith(factored))}
     for parameter in found.values():
         parameter.requires_grad_(True)
@@ -220,13 +222,13 @@ def rescaled(checkpoint: Checkpoint) -> Checkpoint:
 
     Whitened factors come with columns of very different lengths.
     """
-    tensors = dict(checkpoint.float_tensors())
-    for shape in checkpoint.spec.matrices():
-        for part in ("learngene", "tailors"):
-            name = f"{shape.name}.{part}"
-            length = tensors[f"{name}.V"].norm(dim=-2).clamp_min(1e-12)
-            tensors[f"{name}.V"] = tensors[f"{name}.V"] / length.unsqueeze(-2)
-            tensors[f"{name}.s"] = tensors[f"{name}.s"] * length
+    spec, old = checkpoint.spec, checkpoint.float_tensors()
+    tensors = dict(old)
+    for shape in spec.matrices():
+        learngene = spec.factor_name(shape.name, "s"), spec.factor_name(shape.name, "V")
+        for s, v in (learngene, (f"{shape.name}.tailors.s", f"{shape.name}.tailors.V")):
+            length = old[v].norm(dim=-2).clamp_min(1e-12)
+            tensors[v], tensors[s] = old[v] / length.unsqueeze(-2), old[s] * length
     return Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
 
 

@@ -26,6 +26,7 @@ from kind_edge.model.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
+from kind_edge.model.provenance import code_revision
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.beginning import begin_with, check_same_classes, origin_of
 from kind_edge.training.config import TrainConfig
@@ -220,13 +221,14 @@ def finish(
     provenance = {
         "command": "kind-edge " + shlex.join(sys.argv[1:]),
         "config": config.to_dict(),
+        **({"stated": config.stated.to_dict()} if config.stated.to_dict() else {}),
         "data": dict(split.facts),
         "data_sha256": data.sha256,
         "hardware": hardware(state.processes.device),
         "seconds": round(state.seconds, 1),
         "images_seen": images_seen,
         "final_loss": state.loss,
-        "tools": {"kind_edge": __version__, "torch": torch.__version__},
+        "tools": training_tools(),
         "recommended": {
             "steps": DEFAULT_STEPS,
             "guidance": DEFAULT_GUIDANCE,
@@ -240,6 +242,13 @@ def finish(
     save_heldout(output, split.heldout)
     save_checkpoint(output, checkpoint, torch.float16)
     assert (output / CONFIG).exists()
+
+
+def training_tools() -> dict[str, str]:
+    """Versions; of a source tree also its commit."""
+    revision = code_revision()
+    versions = {"kind_edge": __version__, "torch": torch.__version__}
+    return versions | ({"revision": revision} if revision else {})
 
 
 def hardware(device: torch.device) -> str:

@@ -38,7 +38,8 @@ _PICTURE = re.compile(r"\((?:docs/)?images/([^)]+)\)")
 class Block:
     """What one study writes into one document: `text` of its runs, which lie in RESULTS/name (unless it has none).
 
-    `images` and `seeds` are how much it draws; its pictures go into the folder `album` beside the document.
+    `images` and `seeds` are how much it draws; its pictures go into the folder `album` beside the document. A block
+    with `of` measures nothing: it says something else of the runs of that study, and is written anew with it.
     `of_shipped`: whether it is of the shipped model; else its runs lie in STUDIES/name, and its mark names no model.
     """
 
@@ -49,11 +50,16 @@ class Block:
     seeds: int = 3
     has_runs: bool = True
     album: str = "images"
+    of: str | None = None
     of_shipped: bool = True
 
     @property
+    def study(self) -> str:
+        return self.of or self.name
+
+    @property
     def runs(self) -> Path:
-        return (RESULTS if self.of_shipped else STUDIES) / self.name
+        return (RESULTS if self.of_shipped else STUDIES) / self.study
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ class Written:
 
 def short(sha256: str) -> str:
     return sha256[:HASH_DIGITS]
+
+
+def runs_of(root: Path, block: Block) -> list[Path]:
+    """The files of the runs that a block rests on."""
+    return sorted((root / block.runs).glob("*.json"))
 
 
 def insert(document: Path, name: str, model_sha256: str | None, text: str) -> None:
@@ -123,9 +134,10 @@ def check(root: Path, subject: Subject, blocks: Sequence[Block]) -> None:
         faults += [f"{block.document}: block {block.name} {fault}" for fault in own]
         names += [block.name] if own else []
     known = [block.name for block in blocks]
+    studies = {block.study for block in blocks}
     faults += [f"{path}: block {name} is no study's; known: {', '.join(known)}" for path, name in found]
     runs = sorted((root / RESULTS).glob("*/*.json"))
-    faults += [f"{path.relative_to(root)}: no block rests on it" for path in runs if path.parent.name not in known]
+    faults += [f"{path.relative_to(root)}: no block rests on it" for path in runs if path.parent.name not in studies]
     faults += _picture_faults(root, subject)
     if faults:
         heading = f"the documents are not what was measured of the shipped model, {short(subject.sha256)}:"
@@ -156,7 +168,7 @@ def _block_faults(
     elif block.of_shipped and written.model != short(subject.sha256):
         yield f"is of model {written.model}"
     records = []
-    for path in sorted((root / block.runs).glob("*.json")):
+    for path in runs_of(root, block):
         try:
             record = read_record(path)
         except InputError as error:
@@ -165,7 +177,7 @@ def _block_faults(
         records.append(record)
         if block.of_shipped:
             yield from _of_another(record, subject, advice, path.relative_to(root))
-        if (record["study"], record["run"]) != (block.name, path.stem):
+        if (record["study"], record["run"]) != (block.study, path.stem):
             yield f"rests on {path.relative_to(root)}, which calls itself {record['study']}/{record['run']}"
     if block.has_runs and not records:
         yield f"has no runs in {block.runs}"

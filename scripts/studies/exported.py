@@ -77,7 +77,8 @@ def _cut(model: Path, classes: Sequence[str]) -> dict[str, Any]:
 
 def cost(subject: Subject, output: Path) -> list[Record]:
     store = Store(output, "cost", subject)
-    conditions = {"kind": "cost", "profile": "host", "classes": list(_bench_plans.CLASSES), **_advice(subject)}
+    conditions = {"kind": "cost", "profile": "host", "classes": list(_bench_plans.CLASSES), "in_turns": True}
+    conditions |= _advice(subject)
     store.run("plans", conditions, lambda: _bench_plans.limited(subject.folder))
     return store.finished()
 
@@ -126,9 +127,11 @@ def _cost_part(record: Record) -> str:
         )
     }  # fmt: skip
     refused = [f"Refused: {row['precision']} within {row['max_size']}: {row['reason']}." for row in figures["refused"]]
+    in_turns = record["conditions"].get("in_turns", False)
+    how = "measured in turns with the calibration" if in_turns else "of two rounds the faster median"
     told = (
         f"`scripts/bench costs`, on {record['hardware']}, classes {', '.join(record['conditions']['classes'])}, one "
-        "evaluation; of two rounds the faster median"
+        f"evaluation; {how}"
     )
     missed = (
         f"Predicted latencies miss the measured ones by {errors['median']} in the median and {errors['worst']} at "

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kind_edge.budget.coreml import Packaging, coreml_estimate
+from kind_edge.budget.coreml_weights import WEIGHTS, palette_bytes, palette_group, weights_for
 from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.manifest import ModelEntry, TensorInfo, read_manifest
 from kind_edge.deploy.merge import fold, truncate
@@ -28,9 +31,9 @@ from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import verify_images, verify_model
 from kind_edge.errors import UsageError
-from kind_edge.exporters import coreml_convert, coreml_export
-from kind_edge.exporters.coreml_choices import LARGEST_BATCH, WEIGHTS, check_weights, weights_for
-from kind_edge.exporters.coreml_compress import clusters, compress, palette_bytes, palette_group, palettized
+from kind_edge.exporters import coreml_convert
+from kind_edge.exporters.coreml_choices import LARGEST_BATCH, check_weights
+from kind_edge.exporters.coreml_compress import clusters, compress, palettized
 from kind_edge.exporters.coreml_graph import Denoiser, Sampler
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
@@ -250,6 +253,29 @@ def test_compression_keeps_gates_and_tables(program: Any, distilled: PlainDiT, t
     assert sizes["mixed"] <= sizes["fp16"]
 
 
+@pytest.mark.parametrize("layout", ["tokens", "channels"])
+def test_sizes_are_as_predicted(layout: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Of a model whose weights are most of its package, as those of real ones are."""
+    plain = plain_model(make_checkpoint(width=192, depth=1, learngene_rank=12, num_classes=3), unit="cpu")
+    denoiser, plan = Denoiser(plain, layout), plain.origin.plan
+    interface = coreml_convert.interface_of(denoiser)
+    request = Request(load_profile("apple-a18"), CLASSES, Sampling("euler", 2, 2.0, 2), "switch")
+    candidate = Candidate("switch", "fp32", "cpu", "baked")
+    deployment = Deployment(
+        make_checkpoint(width=192, depth=1, learngene_rank=12, num_classes=3).spec, request, candidate
+    )
+    targets: dict[Any, tuple[Any, ...]] = {"iOS18": ("fp16", "int8", "palette4"), "iOS16": ("int8",)}
+    for target, ways in targets.items() if layout == "tokens" else [("iOS18", ("fp16", "int4"))]:
+        program = coreml_convert.convert(denoiser, interface, target, (2,))
+        for weights in ways:
+            save_package(compress(program, weights, target), tmp_path / PACKAGE, Description("", "", "", "", {}))
+            found = coreml_estimate(deployment, plan.matrices, Packaging(target, weights, layout))
+            assert package_bytes(tmp_path / PACKAGE) == pytest.approx(found["denoiser_bytes"], rel=0.03), (
+                target,
+                weights,
+            )
+
+
 def test_any_batch_and_the_whole_loop_without_a_switch(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """In the layout for the Neural Engine, and with blocks of four bits though ranks do not divide by 32."""
     plain = plain_model(make_checkpoint(**WIDE), "union")
@@ -323,45 +349,6 @@ def test_a_failed_conversion_names_module_and_operator(distilled: PlainDiT) -> N
     broken.blocks[0].mlp.fc1, broken.blocks[0].mlp.fc2 = Odd(), Odd()
     with pytest.raises(UsageError, match=r"module 'blocks\.0\.mlp\.fc1', operator special_bessel_j0"):
         coreml_convert.convert(broken, coreml_convert.interface_of(broken), "iOS18", (1,))
-
-
-@pytest.mark.parametrize(("kind", "weights"), [("AutoencoderKL", "fp16"), ("AutoencoderTiny", "int8")])
-def test_decoders_keep_their_gate(kind: str, weights: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    import diffusers
-
-    small: dict[str, Any] = {
-        "AutoencoderKL": {
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (16,) * 4, "layers_per_block": 1, "norm_num_groups": 8,
-        },
-        "AutoencoderTiny": {
-            "encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4,
-            "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
-        },
-    }[kind]  # fmt: skip
-    torch.manual_seed(0)
-    autoencoder = getattr(diffusers, kind)(latent_channels=4, **small).eval().requires_grad_(False)
-
-    class Decoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.decoder = autoencoder.decoder
-
-        def forward(self, latent: torch.Tensor) -> torch.Tensor:
-            return (self.decoder(latent) * 0.5 + 0.5).clamp(0, 1)
-
-    shape = {**WIDE, **LABELLED, "pixels_per_latent": 8}
-    model = plain_model(make_checkpoint(**shape))
-    decoder = Decoder()
-    known = SimpleNamespace(decoder=decoder, image_channels=3)
-    model.origin = dataclasses.replace(model.origin, autoencoder=known)
-    made = coreml_export.CoreMLExporter()._decoder(model)
-    assert made is not None
-    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    save_package(compress(made.program, weights, "iOS18"), tmp_path / PACKAGE, Description("", "", "", "", {}))
-    image = exporter("coreml").open(tmp_path / PACKAGE)({"latent": latent.numpy()})
-    assert image.shape == (1, 3, 64, 64)
-    assert psnr_db(decoder(latent).numpy(), image) >= COREML_GATES_DB[weights]
 
 
 @pytest.mark.slow
