@@ -25,7 +25,7 @@ from kind_edge.model.checkpoint import CONFIG, HELDOUT, Checkpoint, load_checkpo
 from kind_edge.model.diffusion import draw_timesteps, loss_per_image
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.model.resize import METHODS, resized, target_spec
+from kind_edge.model.resize import METHOD_NAMES, resized, target_spec
 from kind_edge.training.config import TrainConfig, preset
 from kind_edge.training.data import DataSplit
 from kind_edge.training.evaluate import Judge
@@ -57,7 +57,7 @@ DRAWS = 8
 
 def methods() -> tuple[str, ...]:
     """In the order of the tables."""
-    return (*FIRST[:1], *sorted(set(METHODS) - set(FIRST)), *FIRST[1:])
+    return (*FIRST[:1], *(name for name in METHOD_NAMES if name not in FIRST), *FIRST[1:])
 
 
 class Resizing:

@@ -84,7 +84,7 @@ def test_every_point_is_run_once_and_never_mixed_with_another_start(
     monkeypatch.setattr(resize, "LONGER", (120,))
     monkeypatch.setattr(resize, "LONGEST", 160)
     monkeypatch.setattr(resize, "DRAWS", 2)
-    monkeypatch.setattr(resize, "METHODS", dict.fromkeys(("front", "selection")))
+    monkeypatch.setattr(resize, "METHOD_NAMES", ("front", "selection"))
     monkeypatch.setattr("kind_edge.training.nested.CALIBRATION_IMAGES", 10)
     records = resize.run_study(tmp_path, 20, (0,))
     assert {record["run"].removesuffix("-seed0") for record in records} == {
