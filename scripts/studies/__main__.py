@@ -70,8 +70,8 @@ anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many ima
 From runs of its own:
 fine           scripts/results fine -o FOLDER: models whose blocks have factors in common beside ordinary ones, by files
                of equal Fréchet distance (an hour a seed); publish reads the runs in docs/studies/fine
-resize         scripts/results resize -o FOLDER: models of other sizes begun from a trained one, and from scratch (hours);
-               publish reads the runs in docs/studies/resize
+resize         -o FOLDER: models of other sizes, begun from a trained one and from scratch (hours); publish reads
+               the runs in docs/studies/resize
 
 Beside it:
 recommend      settles the guidance of --checkpoint by the judge, and writes it and its quality into config.json
@@ -108,17 +108,16 @@ BLOCKS = (
     Block("fine", "docs/fine.md", fine.text, of_shipped=False),
     Block("resize", "docs/results.md", resize_text.text, album="studies/resize", of_shipped=False),
 )  # fmt: skip
-"""All that is said of the shipped model, and of studies; quick ones first, and what is timed before the machine gets warm."""
+"""All that is said of the shipped model, and what stands in STUDIES; quick ones first, and what is timed before the
+machine gets warm."""
 
 METHODS = {
     "anysize": ("whitened", "plain", "planned"),
     "anysize-heal": ("healed",),
     "anysize-dense": ("dense",),
 }
-ABOUT_A_MODEL = (
-    *(block.name for block in BLOCKS if block.of_shipped and not block.of),
-    *(name for name in METHODS if name != "anysize"),
-)
+_OF_MODELS = (block.name for block in BLOCKS if block.of_shipped and not block.of)
+ABOUT_A_MODEL = (*_OF_MODELS, "anysize-heal", "anysize-dense")
 OTHERS = ("fine", "resize", "trainings", "transfer", "trials", "twin")
 
 
