@@ -18,6 +18,7 @@ from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.precision import PRECISIONS, decoder_path
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
+from kind_edge.budget.whole_model import runs_on_one_thread
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
 from kind_edge.deploy.grid import save_grid
@@ -25,7 +26,7 @@ from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
 from kind_edge.deploy.notice import NOTICE, notice
 from kind_edge.deploy.runtime import LoadedBundle
 from kind_edge.deploy.session import open_session
-from kind_edge.deploy.swift import write_swift
+from kind_edge.deploy.swift import app_words, write_swift
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.provenance import code_revision
@@ -35,9 +36,6 @@ from kind_edge.units import format_seconds
 if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
-ONE_THREAD_FLOPS = 3e8
-"""Below so much work in an evaluation one thread is quicker than several: handing operators of microseconds over takes
-as long as computing them, where idle threads sleep."""
 MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
@@ -82,7 +80,7 @@ def describe(
             "prediction_channels": spec.output_channels,
         },
         "plan": plan.to_dict(),
-        **({"threads": 1} if plan.flops < ONE_THREAD_FLOPS and spec.pixels_per_latent == 1 else {}),
+        **({"threads": 1} if runs_on_one_thread(spec) else {}),
         "tools": tool_versions(),
     }
 
@@ -250,7 +248,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 ```
 
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
-{_mac_words(values)}
+{app_words(values)}
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
 {once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
@@ -308,18 +306,6 @@ Any build of ONNX Runtime loads them, a minimal one with few operators as well:
 
     ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
         --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
-"""
-
-
-def _mac_words(values: Mapping[str, Any]) -> str:
-    packages = [f"`{path}`" for path in values["models"] if path.startswith("coreml/")]
-    if not packages:
-        return ""
-    return f"""
-## Xcode
-
-Drop {" and ".join(packages)} into the project. On a Mac, `python3 {MAC_PROGRAM}` (with coremltools) compares
-them with the stored outputs and times them on the CPU, the GPU and the Neural Engine.
 """
 
 

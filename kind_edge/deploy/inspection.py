@@ -25,6 +25,7 @@ _PARTS = {
     "span_embed": "span network",
     "y_embed": "label embedding",
     "final": "final layer",
+    "shared": "learngenes",
 }
 
 _SHOWN_APART = ("matrix_ranks", "step_counts", "inside_guidance")

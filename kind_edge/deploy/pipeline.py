@@ -15,9 +15,11 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.problem import Request, Source
+from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile, profile_names
+from kind_edge.budget.sizes import make_plan_of_any_size
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
+from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
 from kind_edge.deploy.merge import class_indices, truncate
@@ -31,10 +33,11 @@ from kind_edge.deploy.request import (
     Choices,
     OpenedModel,
     as_replayed,
-    make_request,
+    ask,
     make_source,
     open_model,
 )
+from kind_edge.deploy.resizing import at_planned_size, check_heal, planned_source, sized_sources
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
@@ -56,19 +59,26 @@ def plan(
     *,
     profile: str,
     autoencoder: str | Path | None = None,
+    allow_resize: str | None = None,
     on_measure: OnProgress | None = None,
+    on_healing: OnHealing | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `allow_resize`: a time such as "10m"; smaller depths and widths are choices, too, with their quality after so long a
+    healing, which is measured first, once for the model.
     `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
     `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
     opened = open_model(model, on_measure, autoencoder)
-    request = make_request(opened.checkpoint, device, **choices)
-    return make_plan(make_source(opened), request)
+    source, request = ask(opened, device, **choices)
+    if allow_resize is None:
+        return make_plan(source, request)
+    heal_s = parse_duration(allow_resize, "--allow-resize")
+    return make_plan_of_any_size([source, *sized_sources(opened, source, heal_s, on_healing)], request)
 
 
 def pareto(
@@ -86,8 +96,8 @@ def pareto(
     """
     opened = open_model(model, on_measure, autoencoder)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
-    request = make_request(opened.checkpoint, load_profile(profile), **choices)
-    return front(make_source(opened), request, axis)
+    source, request = ask(opened, load_profile(profile), **choices)
+    return front(source, request, axis)
 
 
 def export(
@@ -133,21 +143,22 @@ def export(
         device = load_profile(profile)
         if wanted.packs and choices.get("form", "auto") == "auto":
             choices["form"] = "switch"
-        request = make_request(opened.checkpoint, device, **choices)
-        source = make_source(opened)
+        source, request = ask(opened, device, **choices)
         plan = make_plan(source, request)
     else:
         if profile is None and plan.profile not in profile_names():
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         check_replay(plan, opened, device.name, choices)
-        source = make_source(opened)
-        plan = as_replayed(plan, source, device)
+        check_heal(plan, heal_s)
+        source = planned_source(opened, make_source(opened), plan)
+        plan = as_replayed(plan, source, device, opened.checkpoint.spec)
     if wanted.packs:
         check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
+    packages = Packages(source, device, (format_choices or {}).get("coreml", {}) if "coreml" in formats else None)
     with writing_bundle(destination, keep_failed, sign) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
+        plan, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
@@ -162,7 +173,7 @@ def export(
 def _fitted(
     model: OpenedModel,
     plan: Plan,
-    source: Source,
+    packages: Packages,
     request: Request | None,
     folder: Path,
     formats: Formats,
@@ -182,7 +193,8 @@ def _fitted(
             )
         spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
-        plan = make_plan(source, request)
+        plan = packages.settled(make_plan(packages.source, request))
+    packages.check(made.values["models"], plan)
     return plan, made
 
 
@@ -199,13 +211,15 @@ def heal_cut(
 
     `state` is a file: what is learned is kept there, and an interrupted call goes on. `clock` counts the `seconds`.
     """
-    from kind_edge.training.healing import Lesson, Rows, heal, walk_deviation
+    from kind_edge.training.healing import Lesson, heal, sampler_rows, walk_deviation
 
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
-    rows = Rows(*(torch.from_numpy(getattr(table, name)).float() for name in Rows._fields))
     kept = tuple(class_indices(model.checkpoint, plan.classes))
     guidance = plan.guidance if plan.evaluations_per_step > 1 else 1.0
-    lesson = Lesson(model.checkpoint, cut.truncated, kept, plan.form, rows, guidance, plan.null_branch)
+    lesson = Lesson(
+        model.checkpoint, cut.truncated, kept, plan.form, sampler_rows(table), guidance, plan.null_branch,
+        whole=bool(plan.resize),
+    )  # fmt: skip
     done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None), clock)
     return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
 
@@ -253,7 +267,8 @@ def _fresh_reference(
             raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
-        truncated = truncate(model.checkpoint, stored, model.calibration)
+        sized = at_planned_size(model, stored)
+        truncated = truncate(sized.checkpoint, stored, sized.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
     return points | make_images(truncated, stored, model.autoencoder, seed=1)

@@ -47,6 +47,36 @@ class Thin(nn.Module):
         return x @ self.v @ self.u
 
 
+class CommonThin(nn.Module):
+    """Two thin weights that layers of several blocks multiply by, V m x r and U r x n, and what a file calls them."""
+
+    def __init__(self, name: str, v: Tensor, u: Tensor) -> None:
+        super().__init__()
+        self.name, self.v, self.u = name, nn.Parameter(v), nn.Parameter(u)
+
+
+class ScaledThin(Thin):
+    """A low-rank layer on weights that other layers have, too: x [.., m] -> (x V * s) U, s [r] its own.
+
+    Whoever takes its `v` and `u` gets thin weights of its own, the scale in them.
+    """
+
+    def __init__(self, common: CommonThin, scale: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.common, self.scale = common, nn.Parameter(scale)
+
+    @property
+    def v(self) -> Tensor:  # type: ignore[override]
+        return self.common.v * self.scale
+
+    @property
+    def u(self) -> Tensor:  # type: ignore[override]
+        return self.common.u
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.common.v * self.scale @ self.common.u
+
+
 class Dense(nn.Module):
     """One weight, stored m x n as it is multiplied."""
 

@@ -48,6 +48,8 @@ class TrainConfig:
     """Parts that a process goes through a step's images in, to save memory."""
     nested_share: float = 0.1
     """After `images`, how many more as a share of them, in a second stage that teaches every cut of the learngene."""
+    spectral_penalty: float = 0.0
+    """Weight of a penalty on weights that differ between neighbours, for models that are to be resized; 0 is none."""
     stated: Stated = field(default_factory=Stated)
     """The table [provenance]: no part of what a run is, so that it may change when one is resumed."""
 
@@ -57,6 +59,7 @@ class TrainConfig:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: got {self.precision!r}, want one of {', '.join(PRECISIONS)}")
         lowest_of = {"images": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "weight_decay": 0}
+        lowest_of["spectral_penalty"] = 0
         for name, lowest in lowest_of.items():
             if not lowest <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: got {getattr(self, name)}, want at least {lowest}")
@@ -69,6 +72,8 @@ class TrainConfig:
         self.spec.check_trainable_ranks()
         if not 0 <= self.nested_share <= 1:
             raise InputError(f"nested_share: got {self.nested_share}, want 0 to 1")
+        if self.spectral_penalty and (self.spec.matrix_ranks or self.spec.dropped_branches):
+            raise InputError("spectral_penalty: blocks of a cut model are no stack of equals; leave it at 0")
 
     @property
     def steps(self) -> int:
@@ -76,6 +81,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TABLES}
+        if not self.spectral_penalty:  # as in files of before there was any
+            del values["spectral_penalty"]
         return {**values, "model": self.spec.to_dict()}
 
     @classmethod
