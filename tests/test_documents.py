@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 SHELLS = ("console", "sh")
 CHEAP = ("generate", "inspect", "pack", "plan", "report", "verify")
-CHECKPOINTS, BUNDLES = ("adapt", "distill", "import", "train"), ("export",)
+CHECKPOINTS, BUNDLES = ("adapt", "distill", "import", "resize", "train"), ("export",)
 SHIPPED = ("fashion-mnist", "fashion-mnist-teacher")
 OTHERS_OPTIONS = {"--json", "--help", "--threads", "--units", "--runs", "--checkpoint", "--into", "--images"}
 """Of the scripts and of files that are run elsewhere."""
