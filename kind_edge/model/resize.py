@@ -119,9 +119,16 @@ def _check_size(name: str, wanted: int, now: int, unit: int) -> None:
 
 
 def resized(
-    checkpoint: Checkpoint, spec: ModelSpec, method: str, on_part: OnPart = lambda done, total: None
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    method: str,
+    on_part: OnPart = lambda done, total: None,
+    *,
+    to_heal: bool = False,
 ) -> Checkpoint:
     """The checkpoint at the shape of `spec`, which `target_spec` made, by the method of that name; float32.
+
+    `to_heal`: also a distilled one, which no training on images would bring back its steps; healing does.
 
     Raises:
         UsageError: an unknown method, or a checkpoint that cannot be resized.
@@ -129,7 +136,7 @@ def resized(
     """
     if method not in METHOD_NAMES:
         raise unknown("method", method, METHOD_NAMES)
-    _check_source(checkpoint, spec, method)
+    _check_source(checkpoint, spec, method, to_heal)
     if method == FIT:
         tensors, how = _fitted(checkpoint, spec, on_part)
     else:
@@ -205,9 +212,9 @@ def resize_model(
     return done
 
 
-def _check_source(checkpoint: Checkpoint, target: ModelSpec, method: str) -> None:
+def _check_source(checkpoint: Checkpoint, target: ModelSpec, method: str, to_heal: bool) -> None:
     spec, where = checkpoint.spec, checkpoint.path or "the checkpoint"
-    if spec.distilled:
+    if spec.distilled and not to_heal:
         raise UsageError(
             f"{where} is distilled: its steps were learned at its size; resize the model that it was distilled from, "
             "train that on, and distil again"
