@@ -9,8 +9,8 @@ learngenes are a stack, and so are the tailors of one class. Each result is spli
 whitened by what the resized model sees at its layers when it is shown the states of the source's own sampling
 trajectories: so the components that matter most come first, as in a nested learngene.
 
-Factors that blocks have in common (`ModelSpec.shared_factors`) are no stack of matrices: U and V are resized as they are,
-so at another depth alone they stay to the last bit, and s goes the way of its component through the depth.
+Factors that blocks have in common (`ModelSpec.shared_factors`) are no stack of matrices: U and V are resized as they
+are, so at another depth alone they stay to the last bit, and s goes the way of its component through the depth.
 
 Symbols: L blocks, D width, n outputs, m inputs, C classes.
 """
