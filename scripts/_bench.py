@@ -9,6 +9,8 @@ peers    other engines with a dense twin of the shipped model beside our artefac
 export   how long the main command takes, stage by stage
 graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
 packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
+resize   other depths and widths against ranks and precision alone, at equal latency, healed alike: latency and Frechet
+         distance of the shipped model; measures the sizes first, 30 minutes, then as long for every limit that differs
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
@@ -110,6 +112,13 @@ def packs() -> dict[str, Any]:
     return sizes()
 
 
+def resize() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_resize import resize as compared
+
+    return compared()
+
+
 def peers() -> dict[str, Any]:
     """Measured anew, and put into docs/benchmarks.md."""
     sys.path.append(str(Path(__file__).parent))
@@ -130,6 +139,7 @@ BENCHES = {
     "graph": graph,
     "packs": packs,
     "peers": peers,
+    "resize": resize,
     "solver": solver,
     "steps": steps,
     "training": training,

@@ -41,6 +41,7 @@ ARROWS = {
 }
 """Room -> rooms it may import, besides itself and FREE."""
 EXCEPTIONS = {("kind_edge.deploy.pipeline", "training"), ("kind_edge.deploy.evaluation", "training")}
+EXCEPTIONS |= {("kind_edge.deploy.resizing", "training")}  # it heals, as pipeline does
 EXCEPTIONS |= {
     ("kind_edge.exporters.optimum_plugin.register_kind_edge", "cli")
 }  # it is another front of the command line

@@ -20,6 +20,7 @@ from kind_edge.budget.deployed import baked_table_values
 from kind_edge.budget.plan import MatrixPlan, dropped_branches, file_precision
 from kind_edge.budget.precision import Unit
 from kind_edge.budget.problem import Deployment
+from kind_edge.model.names import weight_type
 from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec
 
 MOST_UNROLLED = 8
@@ -145,12 +146,17 @@ def _stored(
         yield from (((row, width), True), ((row,), False))
     else:
         yield (deployment.request.sampling.evaluations * max(labels, 1), row), False
+    common = spec.shared_factors and switches and layout == "tokens"
     masks: set[tuple[int, int]] = set()
     for matrix in spec.matrices():
         plan = matrices[matrix.name]
         tailor = (plan.tailor_rank or 0) if switches else 0
         yield (matrix.outputs,), False
-        yield from ((shape, True) for shape in _matrix_shapes(matrix, plan, tailor, kept, layout))
+        shapes = list(_matrix_shapes(matrix, plan, tailor, kept, layout))
+        first = matrix == spec.weight_types()[weight_type(matrix.name)]
+        if common and plan.storage == "factored" and plan.shared_rank and not first:
+            del shapes[1]  # equal constants are stored once; the other factor has its block's scale in it
+        yield from ((shape, True) for shape in shapes)
         if tailor and layout == "channels":
             masks.add((plan.shared_rank if plan.storage == "factored" else 0, tailor))
     yield from (((kept + (not spec.distilled), shared + kept * rank), False) for shared, rank in masks)

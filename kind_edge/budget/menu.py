@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 
 from kind_edge.budget.loss import MatrixLoss
 from kind_edge.budget.plan import Storage
@@ -78,7 +79,8 @@ class _Menu:
     def _shared(
         self, members: Mapping[MatrixShape, MatrixLoss], precision: Precision, tailors: bool
     ) -> Iterator[Option]:
-        """Every factored level, and at full rank also dense: below it, dense costs the same and keeps less.
+        """Every factored level that was measured, and at full rank also dense: below it, dense costs the same and keeps
+        less.
 
         Nothing at all only where tailors remain: a matrix alone is not dropped.
         """
@@ -87,14 +89,16 @@ class _Menu:
         if tailors or not full:
             levels.insert(0, ("dropped", 0))
         for storage, rank in [*levels, ("dense", full)] if full else levels:
-            cost = _sum([self._cost(self._key(matrix), storage, rank, precision) for matrix in members])
-            yield Option(storage, rank, _loss(sum(float(loss.shared[rank]) for loss in members.values())), cost)
+            if isfinite(lost := sum(float(loss.shared[rank]) for loss in members.values())):
+                cost = _sum([self._cost(self._key(matrix), storage, rank, precision) for matrix in members])
+                yield Option(storage, rank, _loss(lost), cost)
 
     def _tailors(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision) -> Iterator[Option]:
         """Never rank 0: a class without tailors is none, however little that costs the loss."""
         for rank in rank_levels(len(loss.tailor) - 1):
-            cost = self._cost(self._key(matrix), None, rank, precision)
-            yield Option("tailors", rank, _loss(loss.tailor[rank]), cost)
+            if isfinite(loss.tailor[rank]):
+                cost = self._cost(self._key(matrix), None, rank, precision)
+                yield Option("tailors", rank, _loss(loss.tailor[rank]), cost)
 
     def _key(self, matrix: MatrixShape) -> MatrixShape:
         """Equal where costs are: whose matrix it is matters only where the file holds something for others with it."""

@@ -70,6 +70,8 @@ class Plan:
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
     teacher of a distilled model were cut like this; both are empty where nothing is known.
     `decoder`: what turns latents into pixels, where it was given: its autoencoder, and what it adds to the figures.
+    `resize`: the depth and width that the model takes first, by which method, and the seconds of healing after which
+    its quality is as predicted; empty where it keeps its own.
     `coreml`: where Core ML runs on the device, or was asked for: what its packages would take (see `budget.coreml`).
     """
 
@@ -110,6 +112,7 @@ class Plan:
     latency_source: Literal["measured table", "roofline estimate"] = "roofline estimate"
     burst: bool = False
     decoder: Mapping[str, int | str] = field(default_factory=dict)
+    resize: Mapping[str, float | str] = field(default_factory=dict)
     coreml: Mapping[str, int | float | str] = field(default_factory=dict)
 
     @property
@@ -172,6 +175,8 @@ class Plan:
         if given["precision"] not in given["precisions"]:
             raise InputError(f"{where}: precision {given['precision']} is not among precisions {given['precisions']}")
         _check_times(given, where)
+        if given.get("resize") and set(given["resize"]) != set(_RESIZE):
+            raise InputError(f"{where}: resize: got {given['resize']!r:.60}, want {', '.join(_RESIZE)}")
         if given.get("decoder") and set(given["decoder"]) != set(_DECODER):
             raise InputError(f"{where}: decoder: got {given['decoder']!r:.60}, want {', '.join(_DECODER)}")
         if given.get("coreml") and not set(_COREML) <= set(given["coreml"]) <= {*_COREML, *_COREML_FIGURES}:
@@ -183,8 +188,19 @@ class Plan:
 
 
 _LISTS = ("classes", "precisions", "binding")
-_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst", "decoder", "coreml")
+_LATER = (
+    "inside_guidance",
+    "time",
+    "teacher_time",
+    "minimised",
+    "latency_source",
+    "burst",
+    "decoder",
+    "coreml",
+    "resize",
+)
 """Fields that plans of kind-edge 0.1.0 do not have."""
+_RESIZE = ("depth", "width", "method", "heal_s")
 _DECODER = ("autoencoder_sha256", "precision", "tiles", "params", "flops", "weight_bytes")
 _COREML = ("mark", "target", "layout", "weights", "denoiser_bytes", "app_bytes")
 _COREML_FIGURES = (

@@ -278,6 +278,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
         burst=request.burst,
         decoder=deployment.decoder.to_dict(precision),
+        resize=source.resize,
         coreml=coreml_estimate(deployment, matrices) if reached_units(request.profile.execution_providers) else {},
     )
 

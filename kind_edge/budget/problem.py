@@ -79,6 +79,7 @@ class Request:
     `max_loss`.
     `burst`: latency is limited as it is at first, not after minutes of load.
     `decoder`: the one of a latent model, where it is known; else Stable Diffusion's is assumed.
+    `dense_spec`: the shape whose dense model percentages refer to, where that is not the planned one's own.
     """
 
     profile: DeviceProfile
@@ -96,6 +97,7 @@ class Request:
     burst: bool = False
     modulation: Modulation | Literal["auto"] = "auto"
     decoder: DecoderCost | None = None
+    dense_spec: ModelSpec | None = None
     asked: Sampling | None = None
 
 
@@ -105,6 +107,7 @@ class Source:
 
     `losses` gives the predicted losses for a form and classes; `response` what they mean for pictures, where that has
     been measured. `decoders`: the given decoder of a latent model, whole and in ever more tiles; () if none was given.
+    `resize`: as in a plan, where the model takes another size first, which `spec` is.
     """
 
     name: str
@@ -116,6 +119,7 @@ class Source:
     teacher: Teacher | None = None
     response: Response | None = None
     decoders: tuple[DecoderCost, ...] = ()
+    resize: Mapping[str, float | str] = field(default_factory=dict)
 
     def frechet(self, loss_increase: float, sampling: Sampling) -> float | None:
         """The predicted Fréchet distance; None where nothing was measured."""
@@ -309,7 +313,7 @@ class Deployment:
 
         Its time on a unit without fp32, as NPUs are, is that of fp16.
         """
-        spec, profile, unit = self.spec.dense(), self.profile, self.candidate.unit
+        spec, profile, unit = (self.request.dense_spec or self.spec).dense(), self.profile, self.candidate.unit
         timed: Precision = "fp32" if profile.unit(unit).has("fp32") else "fp16"
         if not profile.unit(unit).has(timed):
             raise UsageError(f"--unit {unit}: profile {profile.name!r} has no fp32 or fp16 figure to compare with")

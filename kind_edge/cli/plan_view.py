@@ -32,6 +32,9 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield "classes", ", ".join(plan.classes)
+    if plan.resize:
+        size = f"depth {plan.resize['depth']}, width {plan.resize['width']}, by {plan.resize['method']}"
+        yield "resized", f"{size}; as good as predicted after {format_seconds(float(plan.resize['heal_s']))} of healing"
     yield "form", FORM_WORDS[plan.form]
     yield "runs on", f"{plan.unit}, {plan.precision}"
     guided = f"guidance {plan.guidance:g}" if plan.evaluations_per_step > 1 else "no guidance"

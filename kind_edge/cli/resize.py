@@ -13,17 +13,13 @@ from kind_edge.cli.terminal import Terminal, terminal_of
 if TYPE_CHECKING:
     from kind_edge.model.checkpoint import Checkpoint
 
-MethodChoice = Literal["front", "bot", "selection"]
+MethodChoice = Literal["fit", "front", "bot", "selection"]
 
 
 def resize(
     context: typer.Context,
     checkpoint: options.Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The resized checkpoint.")],
-    method: Annotated[
-        MethodChoice,
-        typer.Option("--method", help="Frequencies, wavelets, or every k-th layer and the leading channels."),
-    ],
     depth: Annotated[
         int | None, typer.Option("--depth", metavar="N", help="Blocks.", show_default="as many as there are")
     ] = None,
@@ -33,6 +29,13 @@ def resize(
             "--width", metavar="N", help="Channels; heads keep their width.", show_default="as many as there are"
         ),
     ] = None,
+    method: Annotated[
+        MethodChoice,
+        typer.Option(
+            "--method",
+            help="Channels chosen and layers fitted; frequencies; wavelets; every k-th layer and the leading channels.",
+        ),
+    ] = "fit",
     learngene_rank: Annotated[
         int | None,
         typer.Option("--learngene-rank", metavar="R", help="Of the result.", show_default="scaled with the width"),
@@ -50,7 +53,7 @@ def resize(
     """
     terminal = terminal_of(context)
     options.check_writable(output)
-    with terminal.counting("learngene and tailors, twice") as on_part:
+    with terminal.counting("learngene and tailors") as on_part:
         from kind_edge.model.resize import Sizes, resize_model
         from kind_edge.model.shipped import find_model
 

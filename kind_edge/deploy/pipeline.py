@@ -17,6 +17,7 @@ from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile, profile_names
+from kind_edge.budget.sizes import make_plan_of_any_size
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
 from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
@@ -36,6 +37,7 @@ from kind_edge.deploy.request import (
     make_source,
     open_model,
 )
+from kind_edge.deploy.resizing import at_planned_size, check_heal, planned_source, sized_sources
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
@@ -57,11 +59,15 @@ def plan(
     *,
     profile: str,
     autoencoder: str | Path | None = None,
+    allow_resize: str | None = None,
     on_measure: OnProgress | None = None,
+    on_healing: OnHealing | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `allow_resize`: a time such as "10m"; smaller depths and widths are choices, too, with their quality after so long a
+    healing, which is measured first, once for the model.
     `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
     `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
@@ -69,7 +75,10 @@ def plan(
     device = load_profile(profile)
     opened = open_model(model, on_measure, autoencoder)
     source, request = ask(opened, device, **choices)
-    return make_plan(source, request)
+    if allow_resize is None:
+        return make_plan(source, request)
+    heal_s = parse_duration(allow_resize, "--allow-resize")
+    return make_plan_of_any_size([source, *sized_sources(opened, source, heal_s, on_healing)], request)
 
 
 def pareto(
@@ -141,8 +150,9 @@ def export(
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         check_replay(plan, opened, device.name, choices)
-        source = make_source(opened)
-        plan = as_replayed(plan, source, device)
+        check_heal(plan, heal_s)
+        source = planned_source(opened, make_source(opened), plan)
+        plan = as_replayed(plan, source, device, opened.checkpoint.spec)
     if wanted.packs:
         check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
@@ -201,13 +211,15 @@ def heal_cut(
 
     `state` is a file: what is learned is kept there, and an interrupted call goes on. `clock` counts the `seconds`.
     """
-    from kind_edge.training.healing import Lesson, Rows, heal, walk_deviation
+    from kind_edge.training.healing import Lesson, heal, sampler_rows, walk_deviation
 
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
-    rows = Rows(*(torch.from_numpy(getattr(table, name)).float() for name in Rows._fields))
     kept = tuple(class_indices(model.checkpoint, plan.classes))
     guidance = plan.guidance if plan.evaluations_per_step > 1 else 1.0
-    lesson = Lesson(model.checkpoint, cut.truncated, kept, plan.form, rows, guidance, plan.null_branch)
+    lesson = Lesson(
+        model.checkpoint, cut.truncated, kept, plan.form, sampler_rows(table), guidance, plan.null_branch,
+        whole=bool(plan.resize),
+    )  # fmt: skip
     done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None), clock)
     return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
 
@@ -255,7 +267,8 @@ def _fresh_reference(
             raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
-        truncated = truncate(model.checkpoint, stored, model.calibration)
+        sized = at_planned_size(model, stored)
+        truncated = truncate(sized.checkpoint, stored, sized.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
     return points | make_images(truncated, stored, model.autoencoder, seed=1)

@@ -104,12 +104,20 @@ def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: 
     return calibrate_on_inputs(model, trajectory_inputs(model, per_class, steps, seed))
 
 
-def trajectory_inputs(model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0) -> list[Inputs]:
-    """What a model is asked at every step while it draws `per_class` images of every class."""
+def trajectory_inputs(
+    model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0, images: int | None = None
+) -> list[Inputs]:
+    """What a model is asked at every step while it draws `per_class` images of every class.
+
+    `images`: no more than so many, of evenly spread classes.
+    """
     spec = model.spec
     seen: list[Inputs] = []
     counts = spec.step_counts or (steps,)
-    for count, classes in itertools.product(counts, torch.arange(spec.num_classes).repeat(per_class).split(64)):
+    wanted = torch.arange(spec.num_classes).repeat(per_class)
+    if images is not None and images < len(wanted):
+        wanted = wanted[torch.arange(images) * len(wanted) // images]
+    for count, classes in itertools.product(counts, wanted.split(64)):
         walk = denoiser(model, count, 1.0 if spec.inside_guidance is None else spec.inside_guidance)
 
         def record(x: Tensor, timestep: Tensor, classes: Tensor, count: int = count, walk: Denoiser = walk) -> Tensor:

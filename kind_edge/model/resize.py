@@ -12,6 +12,8 @@ trajectories: so the components that matter most come first, as in a nested lear
 Factors that blocks have in common (`ModelSpec.shared_factors`) are no stack of matrices: U and V are resized as they
 are, so at another depth alone they stay to the last bit, and s goes the way of its component through the depth.
 
+One method is no function of stacks, as it looks at activations: `resize_fit`.
+
 Symbols: L blocks, D width, n outputs, m inputs, C classes.
 """
 
@@ -20,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +32,29 @@ import torch
 from torch import Tensor
 
 from kind_edge.errors import InputError, UsageError, unknown
-from kind_edge.model.calibration import Calibration, calibrate_on_inputs, trajectory_inputs
+from kind_edge.model.calibration import Inputs, calibrate_on_inputs, trajectory_inputs
 from kind_edge.model.checkpoint import HELDOUT, Checkpoint, checkpoint_hash, load_checkpoint, stored_dtype
 from kind_edge.model.convert import check_absent, save_whole
 from kind_edge.model.names import is_factor
 from kind_edge.model.resize_axes import Method, Stack, kinds, resize_kind
 from kind_edge.model.resize_bot import bot
+from kind_edge.model.resize_fit import fitted
 from kind_edge.model.resize_front import front
 from kind_edge.model.resize_selection import selection
+from kind_edge.model.resize_split import OnPart, folded, split
 from kind_edge.model.spec import BRANCHES, ModelSpec
-from kind_edge.model.truncation import Whitening, both_branches, sorted_factors, trainable
 
 METHODS: Mapping[str, Method] = {"front": front, "bot": bot, "selection": selection}
+
+FIT = "fit"
+METHOD_NAMES = (*METHODS, FIT)
+"""Those of stacks, and the one that looks at activations (`resize_fit`)."""
+
+WHITENED = "whitened, on sampling trajectories of the source"
+TRAJECTORIES = 64
+"""Images that the source draws for that, and for a fit, at most."""
+
+Tensors = dict[str, Tensor]
 
 FURTHEST = 4
 """Times as large or as small, at most, in depth and in width."""
@@ -50,9 +63,6 @@ TWIN_NOISE = 0.02
 """Of a matrix's root mean square, where width grows. Channels that are copies would have equal gradients for ever."""
 
 _OF_THE_OLD_SIZE = ("quality", "quality_by_steps", "final_loss", "resized")
-
-OnPart = Callable[[int, int], None]
-"""Told (done, total) of learngene and tailors."""
 
 
 def target_spec(
@@ -109,28 +119,68 @@ def _check_size(name: str, wanted: int, now: int, unit: int) -> None:
 
 
 def resized(
-    checkpoint: Checkpoint, spec: ModelSpec, method: str, on_part: OnPart = lambda done, total: None
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    method: str,
+    on_part: OnPart = lambda done, total: None,
+    *,
+    to_heal: bool = False,
 ) -> Checkpoint:
     """The checkpoint at the shape of `spec`, which `target_spec` made, by the method of that name; float32.
+
+    `to_heal`: also a distilled one, which no training on images would bring back its steps; healing does.
 
     Raises:
         UsageError: an unknown method, or a checkpoint that cannot be resized.
         InputError: `spec` differs in more than its sizes.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    _check_source(checkpoint, spec)
-    resizing = _Resizing(checkpoint.spec, spec, METHODS[method])
+    if method not in METHOD_NAMES:
+        raise unknown("method", method, METHOD_NAMES)
+    _check_source(checkpoint, spec, method, to_heal)
+    if method == FIT:
+        tensors, how = _fitted(checkpoint, spec, on_part)
+    else:
+        tensors, how = _by_stacks(checkpoint, spec, METHODS[method], on_part)
+    return Checkpoint(spec, checkpoint.class_names, tensors, _provenance(checkpoint, spec, method, how))
+
+
+def _by_stacks(checkpoint: Checkpoint, spec: ModelSpec, method: Method, on_part: OnPart) -> tuple[Tensors, str]:
+    """The tensors, and how matrices were split."""
+    resizing = _Resizing(checkpoint.spec, spec, method)
     source = {name: t.double().numpy() for name, t in checkpoint.float_tensors().items() if _stays(name, spec)}
     tensors = {name: _leading(name, array, spec) for name, array in resizing(source).items()}
-    split = "none"
-    if spec.factored:
-        plain = Checkpoint(spec, checkpoint.class_names, tensors | _factors(checkpoint, resizing, None, on_part))
-        calibration = calibrate_on_inputs(plain.model(), trajectory_inputs(checkpoint.model()))
-        tensors |= _factors(checkpoint, resizing, calibration, on_part)
-        split = f"whitened: {calibration.source} of the source"
-    provenance = _provenance(checkpoint, spec, method, split)
-    return Checkpoint(spec, checkpoint.class_names, tensors, provenance)
+    if not spec.factored:
+        return tensors, "not factored"
+
+    def matrices_of(part: int) -> dict[str, Stack]:
+        return resizing(folded(checkpoint, part))
+
+    plain = Checkpoint(spec, checkpoint.class_names, tensors | split(spec, matrices_of, None, lambda *_: None))
+    calibration = calibrate_on_inputs(plain.model(), _asked(checkpoint))
+    return tensors | split(spec, matrices_of, calibration, on_part), WHITENED
+
+
+def _fitted(checkpoint: Checkpoint, spec: ModelSpec, on_part: OnPart) -> tuple[Tensors, str]:
+    """The same by `fitted`."""
+    seen = _asked(checkpoint)
+    wide = fitted(checkpoint.model(), spec, seen)
+    tensors = {name: tensor.detach() for name, tensor in wide.state_dict().items()}
+    whole = Checkpoint(wide.spec, checkpoint.class_names, tensors)
+    grows = spec.width > checkpoint.spec.width
+    if not spec.factored:
+        apart = {name: told_apart(name, t.double().numpy()) for name, t in tensors.items() if grows and is_matrix(name)}
+        return tensors | {name: torch.from_numpy(array).float() for name, array in apart.items()}, "not factored"
+
+    def matrices_of(part: int) -> dict[str, Stack]:
+        return {name: told_apart(name, matrix) if grows else matrix for name, matrix in folded(whole, part).items()}
+
+    kept = {name: tensor for name, tensor in tensors.items() if not is_factor(name)}
+    return kept | split(spec, matrices_of, calibrate_on_inputs(wide, seen), on_part), WHITENED
+
+
+def _asked(checkpoint: Checkpoint) -> list[Inputs]:
+    """What the source is asked on its own sampling trajectories."""
+    return trajectory_inputs(checkpoint.model(), images=TRAJECTORIES)
 
 
 @dataclass(frozen=True)
@@ -162,15 +212,19 @@ def resize_model(
     return done
 
 
-def _check_source(checkpoint: Checkpoint, target: ModelSpec) -> None:
+def _check_source(checkpoint: Checkpoint, target: ModelSpec, method: str, to_heal: bool) -> None:
     spec, where = checkpoint.spec, checkpoint.path or "the checkpoint"
-    if spec.distilled:
+    if spec.distilled and not to_heal:
         raise UsageError(
             f"{where} is distilled: its steps were learned at its size; resize the model that it was distilled from, "
             "train that on, and distil again"
         )
     if spec.dropped_branches:
         raise UsageError(f"{where} has lost {', '.join(spec.dropped_branches[:3])}: resize the model it was cut from")
+    if spec.shared_factors and method == FIT:
+        raise UsageError(
+            f"{where} has factors that its blocks share; a fit gives every block its own: use front, bot or selection"
+        )
     if spec.shared_factors and spec.matrix_ranks:
         raise UsageError(f"{where} was cut: its weight types have ranks of their own; resize the model it was cut from")
     sizes = {name: getattr(target, name) for name in ("depth", "width", "heads", "learngene_rank", "tailor_rank")}
@@ -207,15 +261,19 @@ class _Resizing:
             chunks = tensor.reshape(len(BRANCHES), 3, self.target.width, -1).copy()  # shift, scale and gate of each
             chunks[:, 2] *= self.spec.depth / self.target.depth
             return chunks.reshape(tensor.shape)
-        if _is_matrix(name) and self.target.width > self.spec.width:
-            noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.shape)
-            return tensor + TWIN_NOISE * np.sqrt(np.square(tensor).mean()) * noise
-        return tensor
+        grows = self.target.width > self.spec.width
+        return told_apart(name, tensor) if grows and is_matrix(name) else tensor
 
 
-def _is_matrix(name: str) -> bool:
+def is_matrix(name: str) -> bool:
     """Whether it is one of the six that may be factored."""
     return name.startswith("blocks.") and name.endswith(".weight") and ".adaln." not in name
+
+
+def told_apart(name: str, matrix: Stack) -> Stack:
+    """With a little noise, always the same for a name."""
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(matrix.shape)
+    return matrix + TWIN_NOISE * np.sqrt(np.square(matrix).mean()) * noise
 
 
 def _stays(name: str, spec: ModelSpec) -> bool:
@@ -229,51 +287,6 @@ def _leading(name: str, array: Stack, target: ModelSpec) -> Tensor:
     if not is_factor(name):
         return tensor
     return tensor[..., : target.learngene_rank].contiguous()
-
-
-def _factors(
-    checkpoint: Checkpoint, resizing: _Resizing, calibration: Calibration | None, on_part: OnPart
-) -> dict[str, Tensor]:
-    """Learngene and tailors of the resized matrices, each split to its new rank; one part's matrices at a time."""
-    spec, target = checkpoint.spec, resizing.target
-    factors: dict[str, Tensor] = {}
-    tailors: dict[str, list[Tensor]] = {}
-    for part in range(0 if spec.shared_factors else -1, spec.num_classes):  # -1: the learngene
-        folded = {f"{shape.name}.weight": _folded(checkpoint, shape.name, part) for shape in spec.matrices()}
-        matrices = resizing(folded)
-        for shape in target.matrices():
-            rank = target.ranks(shape.name)[part >= 0]
-            split = _split(matrices[f"{shape.name}.weight"], rank, _whitening(calibration, shape.name, part))
-            for letter, tensor in split.items():
-                if part < 0:
-                    factors[f"{shape.name}.learngene.{letter}"] = tensor
-                else:
-                    tailors.setdefault(f"{shape.name}.tailors.{letter}", []).append(tensor)
-        on_part(part + 2, spec.num_classes + 1)
-    return factors | {name: torch.stack(of_classes) for name, of_classes in tailors.items()}
-
-
-def _folded(checkpoint: Checkpoint, name: str, part: int) -> Stack:
-    """The learngene (-1) or the tailor of a class as a matrix [n, m]."""
-    which = "learngene" if part < 0 else "tailors"
-    u, s, v = (checkpoint.tensors[f"{name}.{which}.{letter}"].double() for letter in "UsV")
-    if part >= 0:
-        u, s, v = u[part], s[part], v[part]
-    return (u * s @ v.T).numpy()
-
-
-def _whitening(calibration: Calibration | None, name: str, part: int) -> Whitening | None:
-    if calibration is None:
-        return None
-    return both_branches(calibration, name) if part < 0 else Whitening.of(calibration.pooled[name])
-
-
-def _split(matrix: Stack, rank: int, whitening: Whitening | None) -> dict[str, Tensor]:
-    """U [n, rank], s [rank] and V [m, rank], the most important component first."""
-    whole = torch.from_numpy(matrix)
-    outputs, inputs = (torch.eye(size, dtype=whole.dtype) for size in whole.shape)
-    a, b = (outputs, whole.T) if len(outputs) < len(inputs) else (whole, inputs)
-    return trainable(sorted_factors(a, b, whitening).cut(rank))
 
 
 def _provenance(checkpoint: Checkpoint, target: ModelSpec, method: str, split: str) -> dict[str, Any]:

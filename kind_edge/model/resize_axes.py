@@ -69,8 +69,9 @@ def kinds(spec: ModelSpec, target: ModelSpec) -> Iterator[Kind]:
     yield from _layer("blocks.{}.adaln", width._replace(before=6), width)
     yield from _layer("patch_embed", width, _same(spec.channels * spec.patch_size**2))
     yield Kind("pos_embed", width, _same(spec.tokens), transposed=True)
-    yield from _layer("t_embed.fc1", width, _same(FREQUENCY_WIDTH))
-    yield from _layer("t_embed.fc2", width, width)
+    for embedder in ("t_embed", "span_embed") if spec.distilled else ("t_embed",):
+        yield from _layer(f"{embedder}.fc1", width, _same(FREQUENCY_WIDTH))
+        yield from _layer(f"{embedder}.fc2", width, width)
     if spec.label_embedding:
         yield Kind("y_embed.weight", width, _same(spec.num_classes + 1), transposed=True)
     yield from _layer("final.adaln", width._replace(before=2), width)

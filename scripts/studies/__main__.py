@@ -49,6 +49,7 @@ HELP = """publish        all that README.md and docs say of the shipped model, o
 Of the shipped model, or of --checkpoint; with --into FILE they go into a document:
 classes        pictures of every class, from the same noises
 export         what the README's first command prints
+plan           what `kind-edge plan` prints of a limit that binds, and of one that nothing fits
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
 coreml         Core ML packages: size and distance of every way to store weights
 cost           scripts/bench costs: predicted and measured time, size and memory
@@ -69,8 +70,8 @@ anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many ima
 From runs of its own:
 fine           scripts/results fine -o FOLDER: models whose blocks have factors in common beside ordinary ones, by files
                of equal Fréchet distance (an hour a seed); publish reads the runs in docs/studies/fine
-resize         scripts/results resize -o FOLDER: models of other sizes begun from a trained one, and from scratch (hours);
-               publish reads the runs in docs/studies/resize
+resize         -o FOLDER: models of other sizes, begun from a trained one and from scratch (hours); publish reads
+               the runs in docs/studies/resize
 
 Beside it:
 recommend      settles the guidance of --checkpoint by the judge, and writes it and its quality into config.json
@@ -86,6 +87,8 @@ BLOCKS = (
     Block("classes", "README.md", lambda _: "![Ten classes drawn by the shipped model](docs/images/classes.png)",
           has_runs=False, album="docs/images"),
     Block("export", "README.md", exported.listing_text),
+    Block("plan", "docs/plan.md", exported.planned_text),
+    Block("refusal", "docs/plan.md", exported.refused_text, of="plan"),
     Block("cutting", "docs/results.md", exported.cutting_text),
     Block("cost", "docs/results.md", exported.cost_text),
     Block("coreml", "docs/coreml.md", packages.text),
@@ -105,17 +108,16 @@ BLOCKS = (
     Block("fine", "docs/fine.md", fine.text, of_shipped=False),
     Block("resize", "docs/results.md", resize_text.text, album="studies/resize", of_shipped=False),
 )  # fmt: skip
-"""All that is said of the shipped model, and of studies; quick ones first, and what is timed before the machine gets warm."""
+"""All that is said of the shipped model, and what stands in STUDIES; quick ones first, and what is timed before the
+machine gets warm."""
 
 METHODS = {
     "anysize": ("whitened", "plain", "planned"),
     "anysize-heal": ("healed",),
     "anysize-dense": ("dense",),
 }
-ABOUT_A_MODEL = (
-    *(block.name for block in BLOCKS if block.of_shipped and not block.of),
-    *(name for name in METHODS if name != "anysize"),
-)
+_OF_MODELS = (block.name for block in BLOCKS if block.of_shipped and not block.of)
+ABOUT_A_MODEL = (*_OF_MODELS, "anysize-heal", "anysize-dense")
 OTHERS = ("fine", "resize", "trainings", "transfer", "trials", "twin")
 
 
@@ -166,7 +168,8 @@ def measure(name: str, job: Job) -> list[Record]:
         pictures.draw_anysize(sizes, records, job.album)
         return records
     studies = {
-        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "coreml": packages.run,
+        "export": exported.listing, "plan": exported.planned, "cutting": exported.cutting, "cost": exported.cost,
+        "coreml": packages.run,
         "peers": peers.publish,
         "shipped": shipped.run, "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip

@@ -2,31 +2,30 @@
 
 The source is the preset `study`, trained. For every size and method the resized model is judged as it is, and after
 short trainings (heals), each a run of its own with its own warm-up and cosine, with the ordinary loss: what is compared
-is where a training starts. *scratch* starts at random, for as many images and for more; its last point is the preset
-itself at that size.
+is where a training starts. *scratch* starts at random, for as many images and for more, *whole* is the preset itself at
+that size.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kind_edge.deploy.reference import Heldout, load_heldout
-from kind_edge.errors import InputError
+from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import CONFIG, HELDOUT, Checkpoint, load_checkpoint
 from kind_edge.model.diffusion import draw_timesteps, loss_per_image
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.model.resize import METHODS, resized, target_spec
-from kind_edge.model.spec import ModelSpec
+from kind_edge.model.resize import METHOD_NAMES, resized, target_spec
 from kind_edge.training.config import TrainConfig, preset
 from kind_edge.training.data import DataSplit
 from kind_edge.training.evaluate import Judge
@@ -40,13 +39,17 @@ from studies.store import Record, Store, read_record, subject_of
 NAME = "resize"
 SIZES = {"half-width": (32, 4), "half-depth": (64, 2), "three-quarters": (48, 3), "four-thirds": (80, 5)}
 """Width and depth; the source has 64 and 4."""
-SCRATCH = "scratch"
+SCRATCH, WHOLE = "scratch", "whole"
 FIRST = ("front", "selection", SCRATCH)
 """The methods that the claim is about, and what they are compared with; others come after them."""
 HEALS = (6_000, 12_000, 24_000, 48_000)
 LONGER = (96_000,)
 """From scratch alone, so that images of equal loss can be told between the heals and the whole training."""
+LONGEST = 240_000
 HEAL_WARMUP_SHARE = 0.1
+RATE_SHARE = 4.0
+"""Of the preset's learning rate, which is for long runs: of 1, 2 and 4 the best from scratch and for front (half-width,
+12,000 images: 0.80, 0.62, 0.57 and 0.59, 0.52, 0.45; at 48,000 from scratch 0.43, 0.38, 0.34)."""
 JUDGED_IMAGES = 500
 DRAWS = 8
 """Noises and timesteps for every held-out image, the same for all models."""
@@ -54,7 +57,7 @@ DRAWS = 8
 
 def methods() -> tuple[str, ...]:
     """In the order of the tables."""
-    return (*FIRST[:1], *sorted(set(METHODS) - set(FIRST)), *FIRST[1:])
+    return (*FIRST[:1], *(name for name in METHOD_NAMES if name not in FIRST), *FIRST[1:])
 
 
 class Resizing:
@@ -71,7 +74,7 @@ class Resizing:
         self.store = Store(folder, NAME, subject_of(source))
         self.judge = Judge.load()
         self.sampling = sampling_of(self.source)
-        self._starts: dict[tuple[str, str], Checkpoint] = {}
+        self._starts: dict[tuple[str, str], tuple[Checkpoint, float]] = {}
 
     def judge_source(self) -> None:
         """What the source itself scores: the best that its sizes can hope for without more training."""
@@ -84,8 +87,20 @@ class Resizing:
                 for method in chosen:
                     self._point(size, method, images)
             if SCRATCH in chosen:
-                for images in (*LONGER, self.config(size).images):
+                for images in LONGER:
                     self._point(size, SCRATCH, images)
+                if (self._whole(size) / CONFIG).exists():
+                    self._point(size, WHOLE, self.config(size).images)
+
+    def run_longest(self) -> None:
+        """The whole trainings, and from scratch for as long at the rate of the heals."""
+        for size in SIZES:
+            self._point(size, WHOLE, self.config(size).images)
+        for size in SIZES:
+            self._point(size, SCRATCH, LONGEST)
+
+    def _whole(self, size: str) -> Path:
+        return self.folder / "weights" / f"scratch-{size}-seed{self.seed}"
 
     def config(self, size: str) -> TrainConfig:
         """Of the whole training from scratch."""
@@ -100,19 +115,27 @@ class Resizing:
     def _store(self, size: str, method: str, seen: int, compute: Callable[[], dict[str, Any]]) -> None:
         judged = {"images": self.images, **dataclasses.asdict(self.sampling), "judge_sha256": self.judge.judge_sha256}
         draws = {"heldout_images": len(self.heldout.labels), "draws": DRAWS}
-        conditions = {"size": size, "method": method, "seen": seen, "seed": self.seed, **judged, **draws}
+        rate = {"rate_share": 1.0 if method in (WHOLE, "source") else RATE_SHARE}
+        conditions = {"size": size, "method": method, "seen": seen, "seed": self.seed, **judged, **draws, **rate}
         self.store.run(f"{size}-{method}-{seen}-seed{self.seed}", conditions, compute)
 
     def _figures(self, size: str, method: str, seen: int) -> dict[str, Any]:
         config = self.config(size)
-        if method == SCRATCH and seen == config.images:
-            whole = _trained(self.folder / "weights" / f"scratch-{size}-seed{self.seed}", config)
-            return self._scores(load_checkpoint(whole))
+        if method == WHOLE:
+            return self._scores(load_checkpoint(_trained(self._whole(size), config)))
         if (size, method) not in self._starts:
-            self._starts[size, method] = self._begun(config, method)
-        begun = self._starts[size, method]
+            start = self._begun(config, method)
+            self._starts[size, method] = start, mean(heldout_losses(start, self.heldout))
+        begun, start_loss = self._starts[size, method]
+        self._check_start(size, method, start_loss)
         done = self._healed(begun, config, seen) if seen else begun
-        return {**self._scores(done), "start_sha256": _hash_of(begun)}
+        return {**self._scores(done), "start_loss": start_loss}
+
+    def _check_start(self, size: str, method: str, loss: float) -> None:
+        """All lengths of one start go together: refuse to go on with runs of another one, as of an earlier method."""
+        for path in (self.folder / NAME).glob(f"{size}-{method}-*-seed{self.seed}.json"):
+            if not math.isclose(read_record(path)["figures"]["start_loss"], loss, rel_tol=1e-3):
+                raise UsageError(f"{path} began from other weights; remove the runs of {size}, {method} to go on")
 
     def _scores(self, checkpoint: Checkpoint) -> dict[str, Any]:
         own = self.sampling
@@ -144,10 +167,12 @@ class Resizing:
 
 
 def heal(config: TrainConfig, images: int) -> TrainConfig:
-    """A short run of any start: the same rate as a whole training's, and a warm-up that fits the length."""
+    """A run of this length of any start: at a rate that suits short ones, with a warm-up that fits the length."""
     steps = images // config.batch_size
     warmup = min(config.warmup_steps, round(HEAL_WARMUP_SHARE * steps))
-    return dataclasses.replace(config, images=images, warmup_steps=warmup)
+    return dataclasses.replace(
+        config, images=images, warmup_steps=warmup, learning_rate=RATE_SHARE * config.learning_rate
+    )
 
 
 @torch.no_grad()
@@ -174,6 +199,7 @@ def run_study(folder: Path, images: int, seeds: Sequence[int]) -> list[Record]:
         study.judge_source()
         for sizes, chosen in ((small, FIRST), (small, others), (rest, FIRST), (rest, others)):
             study.run(sizes, chosen)
+        study.run_longest()
     return records_in(folder)
 
 
@@ -186,17 +212,6 @@ def _trained(folder: Path, config: TrainConfig) -> Path:
     if not (folder / CONFIG).exists():
         train(config, folder, device="cpu", resume=(folder / STATE).exists(), on_progress=_tell)
     return folder
-
-
-def _hash_of(checkpoint: Checkpoint) -> str:
-    digest = hashlib.sha256()
-    for _, tensor in sorted(checkpoint.tensors.items()):
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().float().contiguous().numpy().tobytes()
 
 
 def _tell(progress: Progress) -> None:

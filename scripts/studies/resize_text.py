@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,9 @@ from studies.pictures import pyplot, save
 from studies.statistics import conditions_line, markdown, paragraph, spread_of
 from studies.store import Record
 
-SCRATCH = "scratch"
-ORDER = ("front", "bot", "selection", SCRATCH)
-"""Of rows and colours; a method that is not named here comes before the last two."""
+SCRATCH, WHOLE = "scratch", "whole"
+ORDER = ("front", "bot", "selection", SCRATCH, WHOLE)
+"""Of rows and colours; a method that is not named here comes after the first two."""
 SIZES = {
     "half-width": "width 32, depth 4",
     "half-depth": "width 64, depth 2",
@@ -33,7 +34,7 @@ Curve = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Times:
-    """How many times fewer; `bound` says where a curve ended before: at least ("≥"), at most ("≤"), or "" for neither."""
+    """How many times fewer; `bound` says where a curve ended before: at least ("≥") or at most ("≤"), else ""."""
 
     value: float
     bound: str = ""
@@ -65,7 +66,7 @@ def images_for(loss: float, own: Curve) -> Times | None:
         return Times(0.0)
     if trained[0][1] <= loss:
         return Times(float(trained[0][0]), "" if trained[0][1] == loss else "≤")
-    for (before, high), (after, low) in zip(trained, trained[1:], strict=False):
+    for (before, high), (after, low) in itertools.pairwise(trained):
         if low <= loss < high:
             share = math.log(high / loss) / math.log(high / low)
             return Times(before * (after / before) ** share)
@@ -107,14 +108,18 @@ def text(records: Sequence[Record]) -> str:
     parts += ["Fréchet distance:", _distances(records, present)]
     if claims := [*_claims(records)]:
         parts.append("\n".join(claims))
+    parts.append("![Loss on held-out images against images, by start](studies/resize/loss.png)")
     return "\n\n".join([*parts, paragraph(conditions_line(find(records)))])
 
 
 def _heading(records: Sequence[Record], seeds: Sequence[int]) -> str:
     own, paired = _errors(records)
     first = records[0]["conditions"]
+    share = max(record["conditions"]["rate_share"] for record in records)
     return (
-        f"Mean (lowest to highest) over {len(seeds)} trainings of the source, where a cell has them all. Held-out loss: "
+        f"All starts are trained at {share:g} times the preset's learning rate, which suits short runs "
+        "better from every start; *whole* is the preset itself at that size, from scratch at its own rate. "
+        f"Mean (lowest to highest) over {len(seeds)} sources, where a cell has them all. Held-out loss: "
         f"{first['heldout_images']} images under {first['draws']} noises and times each, the same for all; over the "
         f"noises, the standard error of one loss is {100 * own:.1f} %, of two models' ratio {100 * paired:.1f} %."
         f"{_source_words(records)}"
@@ -140,7 +145,7 @@ def _errors(records: Sequence[Record]) -> tuple[float, float]:
         here, drawn = record["conditions"], np.array(record["figures"]["heldout_losses"])
         own.append(error(drawn))
         beside = find(records, size=here["size"], seen=here["seen"], seed=here["seed"], method=SCRATCH)
-        if here["method"] != SCRATCH and beside:
+        if here["method"] not in (SCRATCH, WHOLE) and beside:
             paired.append(error(drawn / np.array(beside[0]["figures"]["heldout_losses"])))
     return float(np.mean(own)), float(np.mean(paired)) if paired else 0.0
 
@@ -156,7 +161,7 @@ def _losses(records: Sequence[Record], size: str) -> str:
         cells = [find(records, size=size, method=method, seen=seen) for seen in lengths]
         rows.append((method, *(spread_of(map(loss_of, own)).text(4) if own else "–" for own in cells)))
     for method in methods:
-        if method != SCRATCH:
+        if method not in (SCRATCH, WHOLE):
             times = [times_fewer(records, size, method, seen) if seen else [] for seen in lengths]
             rows.append((f"{method}, times fewer than scratch", *map(times_text, times)))
     return markdown(("start", *(f"{seen:,} images" for seen in lengths)), rows)
@@ -173,16 +178,16 @@ def _distances(records: Sequence[Record], sizes: Sequence[str]) -> str:
 
 
 def _claims(records: Sequence[Record]) -> Iterator[str]:
-    """Whether each method reaches the loss of the whole training from scratch with five times fewer images."""
+    """Whether each method reaches the loss of the whole training with five times fewer images."""
     for size in SMALLER:
         for method in rows_of(find(records, size=size)):
-            if method != SCRATCH:
+            if method != WHOLE:
                 yield from _claim(records, size, method)
 
 
 def _claim(records: Sequence[Record], size: str, method: str) -> Iterator[str]:
     needed, times = [], []
-    for record in find(records, size=size, method=SCRATCH, seen=max(_lengths(records))):
+    for record in find(records, size=size, method=WHOLE):
         seen = record["conditions"]["seen"]
         found = images_for(loss_of(record), curve(records, size, method, record["conditions"]["seed"]))
         if found is not None and found.value:
@@ -194,7 +199,7 @@ def _claim(records: Sequence[Record], size: str, method: str) -> Iterator[str]:
     bounds = {each.bound for each in needed} - {""}
     images = (bounds.pop() + " " if len(bounds) == 1 else "") + f"{spread_of(each.value for each in needed).mean:,.0f}"
     yield paragraph(
-        f"- {size}, {method}: the loss of the whole training from scratch after {images} images, {times_text(times)} "
+        f"- {size}, {method}: the loss of the whole training after {images} images, {times_text(times)} "
         f"times fewer (wanted: at least {WANTED_RATIO:g}): {'met' if met else 'not met'}.",
         "  ",
     )
@@ -210,7 +215,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
             own = find(records, size=size, method=method)
             lengths = sorted({record["conditions"]["seen"] for record in own})
             spreads = [spread_of(map(loss_of, find(own, seen=seen))) for seen in lengths]
-            axis.plot(lengths, [each.mean for each in spreads], f"C{number}o-", markersize=3, label=method)
+            style = f"C{number}" + ("*" if method == WHOLE else "o-")
+            axis.plot(lengths, [each.mean for each in spreads], style, markersize=4, label=method)
             low, high = [each.low for each in spreads], [each.high for each in spreads]
             axis.fill_between(lengths, low, high, color=f"C{number}", alpha=0.2, linewidth=0)
         axis.set_xscale("symlog", linthresh=6_000, linscale=0.6)

@@ -16,7 +16,7 @@ from scipy.fft import idctn
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint, check_tensors
 from kind_edge.model.gated_linear import ClassGate
-from kind_edge.model.resize import METHODS, resized, target_spec
+from kind_edge.model.resize import METHOD_NAMES, METHODS, resized, target_spec
 from kind_edge.model.resize_axes import Axis, Kind, resize_kind
 from kind_edge.model.resize_bot import bot
 from kind_edge.model.resize_front import front
@@ -127,7 +127,7 @@ def predictions(checkpoint: Checkpoint) -> torch.Tensor:
     return checkpoint.model()(x, timestep, torch.arange(12) % (checkpoint.spec.num_classes + 1))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["front", "fit"])
 def test_at_its_own_size_a_model_stays_what_it_is(name: str, tiny: Checkpoint) -> None:
     same = resized(tiny, target_spec(tiny.spec), name)
     assert same.spec == tiny.spec
@@ -139,7 +139,7 @@ def test_at_its_own_size_a_model_stays_what_it_is(name: str, tiny: Checkpoint) -
         torch.testing.assert_close(u.T @ u, torch.eye(12), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", METHOD_NAMES)
 @pytest.mark.parametrize(
     ("dense", "sizes"), [(False, (2, 16)), (False, (5, 40)), (True, (3, 24)), (True, (6, 48))],
     ids=["KIND-smaller", "KIND-larger", "dense-smaller", "dense-larger"],

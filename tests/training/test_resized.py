@@ -12,6 +12,7 @@ import torch
 
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from kind_edge.model.diffusion import add_noise
 from kind_edge.model.resize import resized, target_spec
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.beginning import begin_with, check_same_classes
@@ -79,6 +80,22 @@ def test_the_tailor_still_decides_after_a_short_heal(trained: Checkpoint, method
     healed = after(dataclasses.replace(heal_config(begun, steps=40), learning_rate=5e-3), begun)
     assert (healed.spec.depth, healed.spec.width) == sizes
     assert decided_by_the_tailor(healed) > 0.75
+
+
+@torch.no_grad()
+def test_a_fit_is_the_nearest_start(trained: Checkpoint) -> None:
+    """Of what the source predicts, how much is missed with nothing trained, and whose tailor is whose."""
+    stream, images = torch.Generator().manual_seed(3), DATA.batch(torch.arange(96))
+    timestep = torch.rand(96, generator=stream) * 1000
+    noised, _ = add_noise("flow", images, torch.randn(images.shape, generator=stream), timestep)
+    wanted = trained.model()(noised, timestep, LABELS)
+    missed = {}
+    for method in ("fit", "selection"):
+        small = resized(trained, target_spec(SPEC, 2, 16), method)
+        missed[method] = float((small.model()(noised, timestep, LABELS) - wanted).square().mean())
+        if method == "fit":
+            assert decided_by_the_tailor(small) > 0.5
+    assert missed["fit"] < 0.85 * missed["selection"]
 
 
 def test_a_run_from_a_checkpoint_says_so_and_is_no_other_run(trained: Checkpoint, tmp_path: Path) -> None:
