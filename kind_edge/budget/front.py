@@ -44,10 +44,10 @@ def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...
     """A curve over the cost `axis` for each number of classes. Raises `NoPlanError` where not even one point fits."""
     counts = [count for count in CLASS_COUNTS if count < len(request.classes)]
     kept = [request.classes[:count] for count in (*counts, len(request.classes))]
-    curves, failures = [], []
+    problems, curves, failures = Problems(source), [], []
     for classes in kept:
         try:
-            points = curve_points(source, dataclasses.replace(request, classes=classes), axis)
+            points = curve_points(problems, dataclasses.replace(request, classes=classes), axis)
             curves.append(Curve(classes, tuple(points)))
         except NoPlanError as error:
             failures.append(error)
@@ -57,26 +57,28 @@ def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...
 
 
 def curve_points(
-    source: Source, request: Request, axis: Objective, count: int = POINTS
+    problems: Problems, request: Request, axis: Objective, count: int = POINTS
 ) -> Iterator[Mapping[str, float | None]]:
     """Plans of the request's classes with the least predicted loss, by rising `axis`; `NoPlanError` if not one fits."""
     request = dataclasses.replace(request, max_loss=None, minimise=LOSS)
-    low = _smallest(source, request, axis, MOST_LOSS)
-    high = max(low, _smallest(source, request, axis, LEAST_LOSS, low))
+    low = _smallest(problems, request, axis, MOST_LOSS)
+    high = max(low, _smallest(problems, request, axis, LEAST_LOSS, low))
     best = float("inf")
     for amount in np.unique(np.geomspace(low, high, count).round()).tolist():
         quantity = Quantity(amount / _PER_UNIT.get(axis, 1), _KINDS.get(axis, "bytes"))  # type: ignore[arg-type]
         limits = {**request.limits, limit_name(axis): quantity}
-        answer = best_answer(Problems(source), dataclasses.replace(request, limits=limits))
+        answer = best_answer(problems, dataclasses.replace(request, limits=limits))
         if answer.score < best:
             best = answer.score
-            yield price_figures(source, answer)
+            yield price_figures(problems.source, answer)
 
 
-def _smallest(source: Source, request: Request, axis: Objective, loss: float, otherwise: float | None = None) -> float:
+def _smallest(
+    problems: Problems, request: Request, axis: Objective, loss: float, otherwise: float | None = None
+) -> float:
     """The least that a plan costs at a predicted loss of at most so much; `otherwise` where there is none."""
     try:
-        answer: Answer = best_answer(Problems(source), dataclasses.replace(request, minimise=axis, max_loss=loss))
+        answer: Answer = best_answer(problems, dataclasses.replace(request, minimise=axis, max_loss=loss))
     except NoPlanError:
         if otherwise is None:
             raise

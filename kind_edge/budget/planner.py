@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
-from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
 from kind_edge.budget.plan import MatrixPlan, Plan, file_precision
@@ -19,7 +18,6 @@ from kind_edge.budget.problem import (
     Candidate,
     Deployment,
     Request,
-    Sampling,
     Source,
     limit_name,
 )
@@ -51,17 +49,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Problems:
-    """The problems of a source, built once for each way."""
+    """The problems of a source, for one device: what may be chosen is built once, however its limits vary."""
 
     source: Source
-    _built: dict[tuple[Sampling, Candidate, DecoderCost | None], Problem] = field(default_factory=dict)
+    _built: dict[tuple[Hashable, ...], Problem] = field(default_factory=dict)
 
     def of(self, way: Way, more: Mapping[str, float]) -> Problem:
         """The problem of a way with limits that are `more` (cost -> factor) times as large."""
-        key = (way.request.sampling, way.candidate, way.request.decoder)
+        request, candidate = way.request, way.candidate
+        chosen = (candidate, request.sampling, request.decoder, request.classes, request.precision, request.burst)
+        limited = (request.spare_bytes, request.minimise, request.max_loss is None, frozenset(request.limits))
+        key = (*chosen, *limited)
         if key not in self._built:
-            self._built[key] = build_problem(self.source, way.request, way.candidate)
-        return with_more(self._built[key], more)
+            self._built[key] = build_problem(self.source, request, candidate)
+        limits = Deployment(self.source.spec, request, candidate).limits()
+        return with_more(self._built[key].within(limits, request.max_loss), more)
 
 
 def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
@@ -69,8 +71,7 @@ def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
     if not more:
         return problem
     limits = {name: int(limit * more.get(name, 1.0)) for name, limit in problem.limits.items()}
-    max_loss = None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0)
-    return dataclasses.replace(problem, limits=limits, max_loss=max_loss)
+    return problem.within(limits, None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0))
 
 
 def make_plan(source: Source, request: Request) -> Plan:

@@ -8,6 +8,7 @@ end; the search is `kind_edge.budget.knapsack`, and `recheck` adds its answer up
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -91,6 +92,13 @@ class Problem:
                 if opened in seen or order.get(opened, -1) <= order[group]:
                     raise KindEdgeError(f"Problem.options[{group!r}]: cannot open {opened!r}, which is opened already")
                 seen.add(opened)
+
+    def within(self, limits: Mapping[str, int], max_loss: float | None) -> Problem:
+        """The same choices within other limits; what is known of them holds where the same costs are limited."""
+        other = dataclasses.replace(self, limits=limits, max_loss=max_loss)
+        if self.limits.keys() == limits.keys() and (self.max_loss is None) == (max_loss is None):
+            vars(other)["columns"] = self.columns  # where `cached_property` keeps it
+        return other
 
     def cost_names(self) -> tuple[str, ...]:
         return tuple(next(iter(self.options.values()))[0].costs)
