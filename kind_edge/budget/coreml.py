@@ -38,7 +38,7 @@ _COMPRESSED_BYTES = 135
 """What the program has more of a weight that is compressed."""
 _ROW_SHARE = 0.75
 """Of the denoiser's program, that one row of a sampler takes: of a known row less is left to be computed."""
-_GATHER_BYTES = 1_500
+_GATHER_BYTES = 1_000
 """Of what a tailor takes in *tokens*, the picking of both its factors."""
 _DECODER_OPERATOR_BYTES = 500
 
