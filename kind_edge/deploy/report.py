@@ -65,6 +65,7 @@ def _context(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         "by_class": _by_class(values),
         "packages": list(_packages(values)),
         "quality": list(_quality(values)),
+        "quality_headers": ("", "images", *_quality_headers(values)),
         "healed": values.get("healing", {}).get("told") if values.get("healing", {}).get("kept") else None,
         "measured": list(_measured(values)),
         "conditions": list(_conditions(latency["image"]["conditions"], values)),
@@ -111,10 +112,12 @@ def _reasons(plan: Mapping[str, Any]) -> Iterator[str]:
     """Why it is this plan, in sentences."""
     if plan["optimality_gap"] is not None:
         least = "predicted loss of quality" if plan["minimised"] == "loss" else "cost"
-        gap = format_share(round(plan["optimality_gap"], 6))
-        yield f"No plan within the limits has a {least} that is lower by more than {gap}."
+        gap = round(plan["optimality_gap"], 6)
+        yield f"No plan within the limits has a lower {least}{f' by more than {format_share(gap)}' if gap else ''}."
     if not plan["binding"]:
         yield "No limit keeps it from being better."
+    if plan["form"] == "union":
+        yield "What it costs to open several classes at once is in no prediction: look at the pictures."
     for name, price in plan["prices"].items():
         bought = _predicted(price.get("predicted_loss_increase"), price.get("predicted_frechet"))
         yield f"With a tenth more of {name.replace('max_', '')}, {WRITE_LIMIT[name](price['limit'])}: {bought}."
@@ -146,7 +149,11 @@ def _front_drawing(points: list[Mapping[str, Any]], plan: Mapping[str, Any]) -> 
     places = list(zip(placed(across, 100), [28 - y for y in placed(up, 28)], strict=True))
     labels = [_point_label(p) for p in (*known, {**own, "predicted_frechet": plan["predicted_frechet"]})]
     rows = [_point_row(p) for p in known]
-    return {"line": places[:-1], "labels": labels[:-1], "own": places[-1], "own_label": labels[-1], "rows": rows}
+    headers = ("model file", "predicted loss", "Fréchet distance", "steps", "one image, sustained")
+    if not any(row[2] for row in rows):  # nobody has judged pictures of this model
+        headers, rows = headers[:2] + headers[3:], [row[:2] + row[3:] for row in rows]
+    drawn = {"line": places[:-1], "labels": labels[:-1], "own": places[-1], "own_label": labels[-1]}
+    return {**drawn, "headers": headers, "rows": rows}
 
 
 def _point_label(point: Mapping[str, Any]) -> str:
@@ -222,6 +229,13 @@ def _quality(values: Mapping[str, Any]) -> Iterator[Row]:
         yield name, str(each["images"]), f"{each['full']:.4f}", f"{each[after]:.4f}", format_share(each[change])
 
 
+def _quality_headers(values: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Of a distilled model the energy of what changed; of another its diffusion loss."""
+    if any("share" in each for each in values.get("quality", {}).values()):
+        return "energy of the prediction", "of the difference", "share"
+    return "loss of the full model", "of this plan", "change"
+
+
 def _measured(values: Mapping[str, Any]) -> Iterator[Row]:
     """Every model file here: size, latency beside the prediction for this machine, load, memory."""
     latency = values["latency"]
@@ -255,12 +269,15 @@ def _on_mac(found: MacResults) -> Iterator[Row]:
 
 def _conditions(here: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row]:
     image = values["latency"]["image"]
-    threads = "all physical cores" if here["threads"] is None else f"{here['threads']} threads"
+    threads = (
+        "all physical cores" if here["threads"] is None else f"{here['threads']} thread{'s' * (here['threads'] != 1)}"
+    )
     yield "image here", f"{format_seconds(image['p50_ms'] / 1e3)} (p50 of {image['runs']})"
     yield "measured on", f"{here['cpu']} ({', '.join(here['instruction_sets'])}), {threads}, {here['system']}"
     yield "runtime", f"{here['runtime']}, {here['provider']}"
     yield "checkpoint", f"{values['source']['model']}, {values['source']['checkpoint_sha256']}"
-    yield "made by", ", ".join(f"{name} {version}" for name, version in values["tools"].items())
+    made_by = {**values["tools"], **{name: values[name] for name in ("revision",) if name in values}}
+    yield "made by", ", ".join(f"{name} {version}" for name, version in made_by.items())
     yield from lineage_words(values.get("provenance", {"licence": values["licence"]})).items()
 
 

@@ -259,20 +259,25 @@ def _fit_block(
     gate: ClassGate,
 ) -> Tensor:
     """One block; `x` [B, N, D] and `new_x` [B, N, D'] come in, what leaves the new one is returned."""
+    assert old.attn is not None
+    assert old.mlp is not None
+    assert new.attn is not None
+    assert new.mlp is not None
     width = x.shape[-1]
     _set(old.adaln, new.adaln, _chunks(kept.channels, 6, width), _Reading(*condition, kept.condition))
     parts = old.adaln(condition[0]).unsqueeze(1).chunk(6, -1)
     new_parts = new.adaln(condition[1]).unsqueeze(1).chunk(6, -1)
     head_width = width // old.attn.heads
     rows = (kept.heads[place][:, None] * head_width + torch.arange(head_width)).flatten()
-    a, new_a = _normed(x, *parts[:2]), _normed(new_x, *new_parts[:2])
+    a, new_a = _normed(x, parts[0], parts[1]), _normed(new_x, new_parts[0], new_parts[1])
     reading = _Reading(a, new_a, kept.channels)
     for name in "qkv":
         _set(getattr(old.attn, name), getattr(new.attn, name), rows, reading)
     y, new_y = _attended(old.attn, a, gate), _attended(new.attn, new_a, gate)
     _set(old.attn.o, new.attn.o, kept.channels, _Reading(y, new_y, rows))
     x, new_x = x + parts[2] * old.attn.o(y, gate), new_x + new_parts[2] * new.attn.o(new_y, gate)
-    a, new_a = _normed(x, *parts[3:5], old.mlp_norm_eps), _normed(new_x, *new_parts[3:5], old.mlp_norm_eps)
+    a = _normed(x, parts[3], parts[4], old.mlp_norm_eps)
+    new_a = _normed(new_x, new_parts[3], new_parts[4], old.mlp_norm_eps)
     _set(old.mlp.fc1, new.mlp.fc1, kept.hidden[place], _Reading(a, new_a, kept.channels))
     hidden, new_hidden = (F.gelu(mlp.fc1(b, gate), approximate="tanh") for mlp, b in ((old.mlp, a), (new.mlp, new_a)))
     _set(old.mlp.fc2, new.mlp.fc2, kept.channels, _Reading(hidden, new_hidden, kept.hidden[place]))

@@ -49,6 +49,7 @@ HELP = """publish        all that README.md and docs say of the shipped model, o
 Of the shipped model, or of --checkpoint; with --into FILE they go into a document:
 classes        pictures of every class, from the same noises
 export         what the README's first command prints
+plan           what `kind-edge plan` prints of a limit that binds, and of one that nothing fits
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
 coreml         Core ML packages: size and distance of every way to store weights
 cost           scripts/bench costs: predicted and measured time, size and memory
@@ -86,6 +87,8 @@ BLOCKS = (
     Block("classes", "README.md", lambda _: "![Ten classes drawn by the shipped model](docs/images/classes.png)",
           has_runs=False, album="docs/images"),
     Block("export", "README.md", exported.listing_text),
+    Block("plan", "docs/plan.md", exported.planned_text),
+    Block("refusal", "docs/plan.md", exported.refused_text, of="plan"),
     Block("cutting", "docs/results.md", exported.cutting_text),
     Block("cost", "docs/results.md", exported.cost_text),
     Block("coreml", "docs/coreml.md", packages.text),
@@ -165,7 +168,8 @@ def measure(name: str, job: Job) -> list[Record]:
         pictures.draw_anysize(sizes, records, job.album)
         return records
     studies = {
-        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "coreml": packages.run,
+        "export": exported.listing, "plan": exported.planned, "cutting": exported.cutting, "cost": exported.cost,
+        "coreml": packages.run,
         "peers": peers.publish,
         "shipped": shipped.run, "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip

@@ -238,10 +238,10 @@ def test_bombs_are_refused_before_they_go_off(tmp_path: Path) -> None:
     (tmp_path / "locked.zip").write_bytes(locked)
     with pytest.raises(InputError, match="is encrypted"):
         verify_hashes(tmp_path / "locked.zip")
-    (tmp_path / FILE_NAMES[0]).write_bytes(gzip.compress(zeros))
+    (tmp_path / FILE_NAMES[0]).write_bytes(gzip.compress(zeros) * 8)
     for name in FILE_NAMES[1:]:
         (tmp_path / name).write_bytes(gzip.compress(b""))
-    assert peak_bytes(lambda: load_fashion_mnist(tmp_path), "is corrupt") < MOST_BYTES
+    assert peak_bytes(lambda: load_fashion_mnist(tmp_path), "is corrupt") < 2 * MOST_BYTES
 
 
 def test_a_header_cannot_ask_for_memory(tmp_path: Path) -> None:

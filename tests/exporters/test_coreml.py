@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kind_edge.budget.coreml import Packaging, coreml_estimate
-from kind_edge.budget.coreml_weights import WEIGHTS, palette_bytes, palette_group, weights_for
+from kind_edge.budget.coreml_weights import SMALLEST, WEIGHTS, palette_bytes, palette_group, weights_for
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
 from kind_edge.budget.profile import load_profile
@@ -33,12 +34,12 @@ from kind_edge.deploy.verify import verify_images, verify_model
 from kind_edge.errors import UsageError
 from kind_edge.exporters import coreml_convert
 from kind_edge.exporters.coreml_choices import LARGEST_BATCH, check_weights
-from kind_edge.exporters.coreml_compress import clusters, compress, palettized
+from kind_edge.exporters.coreml_compress import PREFIXES, clusters, compress, palettized
 from kind_edge.exporters.coreml_graph import Denoiser, Sampler
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
 from kind_edge.exporters.coreml_tools import require_coremltools
-from kind_edge.exporters.mil_reference import open_package
+from kind_edge.exporters.mil_reference import open_package, package_weights
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.spec import branch_of
 from kind_edge.registry import exporter
@@ -154,10 +155,10 @@ def test_packages_keep_their_gates(distilled: PlainDiT, packed: Path) -> None:
     assert_parity(distilled, packed)
 
 
-def test_xcode_is_told_what_a_package_is(packed: Path) -> None:
+def test_xcode_is_told_what_a_package_is(distilled: PlainDiT, packed: Path) -> None:
     for path, inputs in ((DENOISER, ["sample", "step_index", "class_index"]), (SAMPLER, ["noise", "class_index"])):
         described = specification(packed / path).description
-        assert described.metadata.license == "Apache-2.0"
+        assert described.metadata.license == distilled.origin.lineage()["licence"]
         assert described.metadata.author.startswith("kind-edge")
         assert described.metadata.versionString == "ab" * 6
         assert json.loads(described.metadata.userDefined["classes"]) == list(CLASSES)
@@ -209,6 +210,8 @@ def test_the_oldest_target_in_the_neural_engines_layout(labelled: PlainDiT, chan
              for op in block.operations}  # fmt: skip
     assert {"conv", "constexpr_lut_to_dense", "layer_norm"} <= kinds
     assert not kinds & {"transpose", "rsqrt"}
+    weights = package_weights(channels / DENOISER)
+    assert all(name.startswith(PREFIXES) for name, array in weights.items() if np.size(array) >= SMALLEST), "not fused"
 
 
 @pytest.mark.slow
@@ -352,7 +355,9 @@ def test_a_failed_conversion_names_module_and_operator(distilled: PlainDiT) -> N
 
 
 @pytest.mark.slow
-def test_a_bundle_with_packages_proves_itself(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_bundle_with_packages_proves_itself(
+    tiny_folder: Path, tmp_path: Path, parse_swift: Callable[[str], Any]
+) -> None:
     asked: dict[str, Any] = {"profile": "apple-a18", "classes": ["shirt", "bag"], "precision": "int8"}
     choices = {"coreml": {"target": "iOS17", "layout": "channels"}}
     bundle = pipeline.export(tiny_folder, **asked, output=tmp_path / "b", formats=["coreml"], format_choices=choices)
@@ -362,4 +367,17 @@ def test_a_bundle_with_packages_proves_itself(tiny_folder: Path, tmp_path: Path)
     assert (entry["precision"], entry["target"], entry["layout"]) == ("int8", "iOS17", "channels")
     size = sum(size for name, size in bundle.files.items() if name.startswith(DENOISER))
     assert size == entry["package_bytes"]
+    assert (bundle.plan.coreml["weights"], bundle.plan.coreml["target"]) == ("int8", "iOS17")
     assert pipeline.verify(bundle.path).parity == bundle.parity
+    report = (bundle.path / "report.html").read_text()
+    assert "Core ML packages" in report
+    assert "int8, iOS17, channels" in report
+    assert "target membership" in (bundle.path / "README.md").read_text()
+
+    swift = (bundle.path / "coreml/KindEdge.swift").read_text()
+    parse_swift(swift)
+    made = re.findall(r'inputs\["(\w+)"\] = MLMultiArray\(MLShapedArray<(\w+)>\(.*shape: \[batch(.*)\]\)\)', swift)
+    found = {name: (kind, [int(size) for size in shape.split(",")[1:]]) for name, kind, shape in made}
+    kinds = {65568: "Float", 131104: "Int32"}
+    arrays = {each.name: each.type.multiArrayType for each in specification(bundle.path / DENOISER).description.input}
+    assert found == {name: (kinds[array.dataType], list(array.shape)[1:]) for name, array in arrays.items()}

@@ -10,13 +10,15 @@ import torch
 
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint
 from kind_edge.model.dit import DiT
+from kind_edge.model.resize import resized, target_spec
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.batches import ClassBatches
+from kind_edge.training.beginning import begin_with
 from kind_edge.training.config import TrainConfig, read_config
 from kind_edge.training.data import DataSplit, in_memory
 from kind_edge.training.healing import learned, rescaled
 from kind_edge.training.loop import train_step
-from kind_edge.training.state import load_state, save_state, start
+from kind_edge.training.state import load_state, save_state, start, start_from
 from kind_edge.training.train import train_stages
 
 SPEC = ModelSpec(8, 1, 4, 16, 3, 2, 3, learngene_rank=6, tailor_rank=2, shared_factors=True)
@@ -71,6 +73,18 @@ def test_both_stages_leave_a_nested_checkpoint_that_heals(tmp_path: Path) -> Non
     assert {name for name in learned(student) if name.startswith("shared.")} == {
         name for name in checkpoint.tensors if name.startswith("shared.")
     }
+
+
+def test_a_model_of_another_depth_trains_on(make_checkpoint: Callable[..., Checkpoint]) -> None:
+    shape = {name: getattr(SPEC, name) for name in ("patch_size", "depth", "num_classes", "learngene_rank")}
+    source = make_checkpoint(shared_factors=True, **shape)
+    deeper = resized(source, target_spec(source.spec, depth=5), "front")
+    config = dataclasses.replace(CONFIG, spec=deeper.spec)
+    state = start_from(config, begin_with(deeper, config))
+    batches = ClassBatches(DATA.labels, 3, config.batch_size, 0)
+    losses = [train_step(config, state, DATA, batches) for _ in range(6)]
+    assert losses[-1] < losses[0]
+    assert not torch.equal(state.parameters()["shared.attn.q.U"], source.tensors["shared.attn.q.U"])
 
 
 def test_a_configuration_may_ask_for_it(tmp_path: Path) -> None:
