@@ -1,8 +1,8 @@
 """Is another depth or width better than ranks and precision alone? Plans of equal latency, healed alike, measured.
 
-On `host`, all classes in *switch*; steps are a choice in both. For every limit of latency there are two plans, with other
-sizes among the choices and without. At the loosest and at the tightest limit where they differ, both
-are healed for the same time, exported, measured, and drawn from.
+On `host`, all classes in *switch*; steps are a choice in both. For every limit of latency there are two plans, with
+other sizes among the choices and without. At the loosest and at the tightest limit where they differ, both are healed
+for the same time, exported, measured, and drawn from.
 """
 
 from __future__ import annotations
