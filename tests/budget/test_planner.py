@@ -382,20 +382,24 @@ def test_steps_are_chosen_by_the_predicted_distance(plan: MakePlan) -> None:
     assert plan(others=STEPS, max_latency=f"{0.2 * latency_s:.9f}s").steps < 4
 
 
-def test_guidance_is_chosen_with_the_steps_within_one_and_the_same_limit(plan: MakePlan) -> None:
+def test_guidance_is_chosen_with_the_steps_within_one_and_the_same_limit() -> None:
     distances = {(4, 1.5): 5.0, (4, 1.0): 6.0, (2, 1.5): 7.0, (2, 1.0): 9.0}
     response = Response(tuple(Judged(*key, frechet) for key, frechet in distances.items()), 20, 1, {})
     others = tuple(Sampling("euler", steps, guidance, steps) for steps, guidance in distances)[1:]
-    choice: dict[str, Any] = {"response": response, "others": others}
-    free = plan(**choice)
+
+    def made(**asked: Any) -> Plan:
+        whole: dict[str, Any] = {"classes": TWO, "sampling": GUIDED, "precision": "fp32", "unit": "cpu", **asked}
+        return make_plan(dataclasses.replace(synthetic(1.0), response=response), Request(PHONE, **whole))
+
+    free, unguided = made(others=others), made(sampling=UNGUIDED)
     assert (free.steps, free.guidance, free.evaluations_per_step) == (4, 1.5, 2)
-    unguided = plan(sampling=UNGUIDED, response=response)
-    limit = f"{unguided.sustained_image_latency_s * 1.001:.9f}s"
-    tight = plan(**choice, max_latency=limit)
+    limits = {"max_latency": Quantity(unguided.sustained_image_latency_s * 1.001, "seconds")}
+    tight = made(others=others, limits=limits)
     assert (tight.steps, tight.guidance, tight.evaluations_per_step) == (4, 1.0, 1)
-    assert tight.predicted_frechet < plan(response=response, max_latency=limit).predicted_frechet
-    alone = plan(**choice, classes=ONE, max_latency=f"{unguided.sustained_image_latency_s * 0.6:.9f}s")
-    assert (alone.guidance, alone.form) == (1.0, "single")  # only without guidance there is such a form
+    assert tight.predicted_frechet is not None
+    assert tight.predicted_frechet < (made(limits=limits).predicted_frechet or 0.0)
+    alone = made(others=others, limits=limits, classes=ONE)
+    assert (alone.guidance, alone.form) == (1.0, "single")  # without guidance alone there is such a form
     # A share is one of the request's own sampling: what takes half the time has no smaller limit.
     request = Request(PHONE, TWO, GUIDED, unit="cpu", others=others, limits={"max_latency": Quantity(0.5, "share")})
     uncut = synthetic(1.0)
