@@ -21,6 +21,7 @@ from kind_edge.budget.cost import (
     deployed_fixed_cost,
     fixed_latency_s,
     fixed_memory_bytes,
+    in_common,
     matrix_cost,
     matrix_latency_s,
     matrix_memory_bytes,
@@ -78,6 +79,7 @@ class Request:
     `max_loss`.
     `burst`: latency is limited as it is at first, not after minutes of load.
     `decoder`: the one of a latent model, where it is known; else Stable Diffusion's is assumed.
+    `dense_spec`: the shape whose dense model percentages refer to, where that is not the planned one's own.
     """
 
     profile: DeviceProfile
@@ -95,6 +97,7 @@ class Request:
     burst: bool = False
     modulation: Modulation | Literal["auto"] = "auto"
     decoder: DecoderCost | None = None
+    dense_spec: ModelSpec | None = None
     asked: Sampling | None = None
 
 
@@ -104,6 +107,7 @@ class Source:
 
     `losses` gives the predicted losses for a form and classes; `response` what they mean for pictures, where that has
     been measured. `decoders`: the given decoder of a latent model, whole and in ever more tiles; () if none was given.
+    `resize`: as in a plan, where the model takes another size first, which `spec` is.
     """
 
     name: str
@@ -115,6 +119,7 @@ class Source:
     teacher: Teacher | None = None
     response: Response | None = None
     decoders: tuple[DecoderCost, ...] = ()
+    resize: Mapping[str, float | str] = field(default_factory=dict)
 
     def frechet(self, loss_increase: float, sampling: Sampling) -> float | None:
         """The predicted Fréchet distance; None where nothing was measured."""
@@ -180,9 +185,19 @@ class Deployment:
         mixed = self.candidate.precision == "int8" and self.request.precision == "auto"
         return ("fp32", "int8") if mixed else (self.candidate.precision,)
 
+    @cached_property
+    def first_of_types(self) -> frozenset[str]:
+        """The matrices with which the file holds what blocks have in common, one of each weight type; none where they
+        have nothing so: forms that fold tailors in, and an NPU's graph, in which every product has its own constant."""
+        own = PRECISIONS[self.candidate.precision].static or self.candidate.form != "switch"
+        shared = self.spec.shared_factors and not own
+        return frozenset(matrix.name for matrix in self.spec.weight_types().values()) if shared else frozenset()
+
     def shared(self, matrix: MatrixShape, storage: Storage, rank: int, precision: Precision) -> MatrixCost:
         """The part of a matrix that every image sees."""
-        return matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+        cost = matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+        common = self.first_of_types and storage == "factored" and rank
+        return in_common(cost, matrix.name in self.first_of_types) if common else cost
 
     def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""
@@ -298,7 +313,7 @@ class Deployment:
 
         Its time on a unit without fp32, as NPUs are, is that of fp16.
         """
-        spec, profile, unit = self.spec.dense(), self.profile, self.candidate.unit
+        spec, profile, unit = (self.request.dense_spec or self.spec).dense(), self.profile, self.candidate.unit
         timed: Precision = "fp32" if profile.unit(unit).has("fp32") else "fp16"
         if not profile.unit(unit).has(timed):
             raise UsageError(f"--unit {unit}: profile {profile.name!r} has no fp32 or fp16 figure to compare with")
@@ -321,19 +336,38 @@ class Deployment:
         }
 
     def limits(self) -> dict[str, int]:
-        """The request's limits in the solver's units; memory is always limited by what the system allows an app."""
+        """The request's limits in the solver's units. Memory is always limited by what the system allows an app, the
+        model files by what its store takes, where they could be larger than that."""
         asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
         dense = dataclasses.replace(self, request=asked).dense()
-        allowed = int(self.request.profile.app_memory_limit_bytes.value)
-        limits = {"peak_memory_bytes": allowed}
+        limits = self._of_device()
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]
             if quantity.unit == "share":
                 limits[cost] = int(dense[cost] * quantity.value)
             else:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
-        limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
+        return limits | {cost: min(limits[cost], allowed) for cost, allowed in self._of_device().items()}
+
+    def _of_device(self) -> dict[str, int]:
+        """What no request can raise."""
+        profile = self.request.profile
+        limits = {"peak_memory_bytes": int(profile.app_memory_limit_bytes.value)}
+        if profile.store is not None and self._largest_bytes > profile.store.model_bytes.value:
+            limits["weight_bytes"] = int(profile.store.model_bytes.value)
         return limits
+
+    @property
+    def _largest_bytes(self) -> int:
+        """No plan of this candidate has larger model files."""
+        largest = self.fixed_costs()["weight_bytes"]
+        for matrix in self.spec.matrices():
+            ranks = self.spec.ranks(matrix.name)
+            shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
+            largest += max(cost.weight_bytes + cost.operators * self._operator_bytes for cost in shared)
+            tailors = self.tailors(matrix, ranks.tailor, "fp32")
+            largest += tailors.weight_bytes + tailors.operators * self._operator_bytes
+        return largest
 
 
 def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:

@@ -2,6 +2,7 @@
 
     title = "..."   os = "..."   execution_providers = ["..."]
     [memory]            kind = "LPDDR5X"   bandwidth_gb_per_s, activation_gb_per_s, ram_gib, app_limit_gib = FIGURE
+    [store]             name = "App Store"   app_gb, pack_gb = FIGURE
     [cpu] [gpu] [npu]   peak_gflops, efficiency = { fp32 = FIGURE, fp16 = FIGURE, int8 = FIGURE }
                         sustained_share, overhead_us = FIGURE
     [cpu.cores]         mark, source, clusters = [{ count, name, ghz, fp32_lanes, little = false }]
@@ -17,21 +18,22 @@ memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer oper
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from kind_edge.bounded import parse_toml
 from kind_edge.budget.operator_table import KINDS, Key, OperatorTable, is_layer
 from kind_edge.budget.precision import ARITHMETICS, Arithmetic, Unit
-from kind_edge.budget.profile import MARKS, UNITS, ComputeUnit, DeviceProfile, Figure
+from kind_edge.budget.profile import MARKS, UNITS, ComputeUnit, DeviceProfile, Figure, Store
 from kind_edge.errors import InputError, nearest
 
 T = TypeVar("T")
 Table = Mapping[str, Any]
 
-TOP_KEYS = ("title", "os", "execution_providers", "memory", *UNITS)
+TOP_KEYS = ("title", "os", "execution_providers", "memory", "store", *UNITS)
 MEMORY_KEYS = ("kind", "bandwidth_gb_per_s", "activation_gb_per_s", "ram_gib", "app_limit_gib")
+STORE_KEYS = ("name", "app_gb", "pack_gb")
 UNIT_KEYS = ("peak_gflops", "efficiency", "sustained_share", "overhead_us")
 OPERATORS, ONE_THREAD = "operators", "operators_on_one_thread"
 OPERATORS_KEYS = ("source", *KINDS)
@@ -70,10 +72,7 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
     Raises `InputError`, which names `where` and the key: for text that is not TOML, a key that is not known (with the
     nearest known one), a missing or a malformed value.
     """
-    try:
-        top = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where}: not TOML ({error})") from error
+    top = parse_toml(text, where)
     _check_keys(top, TOP_KEYS, where)
     memory = _table(top, "memory", where)
     _check_keys(memory, MEMORY_KEYS, f"{where}: memory")
@@ -96,7 +95,15 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
         activation_bytes_per_s=_figure(memory, "activation_gb_per_s", f"{where}: memory", 1e9) or uncached,
         ram_bytes=ram,
         app_memory_limit_bytes=_figure(memory, "app_limit_gib", f"{where}: memory", 2**30) or _app_limit(ram),
+        store=_store(_table(top, "store", where), f"{where}: store") if "store" in top else None,
     )
+
+
+def _store(table: Table, where: str) -> Store:
+    """Stores count in powers of ten."""
+    _check_keys(table, STORE_KEYS, where)
+    app = _required(_figure(table, "app_gb", where, 1e9), f"{where}.app_gb")
+    return Store(_text(table, "name", where), app, _figure(table, "pack_gb", where, 1e9))
 
 
 def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> ComputeUnit:

@@ -27,6 +27,12 @@ def _lines(profile: DeviceProfile) -> Iterator[str]:
     yield f"activation_gb_per_s = {_figure(profile.activation_bytes_per_s, 1e9)}"
     yield f"ram_gib = {_figure(profile.ram_bytes, 2**30)}"
     yield f"app_limit_gib = {_figure(profile.app_memory_limit_bytes, 2**30)}"
+    if profile.store is not None:
+        yield "\n[store]"
+        yield f"name = {_text(profile.store.name)}"
+        yield f"app_gb = {_figure(profile.store.app_bytes, 1e9)}"
+        if profile.store.pack_bytes is not None:
+            yield f"pack_gb = {_figure(profile.store.pack_bytes, 1e9)}"
     for unit in profile.units.values():
         yield from _unit(unit)
 

@@ -70,6 +70,7 @@ def export(
     coreml_layout: options.CoreMLLayout = "auto",
     coreml_batch: options.CoreMLBatch = "fixed",
     coreml_function: options.CoreMLFunction = None,
+    sign: options.Sign = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
     ] = False,
@@ -97,6 +98,7 @@ def export(
     if "coreml" not in wanted and tuple(coreml.values()) != options.COREML_DEFAULTS:
         raise UsageError("--coreml-...: no Core ML packages are written; add coreml to --formats, or leave that out")
     options.check_writable(output or Path("bundle"))
+    key = options.signing_key(sign)
     with (
         _healing_kept(terminal, heal),
         refusal_view.shown(terminal, as_json),
@@ -110,7 +112,7 @@ def export(
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed, heal=heal,
-            on_stage=begin, on_measure=on_measure, format_choices={"coreml": coreml | {
+            sign=key, on_stage=begin, on_measure=on_measure, format_choices={"coreml": coreml | {
                 "on_progress": lambda done, total: begin.count(done, total, "weights", "palettes")
             }},
             on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", _healing_details(now)),

@@ -23,18 +23,19 @@ from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
 from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
+from kind_edge.deploy.notice import NOTICE, notice
 from kind_edge.deploy.runtime import LoadedBundle
 from kind_edge.deploy.session import open_session
-from kind_edge.deploy.swift import write_swift
+from kind_edge.deploy.swift import app_words, write_swift
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
+from kind_edge.model.provenance import code_revision
 from kind_edge.model.spec import ModelSpec
 from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
-LICENCE = "Apache-2.0"
 MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
@@ -46,9 +47,11 @@ def describe(
     entries: Mapping[str, Mapping[str, Any]],
     default_model: str,
     table: SamplerTable,
+    told: Mapping[str, Any],
     decoder: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest's values, as far as they are known before anything is measured. `decoder`: what is said of it."""
+    """The manifest's values, as far as they are known before anything is measured. `told` is the model's lineage,
+    `decoder` what is said of it."""
     guided = plan.evaluations_per_step > 1
     drawn = {"channels": spec.channels, "height": spec.image_size, "width": spec.image_size}
     image: dict[str, Any] = {"image": drawn}
@@ -60,7 +63,8 @@ def describe(
         "schema_version": SCHEMA_VERSION,
         "name": f"{plan.model}-{plan.profile}",
         "source": {"model": plan.model, "checkpoint_sha256": plan.checkpoint_sha256},
-        "licence": LICENCE,
+        "licence": told["licence"],
+        "provenance": dict(told),
         "classes": list(plan.classes),
         "form": plan.form,
         **image,
@@ -78,6 +82,7 @@ def describe(
         "plan": plan.to_dict(),
         **({"threads": 1} if runs_on_one_thread(spec) else {}),
         "tools": tool_versions(),
+        **({"revision": revision} if (revision := code_revision()) else {}),
     }
 
 
@@ -184,9 +189,10 @@ def draw_preview(folder: Path, manifest: Manifest) -> None:
 
 
 def write_texts(folder: Path, plan: Plan, values: Mapping[str, Any]) -> None:
-    """plan.json, which can be replayed, and the bundle's own README."""
+    """plan.json, which can be replayed, the bundle's own README, and whose it is."""
     (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(bundle_readme(plan, values), encoding="utf-8")
+    (folder / NOTICE).write_text(notice(values), encoding="utf-8")
     write_mac_program(folder, values)
     write_swift(folder, values)
 
@@ -228,7 +234,8 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
     return f"""# {values["name"]}
 
 {", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.{healed}
-Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
+Made by kind-edge {values["tools"]["kind_edge"]}. Licence of the weights: {values["licence"]}; of the data, and what the
+model was made of: `NOTICE`.
 
 {picture}
 
@@ -240,7 +247,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 ```
 
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
-{_mac_words(values)}
+{app_words(values)}
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
 {once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
@@ -298,18 +305,6 @@ Any build of ONNX Runtime loads them, a minimal one with few operators as well:
 
     ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
         --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
-"""
-
-
-def _mac_words(values: Mapping[str, Any]) -> str:
-    packages = [f"`{path}`" for path in values["models"] if path.startswith("coreml/")]
-    if not packages:
-        return ""
-    return f"""
-## Xcode
-
-Drop {" and ".join(packages)} into the project. On a Mac, `python3 {MAC_PROGRAM}` (with coremltools) compares
-them with the stored outputs and times them on the CPU, the GPU and the Neural Engine.
 """
 
 

@@ -29,6 +29,7 @@ from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.report import REPORT, write_report
 from kind_edge.deploy.report_facts import draw_whole_model, report_facts
 from kind_edge.deploy.request import OpenedModel
+from kind_edge.deploy.resizing import size_spec
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.deploy.verify import verify_models
 from kind_edge.model.checkpoint import save_checkpoint, stored_dtype
@@ -131,7 +132,8 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
     wanted = {"role": "denoiser", "precision": plan.precision}
     default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
     decoder = decoder_facts(model.autoencoder, plan, reference["latent"]) if model.autoencoder else None
-    values = assemble.describe(plan, model.checkpoint.spec, entries, default_model, table, decoder)
+    spec = size_spec(model.checkpoint.spec, plan.resize)
+    values = assemble.describe(plan, spec, entries, default_model, table, plain.origin.lineage(), decoder)
     verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
     loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
     size = sum((folder / file).stat().st_size for file in loaded)
@@ -155,7 +157,7 @@ def finish(
     stage: OnStage,
 ) -> Bundle:
     """Measure, draw the preview and write what the bundle says about itself."""
-    spec = model.checkpoint.spec
+    spec = size_spec(model.checkpoint.spec, plan.resize)
     values, cut = dict(made.values), made.cut
     values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
     values["quality"] = {each.name: each.to_dict() for each in cut.quality}

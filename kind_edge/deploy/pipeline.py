@@ -15,9 +15,11 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.problem import Request, Source
+from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile, profile_names
+from kind_edge.budget.sizes import make_plan_of_any_size
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
+from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
 from kind_edge.deploy.merge import class_indices, truncate
@@ -35,7 +37,9 @@ from kind_edge.deploy.request import (
     make_source,
     open_model,
 )
+from kind_edge.deploy.resizing import at_planned_size, check_heal, planned_source, sized_sources
 from kind_edge.deploy.sampler_table import sampler_table
+from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import GateError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint
@@ -55,11 +59,15 @@ def plan(
     *,
     profile: str,
     autoencoder: str | Path | None = None,
+    allow_resize: str | None = None,
     on_measure: OnProgress | None = None,
+    on_healing: OnHealing | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `allow_resize`: a time such as "10m"; smaller depths and widths are choices, too, with their quality after so long a
+    healing, which is measured first, once for the model.
     `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
     `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
@@ -67,7 +75,10 @@ def plan(
     device = load_profile(profile)
     opened = open_model(model, on_measure, autoencoder)
     source, request = ask(opened, device, **choices)
-    return make_plan(source, request)
+    if allow_resize is None:
+        return make_plan(source, request)
+    heal_s = parse_duration(allow_resize, "--allow-resize")
+    return make_plan_of_any_size([source, *sized_sources(opened, source, heal_s, on_healing)], request)
 
 
 def pareto(
@@ -99,6 +110,7 @@ def export(
     autoencoder: str | Path | None = None,
     heal: str | None = None,
     format_choices: Mapping[str, Mapping[str, Any]] | None = None,
+    sign: SigningKey | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
     on_healing: OnHealing | None = None,
@@ -111,7 +123,8 @@ def export(
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
     `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
     ONNX is always among the formats: what an app loads, what is measured and what draws the preview. `format_choices`
-    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}.
+    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}. With `sign` the manifest is signed:
+    `kind_edge.deploy.signing.read_signing_key("KEY.pem")`.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
@@ -137,13 +150,15 @@ def export(
             raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
         device = load_profile(profile or plan.profile)
         check_replay(plan, opened, device.name, choices)
-        source = make_source(opened)
-        plan = as_replayed(plan, source, device)
+        check_heal(plan, heal_s)
+        source = planned_source(opened, make_source(opened), plan)
+        plan = as_replayed(plan, source, device, opened.checkpoint.spec)
     if wanted.packs:
         check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
-    with writing_bundle(destination, keep_failed) as folder:
-        plan, made = _fitted(opened, plan, source, request, folder, wanted, stage)
+    packages = Packages(source, device, (format_choices or {}).get("coreml", {}) if "coreml" in formats else None)
+    with writing_bundle(destination, keep_failed, sign) as folder:
+        plan, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
@@ -158,7 +173,7 @@ def export(
 def _fitted(
     model: OpenedModel,
     plan: Plan,
-    source: Source,
+    packages: Packages,
     request: Request | None,
     folder: Path,
     formats: Formats,
@@ -178,7 +193,8 @@ def _fitted(
             )
         spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
         request = dataclasses.replace(request, spare_bytes=spare_bytes)
-        plan = make_plan(source, request)
+        plan = packages.settled(make_plan(packages.source, request))
+    packages.check(made.values["models"], plan)
     return plan, made
 
 
@@ -195,28 +211,35 @@ def heal_cut(
 
     `state` is a file: what is learned is kept there, and an interrupted call goes on. `clock` counts the `seconds`.
     """
-    from kind_edge.training.healing import Lesson, Rows, heal, walk_deviation
+    from kind_edge.training.healing import Lesson, heal, sampler_rows, walk_deviation
 
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
-    rows = Rows(*(torch.from_numpy(getattr(table, name)).float() for name in Rows._fields))
     kept = tuple(class_indices(model.checkpoint, plan.classes))
     guidance = plan.guidance if plan.evaluations_per_step > 1 else 1.0
-    lesson = Lesson(model.checkpoint, cut.truncated, kept, plan.form, rows, guidance, plan.null_branch)
+    lesson = Lesson(
+        model.checkpoint, cut.truncated, kept, plan.form, sampler_rows(table), guidance, plan.null_branch,
+        whole=bool(plan.resize),
+    )  # fmt: skip
     done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None), clock)
     return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
 
 
 def verify(
-    bundle: str | Path, checkpoint: str | Path | None = None, autoencoder: str | Path | None = None
+    bundle: str | Path,
+    checkpoint: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    key: str | Path | None = None,
 ) -> VerifyReport:
     """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
+
+    With `key`, a PEM file with the public half of an Ed25519 key, the signature of its manifest comes first.
 
     The stored reference is used; with `checkpoint` it is computed anew from the gated model. Of a healed bundle that is
     the healed checkpoint in it, and `checkpoint` must be the one that it was cut from. Where there is a decoder, its
     `autoencoder` must be given as well.
     """
     with open_bundle(bundle) as folder:
-        manifest = verified_manifest(folder, str(bundle))
+        manifest = verified_manifest(folder, str(bundle), key)
         reference, told = load_reference(folder), VerifyReport.reference
         if autoencoder is not None and checkpoint is None:
             raise UsageError("--autoencoder goes with --checkpoint: alone it has nothing to decode")
@@ -244,7 +267,8 @@ def _fresh_reference(
             raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
-        truncated = truncate(model.checkpoint, stored, model.calibration)
+        sized = at_planned_size(model, stored)
+        truncated = truncate(sized.checkpoint, stored, sized.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
     return points | make_images(truncated, stored, model.autoencoder, seed=1)

@@ -34,7 +34,7 @@ from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import find_model
-from kind_edge.model.spec import FORMS, SAMPLERS, Form, check_sampling, recommended
+from kind_edge.model.spec import FORMS, SAMPLERS, Form, ModelSpec, check_sampling, recommended
 from kind_edge.units import Kind, parse_quantity, parse_share
 
 _LIMIT_KINDS: Mapping[str, Kind] = {
@@ -262,17 +262,20 @@ def make_source(model: OpenedModel) -> Source:
     )  # fmt: skip
 
 
-def as_replayed(plan: Plan, source: Source, device: DeviceProfile) -> Plan:
+def as_replayed(plan: Plan, source: Source, device: DeviceProfile, whole: ModelSpec | None = None) -> Plan:
     """A stored plan with figures that are its own: where its matrices, steps or classes were changed by hand, costs and
     predictions are found anew, and nothing claims any more that it is the best.
 
     Latency and memory of an unchanged plan stay as they were predicted: a profile may have been measured again.
+    `whole`: the shape of the model before the plan resizes it, where it does.
     """
     rows = len(sampler_table(plan.sampler, source.spec.objective, plan.steps).timestep)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows, plan.inside_guidance)
     written = "auto" if len(plan.precisions) > 1 else plan.precisions[0]
     decoder = planned_decoder(source.decoders, plan)
-    request = Request(device, plan.classes, sampling, plan.form, written, plan.unit, decoder=decoder)  # type: ignore[arg-type]
+    request = Request(
+        device, plan.classes, sampling, plan.form, written, plan.unit, decoder=decoder, dense_spec=whole,  # type: ignore[arg-type]
+    )  # fmt: skip
     candidate = Candidate(plan.form, plan.precision, plan.unit, plan.modulation)  # type: ignore[arg-type]
     found = figures_of(source, Way(request, candidate), plan.matrices)
     same = all(getattr(found, name) == getattr(plan, name) for name in ("flops", "params", "evaluations_per_step"))
