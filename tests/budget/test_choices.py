@@ -75,8 +75,9 @@ def test_guidance_is_chosen_with_the_steps_within_one_and_the_same_limit() -> No
     alone = made(others=others, limits=limits, classes=ONE)
     assert (alone.guidance, alone.form) == (1.0, "single")  # without guidance alone there is such a form
     # A share is one of the request's own sampling: what takes half the time has no smaller limit.
-    request = Request(PHONE, TWO, GUIDED, unit="cpu", others=others, limits={"max_latency": Quantity(0.5, "share")})
+    request = Request(PHONE, ONE, GUIDED, unit="cpu", others=others, limits={"max_latency": Quantity(0.5, "share")})
     uncut = synthetic(1.0)
     found = [(way.request.sampling, Deployment(uncut.spec, way.request, way.candidate)) for way in ways(uncut, request)]
     assert {sampling for sampling, _ in found} == {GUIDED, *others}
+    assert {deployment.candidate.form for _, deployment in found} == {"switch", "single"}
     assert len({deployment.limits()["latency_ns"] for _, deployment in found}) == 1
