@@ -75,6 +75,7 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
         ],
         "trained": [_training(each) for each in noted if isinstance(each.get("command"), str)],
         "teacher_sha256": _text(noted[-1].get("teacher_sha256")),
+        "resized": _resized(provenance.get("resized")),
         "imported_from": _text(provenance.get("imported_from")),
     }
     if not found["data"] and (stated.data_source or stated.data_licence):
@@ -89,6 +90,7 @@ def lineage_words(told: Mapping[str, Any]) -> dict[str, str]:
         "data": "; ".join(data_words(each) for each in told.get("data", [])),
         "trained by": "; then ".join(_training_words(each) for each in told.get("trained", [])),
         "teacher": str(told.get("teacher_sha256", "")),
+        "resized": str(told.get("resized", "")),
         "imported from": str(told.get("imported_from", "")),
         "autoencoder": _autoencoder_words(told.get("autoencoder")),
     }
@@ -137,6 +139,13 @@ def _adapted(provenance: Mapping[str, Any]) -> list[Any]:
         found.insert(0, each)
         each = each.get("before")
     return found
+
+
+def _resized(noted: Any) -> str:
+    """By which method, from what; "" for a model of its first size."""
+    if not isinstance(noted, Mapping):
+        return ""
+    return f"by {_text(noted.get('method'))} from {_text(noted.get('source_sha256'))[:12] or 'another size'}"
 
 
 def _data(noted: Mapping[str, Any], stated: Stated) -> dict[str, str]:
