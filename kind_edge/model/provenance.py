@@ -60,6 +60,8 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
     `data` and `trained` are lists, in the order of the trainings (train, adapt, distill). Paths on the machine of the
     training are left out. Raises `InputError` for provenance that is not what a training writes.
     """
+    if isinstance(before := provenance.get("lineage"), Mapping):
+        return _passed_on(name, sha256, before, f"{where}: lineage")
     stated = Stated.from_dict(provenance.get("stated", {}), f"{where}: stated")
     trainings = [provenance, *_adapted(provenance), provenance.get("distilled")]
     noted = [each for each in trainings if isinstance(each, Mapping)]
@@ -81,6 +83,16 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
     if not found["data"] and (stated.data_source or stated.data_licence):
         found["data"] = [_data({}, stated)]
     return {key: value for key, value in found.items() if value}
+
+
+def _passed_on(name: str, sha256: str, before: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Of a checkpoint that was cut from another (a healed one in a bundle), which noted that one's lineage."""
+    known = {key: before[key] for key in ("author", "licence") if key in before}
+    found = {"model": name, "checkpoint_sha256": sha256, **Stated.from_dict(known, where).to_dict()}
+    data = [each for each in before.get("data") or [] if isinstance(each, Mapping)]
+    lines = [{str(key): _text(value) for key, value in each.items()} for each in data]
+    whole = [each for each in lines if {"name", "licence"} <= each.keys()]
+    return {"licence": NOT_STATED, **found, **({"data": whole} if whole else {})}
 
 
 def lineage_words(told: Mapping[str, Any]) -> dict[str, str]:
