@@ -36,7 +36,7 @@ MADE_FROM_THE_CODE = ROOT / "docs" / "cli.md"
 SHELLS = ("console", "sh")
 CHEAP = ("generate", "inspect", "pack", "plan", "report", "verify")
 """But for a whole front, which is many plans."""
-CHECKPOINTS, BUNDLES = ("adapt", "distill", "import", "train"), ("export",)
+CHECKPOINTS, BUNDLES = ("adapt", "distill", "import", "resize", "train"), ("export",)
 SHIPPED = ("fashion-mnist", "fashion-mnist-teacher")
 OTHERS_OPTIONS = {"--json", "--help", "--threads", "--units", "--runs", "--checkpoint", "--into", "--images"}
 """Of the scripts and of files that are run elsewhere."""
