@@ -74,7 +74,9 @@ def curve_points(
             yield price_figures(source, answer)
 
 
-def _smallest(problems: Problems, request: Request, axis: Objective, loss: float, otherwise: float | None = None) -> float:
+def _smallest(
+    problems: Problems, request: Request, axis: Objective, loss: float, otherwise: float | None = None
+) -> float:
     """The least that a plan costs at a predicted loss of at most so much; `otherwise` where there is none."""
     try:
         answer: Answer = best_answer(problems, dataclasses.replace(request, minimise=axis, max_loss=loss))

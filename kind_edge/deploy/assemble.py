@@ -28,7 +28,7 @@ from kind_edge.deploy.swift import write_swift
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.spec import ModelSpec
-from kind_edge.units import format_seconds
+from kind_edge.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
@@ -37,6 +37,8 @@ LICENCE = "Apache-2.0"
 ONE_THREAD_FLOPS = 3e8
 """Below so much work in an evaluation one thread is quicker than several: handing operators of microseconds over takes
 as long as computing them, where idle threads sleep."""
+SIZE_ATTEMPTS = 3
+"""So often at most a plan is solved whose file misses --max-size."""
 MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
@@ -60,7 +62,7 @@ def describe(
         image = {"image": pixels, "latent": drawn, "decoder": dict(decoder)}
     return {
         "schema_version": SCHEMA_VERSION,
-        "name": f"{plan.model}-{plan.profile}",
+        "name": bundle_name(plan),
         "source": {"model": plan.model, "checkpoint_sha256": plan.checkpoint_sha256},
         "licence": LICENCE,
         "classes": list(plan.classes),
@@ -81,6 +83,10 @@ def describe(
         **({"threads": 1} if plan.flops < ONE_THREAD_FLOPS and spec.pixels_per_latent == 1 else {}),
         "tools": tool_versions(),
     }
+
+
+def bundle_name(plan: Plan) -> str:
+    return f"{plan.model}-{plan.profile}"
 
 
 def tool_versions() -> dict[str, str]:
@@ -169,6 +175,22 @@ def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> Non
             f"predicted {format_seconds(plan.sustained_image_latency_s)}, limit {format_seconds(limit_ns / 1e9)}; "
             "allow more time, fewer --steps, or a smaller --max-flops"
         )
+
+
+def missing_bytes(plan: Plan, model_bytes: int, last: bool) -> int:
+    """By how much prediction fell short of a file that misses --max-size, 0 for one that keeps it.
+
+    Raises `GateError` where it must have fitted at `last`.
+    """
+    excess = model_bytes - plan.limits.get("max_size", float("inf"))
+    if excess <= 0:
+        return 0
+    if last:
+        raise GateError(
+            f"--max-size: the model file takes {format_bytes(model_bytes)}, "
+            f"{format_bytes(excess)} over the limit; solve again with a smaller limit"
+        )
+    return max(0, model_bytes - plan.weight_bytes)
 
 
 def draw_preview(folder: Path, manifest: Manifest) -> None:
