@@ -5,6 +5,7 @@ costs    calibrates this machine, then: latency, memory and file size of plans, 
 peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
          docs/benchmarks.md; environments of 5 GB and Frechet distances are made once; then ten minutes
 export   how long the main command takes, stage by stage
+fleet    10 devices x 4 sets of classes in one export, over the time of one export; interleaved, ten minutes
 graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
 packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
@@ -80,6 +81,13 @@ def costs() -> dict[str, Any]:
     return compared()
 
 
+def fleet() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_fleet import fleet as compared
+
+    return compared()
+
+
 def graph() -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parent))
     from _bench_graph import graph as compared
@@ -117,6 +125,7 @@ def peers() -> dict[str, Any]:
 BENCHES = {
     "costs": costs,
     "export": export_time,
+    "fleet": fleet,
     "graph": graph,
     "packs": packs,
     "peers": peers,

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.text import Text
 
 from kind_edge.cli import options, tables
 from kind_edge.cli.tables import Cell
@@ -114,16 +113,18 @@ def print_fleet(terminal: Terminal, fleet: Fleet) -> None:
     made = [each for each in fleet.bundles if each.failure is None]
     told = f"{len(made)} of {tables.count(len(fleet.bundles), 'bundle')}"
     kept = sum(each.kept for each in fleet.bundles)
-    out.print(tables.heading(f"Bundles in {fleet.output}", told + (f", {kept} from before" if kept else "")))
-    headers = ("", "form", "ranks", "precision", "app loads", "predicted", "measured here", "parity", "")
+    out.print(
+        tables.heading(f"Bundles in {fleet.output}", told + (f", {kept} of them complete before" if kept else ""))
+    )
+    headers = ("", "form", "ranks", "runs on", "size", "predicted", "here", "parity", "")
     out.print(tables.figures(headers, [_row(each) for each in fleet.bundles], left=(0, 1, 2, 3, 8)))
     out.print()
     if made:
         there = {name: None for each in made for name in _threads(each)}
         out.print(tables.facts([
+            ("size", "of what an app loads; parity is that of its denoiser, the worst over classes and steps"),
             ("predicted", "one image on the device, sustained"),
-            ("measured", f"one image, p50, on {', '.join(there)}"),
-            ("parity", "of the file that the app loads, the worst over classes and steps"),
+            ("here", f"one image, p50, on {', '.join(there)}"),
         ]))  # fmt: skip
         out.print()
     for message, names in _reasons(fleet).items():
@@ -133,7 +134,7 @@ def print_fleet(terminal: Terminal, fleet: Fleet) -> None:
 def _row(bundle: FleetBundle) -> tuple[Cell, ...]:
     if bundle.failure is not None or bundle.manifest is None:
         status = _STATUS.get(bundle.failure.exit_code if bundle.failure else 70, "failed")
-        return (bundle.job.name, "", "", "", "", "", "", "", Text(f"✗ {status}", "bold red"))
+        return (bundle.job.name, status, "", "", "", "", "", "", tables.check(False))
     raw, manifest = bundle.manifest.raw, bundle.manifest
     plan, file = raw["plan"], manifest.default_model
     decoder = manifest.decoder_for(manifest.models[file])
@@ -148,7 +149,7 @@ def _row(bundle: FleetBundle) -> tuple[Cell, ...]:
         format_seconds(plan["sustained_image_latency_s"]),
         format_seconds(raw["latency"]["image"]["p50_ms"] / 1e3),
         "none" if parity_db is None else f"{parity_db:.1f} dB",
-        tables.check(True) if not bundle.kept else Text("✓ kept", "green"),
+        tables.check(True),
     )
 
 

@@ -73,8 +73,9 @@ class _Strict(yaml.SafeLoader):
     """Of two keys that are the same PyYAML would take the last one, without a word."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Mapping[Any, Any]:
-        names = [key.value for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{name!r} is there twice", node.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is there twice", key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)

@@ -363,6 +363,8 @@ def _locked(place: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+        with contextlib.suppress(OSError):  # it holds something, as it should
+            place.rmdir()
 
 
 def _cores() -> int:
