@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
+from kind_edge.budget.coreml_weights import Target, Weights
 from kind_edge.errors import UsageError, unknown
 
-Target = Literal["iOS16", "iOS17", "iOS18"]
-TARGETS: tuple[Target, ...] = get_args(Target)
 Batch = Literal["fixed", "flexible"]
 LARGEST_BATCH = 64
-
-Weights = Literal["fp16", "int8", "int4", "palette4", "palette6", "palette8", "mixed"]
-WEIGHTS: tuple[Weights, ...] = get_args(Weights)
-Layout = Literal["tokens", "channels"]
 
 MAIN = "main"
 """The function of all classes of the bundle, which is also the default."""
@@ -49,15 +44,6 @@ def class_sets(functions: Functions, known: Sequence[str], null: bool) -> dict[s
                 raise unknown("class", name, known)
     last = (len(known),) if null else ()
     return {name: (*map(list(known).index, classes), *last) for name, classes in functions}
-
-
-def weights_for(precision: str, target: Target) -> Weights:
-    """What a plan's precision is in Core ML. Weights alone are compressed; arithmetic is fp16 always."""
-    if precision in ("fp32", "fp16"):
-        return "fp16"
-    if precision == "int4":
-        return "int4" if target == "iOS18" else "palette4"
-    return "int8"
 
 
 def check_weights(weights: Weights, target: Target) -> None:

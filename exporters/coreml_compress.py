@@ -1,6 +1,5 @@
 """Smaller weights: palettes of 4, 6 and 8 bits, int8 by channel, int4 by block. What is stored, not what is computed.
 
-Every target runs palettes of one table per weight, and int8; iOS18 adds palettes by groups of channels and int4 blocks.
 Tailors are compressed class by class where the target can, so that one class's weights do not depend on another's.
 Tables (positions, labels, modulation, masks), biases, the first and the last layer stay fp16: a few kB that cost dear.
 """
@@ -8,7 +7,6 @@ Tables (positions, labels, modulation, masks), biases, the first and the last la
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kind_edge.exporters.coreml_choices import Target, Weights
+from kind_edge.budget.coreml_weights import SMALLEST, Target, Weights, blocks_of, palette_group
 from kind_edge.exporters.coreml_tools import quiet, require_coremltools
 
 PREFIXES = ("p_", "b_")
@@ -24,10 +22,6 @@ PREFIXES = ("p_", "b_")
 
 TABLES = ("pos_embed", "y_embed", "modulation_table", "mask_", "class_map", "patch_embed", "final_")
 """Constants whose names hold one of these are left as they are."""
-SMALLEST = 1024
-"""Weights of fewer elements are left as they are: a table of their own would cost what it saves."""
-BLOCK = 32
-_LARGEST_LUT_SHARE = 0.05
 _BINS_PER_CLUSTER = 16
 
 
@@ -98,27 +92,13 @@ def compress(
         )
 
 
-def _linear(optimize: Any, value: NDArray[Any], weights: str, target: Target) -> Any:
+def _linear(optimize: Any, value: NDArray[Any], weights: Weights, target: Target) -> Any:
     """int8: one scale per output channel, or per class and component of a tailor; int4: one per 32 inputs or so."""
     common = {"mode": "linear_symmetric", "dtype": weights, "weight_threshold": SMALLEST - 1}
     if weights == "int8" and (target != "iOS18" or value.ndim != 3):
         return optimize.OpLinearQuantizerConfig(**common, granularity="per_channel")
-    return optimize.OpLinearQuantizerConfig(**common, granularity="per_block", block_size=_blocks(value, weights))
-
-
-def _blocks(value: NDArray[Any], weights: str) -> tuple[int, ...]:
-    """Elements that share a scale, along every axis (0: all of it)."""
-    if value.ndim == 3:  # tailors [K, m, r] and [K, r, n]: what is long is shared
-        long = 1 if value.shape[1] >= value.shape[2] else 2
-        size = _block(value.shape[long]) if weights == "int4" else 0
-        return (1, size, 1) if long == 1 else (1, 1, size)
-    return (1, _block(value.shape[1]), *(0,) * (value.ndim - 2))
-
-
-def _block(size: int) -> int:
-    """The divisor of a length that is nearest to BLOCK; 0, the whole of it, where none is near: ranks may be prime."""
-    near = [each for each in range(BLOCK // 2, 2 * BLOCK + 1) if size % each == 0]
-    return min(near, key=lambda each: abs(each - BLOCK), default=0)
+    blocks = blocks_of(value.shape, weights)
+    return optimize.OpLinearQuantizerConfig(**common, granularity="per_block", block_size=blocks)
 
 
 def _palette(optimize: Any, value: NDArray[Any], bits: int, target: Target, tell: Callable[[], None] | None) -> Any:
@@ -134,28 +114,6 @@ def _palette(optimize: Any, value: NDArray[Any], bits: int, target: Target, tell
     if group == value.shape[0]:
         return optimize.OpPalettizerConfig(**common, granularity="per_tensor")
     return optimize.OpPalettizerConfig(**common, granularity="per_grouped_channel", channel_axis=0, group_size=group)
-
-
-def palette_group(shape: tuple[int, ...], bits: int, target: Target) -> int:
-    """Rows that share a table: the fewest whose table (fp16) takes at most 5 % of what their indices take.
-
-    Before iOS18 all of them.
-    """
-    rows, each = int(shape[0]), math.prod(shape[1:])
-    fits = (
-        group
-        for group in range(1, rows)
-        if rows % group == 0 and 16 * 2**bits <= _LARGEST_LUT_SHARE * bits * group * each
-    )
-    return int(next(fits, rows)) if target == "iOS18" else rows
-
-
-def palette_bytes(shape: tuple[int, ...], bits: int, target: Target) -> int:
-    """Indices and tables; of 16 bits the weights themselves."""
-    elements = math.prod(shape)
-    if bits == 16:
-        return 2 * elements
-    return elements * bits // 8 + (2 << bits) * shape[0] // palette_group(shape, bits, target)
 
 
 def palettized(value: NDArray[Any], bits: int, target: Target) -> NDArray[Any]:

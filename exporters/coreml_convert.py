@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from kind_edge.budget.coreml_weights import Target
 from kind_edge.errors import UsageError
-from kind_edge.exporters.coreml_choices import LARGEST_BATCH, Target
+from kind_edge.exporters.coreml_choices import LARGEST_BATCH
 from kind_edge.exporters.coreml_graph import Denoiser, Sampler
 from kind_edge.exporters.coreml_tools import quiet, require_coremltools
 

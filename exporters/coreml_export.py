@@ -10,24 +10,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kind_edge._version import __version__
+from kind_edge.budget.coreml import MOST_UNROLLED, Packaging
+from kind_edge.budget.coreml_weights import TARGETS, WEIGHTS, Target, Weights
 from kind_edge.budget.precision import PRECISIONS
 from kind_edge.errors import UsageError
 from kind_edge.exporters.coreml_choices import (
-    TARGETS,
-    WEIGHTS,
     Batch,
     Functions,
-    Target,
-    Weights,
     batches,
     check_functions,
     check_weights,
     class_sets,
-    weights_for,
 )
 from kind_edge.exporters.coreml_functions import add_functions
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
 from kind_edge.exporters.coreml_tools import require_coremltools
+from kind_edge.model.provenance import data_words
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
@@ -37,9 +35,6 @@ if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 FOLDER = "coreml"
-MOST_UNROLLED = 8
-"""A model that takes more steps has no `Sampler`: every one of them is written out in it."""
-
 DECODER_FP32 = ("reduce_mean", "reduce_sum", "square", "sub", "rsqrt", "real_div", "instance_norm", "softmax")
 """Group normalisation, which adds up the squares of large groups: fp16 would overflow there."""
 
@@ -50,7 +45,7 @@ _FEATURES = {
     "class_index": "Class of every image, by the order of the classes",
     "prediction": "What the sampler's row makes the next sample from",
     "noise": "Gaussian noise, [batch, channels, height, width]",
-    "latent": "Latents in the network's scale, [batch, channels, height, width]",
+    "latent": "Latents in the network's scale, [batch, channels, height, width]; of one tile where there are several",
     "image": "Images with values from 0 to 1, [batch, channels, height, width]",
 }
 
@@ -107,13 +102,11 @@ class CoreMLExporter:
         from kind_edge.exporters.coreml_graph import Denoiser
 
         plan = model.origin.plan
-        layout = self.layout
-        if layout == "auto":
-            layout = "channels" if plan.unit == "npu" else "tokens"
+        packaging = Packaging(self.target, self.weights, self.layout)
+        layout, weights = packaging.layout_on(plan.unit), packaging.weights_of(plan.precision)
         if self.functions and not model.switches:
             raise UsageError("--coreml-function: this plan has its classes folded in; take --form switch")
         sets = class_sets(self.functions, plan.classes, plan.null_branch)
-        weights = weights_for(plan.precision, self.target) if self.weights == "auto" else self.weights
         denoiser = Denoiser(model, layout, mapped=bool(self.functions))
         try:
             sizes = batches(self.target, self.batch, plan.evaluations_per_step)
@@ -135,14 +128,16 @@ class CoreMLExporter:
             forget_clusters()
 
     def _decoder(self, model: PlainDiT) -> _Made | None:
-        """What makes pictures of latents, where an autoencoder was given. It takes one image at a time."""
+        """What makes pictures of latents, where an autoencoder was given. It takes one image at a time; where the plan
+        decodes in tiles, one tile: the app goes through them, so that no more than one is in memory."""
         autoencoder = model.origin.autoencoder
         if autoencoder is None:
             return None
+        from kind_edge.deploy.decoder import tile_count
         from kind_edge.exporters.coreml_convert import Interface, convert
 
-        spec, side = model.spec, model.spec.image_size * model.spec.pixels_per_latent
-        latent = (spec.channels, spec.image_size, spec.image_size)
+        size = autoencoder.tiles(tile_count(model.origin.plan)).size
+        side, latent = size * model.spec.pixels_per_latent, (model.spec.channels, size, size)
         interface = Interface({"latent": ("float32", latent)}, "image", (autoencoder.image_channels, side, side))
         return _Made("Decoder", convert(autoencoder.decoder, interface, self.target, (1,), DECODER_FP32), interface)
 
@@ -217,10 +212,9 @@ def _sampler(model: PlainDiT, denoiser: Denoiser) -> Sampler | None:
 
 def _description(name: str, model: PlainDiT, functions: Mapping[str, tuple[str, ...]]) -> Description:
     """What Xcode shows, and in `facts` what an app needs to know."""
-    from kind_edge.deploy.assemble import LICENCE
     from kind_edge.deploy.sampler_table import sampler_table
 
-    plan, spec = model.origin.plan, model.spec
+    plan, spec, told = model.origin.plan, model.spec, model.origin.lineage()
     classes = ", ".join(f"{index} {label}" for index, label in enumerate(plan.classes))
     null = len(plan.classes) if plan.null_branch else None
     numbered = classes + (f", {null} none (for guidance)" if null is not None else "")
@@ -234,11 +228,13 @@ def _description(name: str, model: PlainDiT, functions: Mapping[str, tuple[str, 
         "null_index": "" if null is None else str(null),
         "sampler_tables": json.dumps(sampler_table(plan.sampler, spec.objective, plan.steps).to_dict()),
         "checkpoint_sha256": plan.checkpoint_sha256,
+        **({"author": told["author"]} if "author" in told else {}),
+        **({"training_data": "; ".join(map(data_words, told["data"]))} if "data" in told else {}),
     }
     if functions:
         facts["functions"] = json.dumps({label: list(names) for label, names in functions.items()})
     short = f"{plan.model}: {what}. {plan.steps} {plan.sampler} steps. Classes: {classes}."
-    return Description(short, f"kind-edge {__version__}", LICENCE, plan.checkpoint_sha256[:12], features, facts)
+    return Description(short, f"kind-edge {__version__}", told["licence"], plan.checkpoint_sha256[:12], features, facts)
 
 
 EXPORTER = CoreMLExporter()

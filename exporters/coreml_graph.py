@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kind_edge.budget.coreml_weights import Layout
 from kind_edge.deploy.plain import Dense, ModulationTable, Pick, PlainDiT, PlainLinear, Thin
 from kind_edge.deploy.sampler_table import SamplerTable
-from kind_edge.exporters.coreml_choices import Layout
 from kind_edge.model.dit import modulate
 
 Picked = Pick | dict[tuple[int, int], Tensor] | None
@@ -122,9 +122,14 @@ class Attention(nn.Module):
 
 
 def _split_heads(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """[B, D, 1, N] each, head by head: small products that fit the Neural Engine's cache, and no transposition."""
+    """[B, D, 1, N] each, head by head: small products that fit the Neural Engine's cache, and no transposition.
+
+    Scaled after the squeeze: right behind its convolution the factor would be fused into the weights, which then are no
+    longer the model's, nor found by their name when they are compressed.
+    """
     width = q.shape[1] // heads
-    split = [part.squeeze(2).split(width, 1) for part in (q * width**-0.5, k, v)]  # H of [B, D/H, N]
+    flat = [part.squeeze(2) for part in (q, k, v)]
+    split = [part.split(width, 1) for part in (flat[0] * width**-0.5, *flat[1:])]  # H of [B, D/H, N]
     out = [vh @ (kh.transpose(1, 2) @ qh).softmax(1) for qh, kh, vh in zip(*split, strict=True)]
     return torch.cat(out, 1).unsqueeze(2)
 

@@ -14,18 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kind_edge.budget.coreml_weights import Target, palette_bytes
 from kind_edge.budget.knapsack import search
 from kind_edge.budget.table import Table
 from kind_edge.budget.tree import Tree
 from kind_edge.deploy.plain import Origin
 from kind_edge.deploy.reference import make_reference
 from kind_edge.errors import GateError
-from kind_edge.exporters.coreml_choices import Target
 from kind_edge.exporters.coreml_compress import (
     compressible,
     constants,
     matrix_of,
-    palette_bytes,
     palettized,
     parameter_of,
 )

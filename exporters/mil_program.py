@@ -5,7 +5,6 @@ Whatever the file has that is not understood is refused, not skipped: a program 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from kind_edge.deploy.manifest import is_safe_path
+from kind_edge.bounded import is_safe_path, read_bytes, read_object
 from kind_edge.errors import InputError, unknown
 from kind_edge.exporters.mil_blob import BY_PROGRAM_CODE, ELEMENT_TYPES, BlobFile, ElementType, decode
 from kind_edge.exporters.mil_schema import message_class
@@ -24,6 +23,8 @@ from kind_edge.exporters.mil_schema import message_class
 _ITEMS = Path("Data")
 _ROOT_OF_BLOBS = "@model_path/"
 _OPSETS = {f"CoreML{version}": version for version in range(5, 10)}
+_MODEL_BYTES = 2**31
+"""What Protocol Buffers allow in one message."""
 _COMMENTS = {"name"}
 """Attributes of an operator that say nothing about what it computes."""
 
@@ -108,9 +109,7 @@ def read_package(path: Path) -> Package:
     """Parse a saved package. `InputError` for what is missing, damaged, or of a kind that is not understood."""
     model_path = _root_model(path)
     try:
-        model = message_class("Model").FromString(model_path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{model_path}: cannot read the model: {error.strerror}") from error
+        model = message_class("Model").FromString(read_bytes(model_path, _MODEL_BYTES, "the model"))
     except DecodeError as error:
         raise InputError(f"{model_path}: is not a Core ML model: {error}") from error
     if not model.HasField("mlProgram"):
@@ -132,11 +131,9 @@ def _root_model(path: Path) -> Path:
     """The model file that the package's list of items names."""
     manifest = path / "Manifest.json"
     try:
-        listed = json.loads(manifest.read_bytes())
+        listed = read_object(manifest, "its list of items")
         item = str(listed["itemInfoEntries"][listed["rootModelIdentifier"]]["path"])
-    except OSError as error:
-        raise InputError(f"{path}: is no Core ML package: cannot read Manifest.json ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{manifest}: names no model file ({error!r})") from error
     if not is_safe_path(item):
         raise InputError(f"{manifest}: the model file {item!r} is not inside the package")

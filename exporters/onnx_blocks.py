@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kind_edge.budget.precision import BLOCK
 from kind_edge.exporters.activation_ranges import covariances
-from kind_edge.exporters.onnx_int8 import quantize_gathered
+from kind_edge.exporters.onnx_int8 import quantize_gathered, weights_of
 from kind_edge.exporters.rounding import round_matrix
 from kind_edge.exporters.trajectories import Call
 
@@ -61,9 +61,12 @@ def round_blocks(model: onnx.ModelProto, calls: Sequence[Call], bits: Collection
     products = products_of(model)
     vary = covariances(model, [node.input[0] for node in products], calls)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    weights = {node.input[1]: (numpy_helper.to_array(constants[node.input[1]]).T, node.input[0]) for node in products}
+    seen: dict[str, list[NDArray[np.float64]]] = {}
+    for node in products:  # a weight that blocks have in common multiplies something in each
+        seen.setdefault(node.input[1], []).append(vary[node.input[0]])
+    weights = {name: (numpy_helper.to_array(constants[name]).T, np.mean(own, axis=0)) for name, own in seen.items()}
     return {
-        each: {name: round_matrix(weight, vary[x], each, BLOCK) for name, (weight, x) in weights.items()}
+        each: {name: round_matrix(weight, inputs, each, BLOCK) for name, (weight, inputs) in weights.items()}
         for each in bits
     }
 
@@ -77,7 +80,7 @@ def quantize_blocks(
     The matrices named in `wide` ("blocks.0.attn.q"), without their tailors, have 8 bits in a model of 4, and stay as
     they are in a model of 8.
     """
-    kept = tuple(f"{name}." for name in wide)
+    kept = weights_of(wide)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in result.graph.initializer}

@@ -29,7 +29,8 @@ from kind_edge.exporters.onnx_fp16 import halve
 
 if TYPE_CHECKING:
     from kind_edge.deploy.plain import Origin
-    from kind_edge.model.autoencoder import Autoencoder, Tiles
+    from kind_edge.model.autoencoder import Autoencoder
+    from kind_edge.model.tiles import Tiles
 
 PREFIX = "decoder."
 """Of every inner name, so that a decoder can stand behind a denoiser in one graph."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from kind_edge.budget.precision import PRECISIONS, decoder_path, decoder_precisi
 from kind_edge.deploy.ort import require_onnxruntime
 from kind_edge.deploy.session import open_session, runtime_errors
 from kind_edge.errors import InputError
+from kind_edge.model.provenance import data_words
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
@@ -42,9 +44,11 @@ class OnnxExporter:
 
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         made, plan, written = Precisions(model), model.origin.plan, []
+        props = _props(model.origin.lineage())
         left = {shape.name for shape in model.spec.matrices()}
 
         def write(rounded: Rounded, path: str, role: str, precision: str) -> None:
+            onnx.helper.set_model_props(rounded.proto, props)
             onnx.save_model(rounded.proto, folder / path)
             entry = {"role": role, "precision": precision, **inputs_and_outputs(rounded.proto)}
             stored = plan.matrix_precisions(precision) if role != "decoder" else {}
@@ -82,6 +86,21 @@ class OnnxExporter:
                 raise InputError(f"{path}: ONNX Runtime cannot run it: {error}") from error
 
         return run
+
+
+def _props(told: Mapping[str, Any]) -> dict[str, str]:
+    """What a file says of itself: what belongs to the weights, so that it is the same however they are exported.
+
+    `model_author` and `model_license` are ONNX's own names for them.
+    """
+    props = {
+        "model": told["model"],
+        "checkpoint_sha256": told["checkpoint_sha256"],
+        "model_license": told["licence"],
+        "model_author": told.get("author", ""),
+        "training_data": "; ".join(data_words(each) for each in told.get("data", [])),
+    }
+    return {key: value for key, value in props.items() if value}
 
 
 EXPORTER = OnnxExporter()

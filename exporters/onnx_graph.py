@@ -55,13 +55,18 @@ def _denoiser(model: plain.PlainDiT) -> Denoiser:
 
 def _linear(layer: plain.PlainLinear) -> Linear:
     shared: tuple[Floats, ...] = ()
+    common: dict[str, Any] = {}
     if isinstance(layer.shared, plain.Dense):
         shared = (_array(layer.shared.weight),)
+    elif isinstance(layer.shared, plain.ScaledThin):
+        weights = layer.shared.common
+        shared = (_array(weights.v), _array(weights.u))
+        common = {"common": weights.name, "scale": _array(layer.shared.scale)}
     elif isinstance(layer.shared, plain.Thin):
         shared = (_array(layer.shared.v), _array(layer.shared.u))
     if layer.tailors is None:
-        return Linear(shared, _array(layer.bias))
-    return Linear(shared, _array(layer.bias), _array(layer.tailors.v.mT), _array(layer.tailors.u))
+        return Linear(shared, _array(layer.bias), **common)
+    return Linear(shared, _array(layer.bias), _array(layer.tailors.v.mT), _array(layer.tailors.u), **common)
 
 
 def _modulation(model: plain.PlainDiT) -> BakedModulation | ModulationNetwork:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from kind_edge.budget.denoiser_graph import TAILORS
+from kind_edge.model.names import SHARED, weight_type
 
 LARGEST = 127
 FINAL = "final"
@@ -30,6 +31,7 @@ FINAL = "final"
 def quantize_int8(model: onnx.ModelProto, fp32_matrices: Collection[str] = ()) -> onnx.ModelProto:
     """A new model with int8 weights, but for those of `fp32_matrices` ("blocks.0.attn.q"); `model` is not changed.
 
+    Weights that a matrix has in common with those of other blocks stay in fp32 with it.
     Requires: no value_info left (the quantizer would find its shapes contradicted). Ensures: same inputs and outputs.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -45,13 +47,19 @@ def quantize_int8(model: onnx.ModelProto, fp32_matrices: Collection[str] = ()) -
                 per_channel=True,
                 weight_type=QuantType.QInt8,
                 op_types_to_quantize=["MatMul", "Gemm"],
-                nodes_to_exclude=[_last_product(model), *_products_of(model, kept)],
+                nodes_to_exclude=[_last_product(model), *_products_of(model, weights_of(fp32_matrices))],
                 extra_options={"MatMulConstBOnly": True},
             )
         quantized = onnx.load_model(target)
     del quantized.graph.value_info[:], quantized.metadata_props[:]
     quantized.producer_name, quantized.producer_version = model.producer_name, ""
     return quantize_gathered(quantized, kept)
+
+
+def weights_of(matrices: Collection[str]) -> tuple[str, ...]:
+    """What the names of these matrices' weights begin with: their own, or what they have in common with others."""
+    own = [f"{name}." for name in matrices]
+    return (*own, *dict.fromkeys(f"{SHARED}.{weight_type(name)}." for name in matrices))
 
 
 def _products_of(model: onnx.ModelProto, prefixes: tuple[str, ...]) -> list[str]:

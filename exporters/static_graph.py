@@ -160,7 +160,7 @@ class _Builder:
     def _linear(self, x: str, name: str, factor: float = 1.0) -> str:
         """x [B, N, m] -> [B, N, n], times `factor`."""
         add, chosen = self.graph.add, self.plan.matrices[name]
-        u, s, v = (self.tensors[f"{name}.learngene.{part}"].double().numpy() for part in "UsV")
+        u, s, v = (self.tensors[self.spec.factor_name(name, part)].double().numpy() for part in "UsV")
         rows, bias = self.batch * self.spec.tokens, self.tensors[f"{name}.bias"].double().numpy() * factor
         y = None
         if chosen.storage == "dense" or chosen.shared_rank:

@@ -1,5 +1,7 @@
 """Measurements of the shipped model on this machine; every name prints a table, or one JSON object with --json.
 
+coreml   seconds and memory of converting the shipped model and a DiT-B/2 with random weights to Core ML, and how close
+         the saved packages stay for one class; five minutes
 costs    calibrates this machine, then: latency, memory and file size of plans, predicted against measured; sizes of a
          DiT-B/2; ten minutes
 peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
@@ -8,6 +10,8 @@ export   how long the main command takes, stage by stage
 fleet    10 devices x 4 sets of classes in one export, over the time of one export; interleaved, ten minutes
 graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
 packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
+resize   other depths and widths against ranks and precision alone, at equal latency, healed alike: latency and Frechet
+         distance of the shipped model; measures the sizes first, 30 minutes, then as long for every limit that differs
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
@@ -74,6 +78,13 @@ def steps() -> dict[str, Any]:
     return {"rows": rows, **summary(records)}
 
 
+def coreml() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_coreml import coreml as conversions
+
+    return conversions()
+
+
 def costs() -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parent))
     from _bench_costs import costs as compared
@@ -109,6 +120,13 @@ def packs() -> dict[str, Any]:
     return sizes()
 
 
+def resize() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_resize import resize as compared
+
+    return compared()
+
+
 def peers() -> dict[str, Any]:
     """Measured anew, and put into docs/benchmarks.md."""
     sys.path.append(str(Path(__file__).parent))
@@ -123,12 +141,14 @@ def peers() -> dict[str, Any]:
 
 
 BENCHES = {
+    "coreml": coreml,
     "costs": costs,
     "export": export_time,
     "fleet": fleet,
     "graph": graph,
     "packs": packs,
     "peers": peers,
+    "resize": resize,
     "solver": solver,
     "steps": steps,
     "training": training,

@@ -1,33 +1,29 @@
 """Are predicted costs true? Latency of exported plans and peak memory, predicted and measured on this machine.
 
-The machine is calibrated first. No plan here is among what calibration runs: ranks of every matrix are drawn at random,
-matrices are dense, factored or int8 one by one, classes and forms differ. Both times are medians of single calls in the
-calmest of several short rounds, which go over all models in turn.
+The machine is calibrated in the same rounds. No plan here is among what calibration runs: ranks of every matrix are
+drawn at random, matrices are dense, factored or int8 one by one, classes and forms differ. Both times are medians of
+single calls in the calmest of several short rounds, which go over all models in turn, with the threads that a bundle's
+manifest names.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _bench_cases import BATCHES, Case, timed
 
-from kind_edge.budget import runner
-from kind_edge.budget.cost import fixed_memory_bytes, matrix_memory_bytes
-from kind_edge.budget.decoder import decoder_cost
-from kind_edge.budget.host import available_threads, calibrate_host
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.budget.probe_graph import Layer, Network, network
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
-from kind_edge.budget.profile import DeviceProfile
+from kind_edge.budget.profile import DeviceProfile, load_profile
 from kind_edge.model.spec import ModelSpec, Ranks
 
 PLANS = (
@@ -48,99 +44,51 @@ SHAPES = (
     ("8x8 tokens, D 256", (32, 3, 4, 3, 256, 4, 8), 48, 8),
 )
 MEMORY_SHAPES = (("DiT-B/2", (32, 4, 2, 8, 768, 12, 12), 0, 0), ("DiT-B/2", (32, 4, 2, 8, 768, 12, 12), 154, 16))
-BATCHES, PRECISIONS = (1, 2), ("fp32", "int8")
-_ROUNDS_S = 60.0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model file, and what the cost model knows of it."""
-
-    name: str
-    file: Path
-    spec: ModelSpec
-    deployment: Deployment
-    matrices: Mapping[str, MatrixPlan]
-    shipped: bool
-
-    def latency_ms(self, batch: int) -> float:
-        return 1e3 * self.deployment.evaluation_latency_s(self.matrices, sustained=False, batch=batch)
-
-    def peak_bytes(self, batch: int) -> int:
-        left = self.deployment
-        total = fixed_memory_bytes(left.fixed, batch, decoder_cost(dataclasses.replace(self.spec, pixels_per_latent=1)))
-        for shape in self.spec.matrices():
-            plan = self.matrices[shape.name]
-            precision: Any = plan.precision
-            shared = left.shared(shape, plan.storage, plan.shared_rank, precision)
-            total += matrix_memory_bytes(shared, precision, batch)
-            total += matrix_memory_bytes(left.tailors(shape, plan.tailor_rank or 0, precision), precision, batch)
-        return total
-
-    def inputs(self, batch: int) -> dict[str, Any]:
-        side, kept = self.spec.image_size, "class_index"
-        shapes = {"sample": ("float32", [batch, self.spec.channels, side, side]), "step_index": ("int32", [batch])}
-        if self.deployment.candidate.form == "switch":
-            shapes[kept] = ("int64", [batch])
-        return {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in shapes.items()}
+PRECISIONS = ("fp32", "int8")
 
 
 def costs(model: str = "fashion-mnist") -> dict[str, Any]:
-    """Calibrate, export, measure, compare: about ten minutes."""
-    from _bench_plans import limited, sizes
+    """Export, calibrate and measure in turns, compare: about ten minutes."""
+    from _bench_plans import limited_figures, sizes, within_limits
 
-    say("calibrating")
-    host = calibrate_host()
+    device = load_profile("host")
     with tempfile.TemporaryDirectory(prefix="kind-edge-costs-") as name:
+        folder = Path(name)
         say("exporting")
-        cases = [*_exported(model, host, Path(name)), *_drawn(host, Path(name), SHAPES)]
-        say("measuring latency")
-        rows = _latencies(Path(name), cases)
+        exported = list(_exported(model, device, folder))
+        say("exporting within limits")
+        within = within_limits(model, folder)
+        say("calibrating and measuring latency, in turns")
+        found = timed([*exported, *_drawn(device, folder, SHAPES), *within.cases])
         say("measuring memory")
-        memory = _memories([*(case for case in cases if case.shipped), *_drawn(host, Path(name), MEMORY_SHAPES)])
-    say("exporting within limits")
-    within = limited(model)
-    errors = [abs(row["error"]) for row in rows if row["exported"]]
-    larger = [abs(row["error"]) for row in rows if not row["exported"]]
+        memory = _memories([*exported, *_drawn(device, folder, MEMORY_SHAPES)])
+        limited = limited_figures(within, found.rows)
+    errors = {
+        kind: [abs(row["error"]) for row in found.rows if row["kind"] == kind]
+        for kind in ("exported", "random weights")
+    }
     return {
-        "latency": rows,
+        "latency": [row for row in found.rows if row["kind"] != "within limits"],
         "memory": memory,
-        "plans": within["plans"],
-        "refused": within["refused"],
+        "plans": limited["plans"],
+        "refused": limited["refused"],
         "sizes": sizes(),
-        "latency_error_median": statistics.median(errors),
-        "latency_error_worst": max(errors),
-        "latency_error_worst_of_larger": max(larger),
+        "unrest": found.unrest,
+        "latency_error_median": statistics.median(errors["exported"]),
+        "latency_error_worst": max(errors["exported"]),
+        "latency_error_worst_of_larger": max(errors["random weights"]),
         "peak_memory_error_worst": max(abs(row["error"]) for row in memory),
-        "latency_error_median_of_limited": within["latency_error_median"],
-        "size_error_worst_of_limited": within["size_error_worst"],
+        "latency_error_median_of_limited": limited["latency_error_median"],
+        "size_error_worst_of_limited": limited["size_error_worst"],
     }
 
 
-def _latencies(folder: Path, cases: list[Case]) -> list[dict[str, Any]]:
-    pairs = [(f"{case.file.name} x{batch}", case, batch) for case in cases for batch in BATCHES]
-    models = [
-        {"name": name, "file": case.file.relative_to(folder).as_posix(), "inputs": case.inputs(batch)}
-        for name, case, batch in pairs
-    ]
-    (folder / runner.REQUEST).write_text(json.dumps({"version": runner.VERSION, "models": models}))
-    measured = runner.measure(folder, available_threads(), _ROUNDS_S)
-    return [
-        {
-            "model": case.name, "precision": case.deployment.candidate.precision, "batch": batch,
-            "exported": case.shipped, "predicted_ms": case.latency_ms(batch), "measured_ms": measured[name] / 1e3,
-            "error": case.latency_ms(batch) / measured[name] * 1e3 - 1,
-        }
-        for name, case, batch in pairs
-    ]  # fmt: skip
-
-
-def _memories(cases: list[Case]) -> list[dict[str, Any]]:
+def _memories(cases: Sequence[Case]) -> list[dict[str, Any]]:
     from kind_edge.deploy.bench import bench_model
 
     rows = []
     for case, batch in itertools.product(cases, BATCHES):
-        peak = bench_model(case.file, available_threads(), warmups=2, runs=3, batch=batch).peak_memory_bytes
+        peak = bench_model(case.file, case.threads, warmups=2, runs=3, batch=batch).peak_memory_bytes
         if peak is None:
             continue  # not Linux, nor macOS
         predicted = case.peak_bytes(batch)
@@ -178,7 +126,7 @@ def _exported(model: str, host: DeviceProfile, folder: Path) -> Iterator[Case]:
             name = f"{form}, {len(chosen.classes)} classes, ranks up to {share:.0%}, {dense:.0%} dense"
             renamed = folder / f"plan{index}.{file.precision}.onnx"
             (folder / str(index) / file.path).rename(renamed)
-            yield Case(name, renamed, spec, Deployment(spec, request, candidate), matrices, shipped=True)
+            yield Case(name, "exported", renamed, spec, Deployment(spec, request, candidate), matrices)
 
 
 def _random_matrices(
@@ -223,7 +171,7 @@ def _drawn(host: DeviceProfile, folder: Path, shapes: tuple[Any, ...]) -> Iterat
         deployment = Deployment(spec, request, Candidate(form, precision, "cpu"))
         text = f"{name}, {f'rank {rank}, tailors {tailor}' if rank else 'dense'}"
         matrices = {matrix.name: one for matrix in spec.matrices()}
-        yield Case(text, file, spec, deployment, matrices, shipped=False)
+        yield Case(text, "random weights", file, spec, deployment, matrices)
 
 
 def say(text: str) -> None:

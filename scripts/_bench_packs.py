@@ -19,6 +19,7 @@ from kind_edge.deploy.packs_file import ClassPack, pack_bytes
 from kind_edge.deploy.packs_join import core_of
 from kind_edge.deploy.packs_recipe import make_core
 from kind_edge.deploy.pipeline import export
+from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import TIMESTEPS
 from kind_edge.model.checkpoint import Checkpoint
@@ -40,20 +41,30 @@ def packs() -> dict[str, Any]:
 
 
 def _random(labels: bool) -> list[dict[str, Any]]:
-    """DiT-B/2 with random weights, every matrix factored; with `labels` its modulation table has rows for classes."""
-    ranks = {"factored": True, "learngene_rank": RANK - TAILOR_RANK, "tailor_rank": TAILOR_RANK}
-    spec = named_spec("DiT-B/2", len(CLASSES), label_embedding=labels, **ranks)
-    torch.manual_seed(0)
-    model = DiT(spec)  # its sizes alone count, so it is not initialised as for training
-    checkpoint = Checkpoint(spec, CLASSES, {name: t.detach() for name, t in model.state_dict().items()}, {})
-    plan = _plan(spec)
-    timesteps = torch.from_numpy(sampler_table(plan.sampler, spec.objective, plan.steps).timestep)
-    plain = fold(truncate(checkpoint, plan, None), plan, timesteps)
+    """DiT-B/2 with random weights, exported."""
+    plain = random_model(labels)
     name = f"DiT-B/2, N_T {TAILOR_RANK}" + (", with labels" if labels else "")
     with tempfile.TemporaryDirectory() as folder:
         files = exporter("onnx").export(plain, Path(folder), PRECISIONS)
         denoisers = {each.precision: each.path for each in files if each.entry["role"] == "denoiser"}
-        return [_sized(name, p, path, Path(folder, path).read_bytes(), spec) for p, path in denoisers.items()]
+        read = {precision: (path, Path(folder, path).read_bytes()) for precision, path in denoisers.items()}
+        return [_sized(name, precision, *file, plain.origin.truncated.spec) for precision, file in read.items()]
+
+
+def random_model(labels: bool) -> PlainDiT:
+    """DiT-B/2 with random weights, every matrix factored; with `labels` its modulation table has rows for classes."""
+    ranks = {"factored": True, "learngene_rank": RANK - TAILOR_RANK, "tailor_rank": TAILOR_RANK}
+    spec = named_spec("DiT-B/2", len(CLASSES), label_embedding=labels, **ranks)
+    torch.manual_seed(0)
+    model = DiT(spec)
+    with torch.no_grad():  # no two weights alike, which a package would hold once, and each matrix of an ordinary scale
+        for name, weight in model.named_parameters():
+            if name.endswith((".U", ".V", ".s")):
+                torch.nn.init.normal_(weight, mean=float(name.endswith(".s")), std=0.04)
+    checkpoint = Checkpoint(spec, CLASSES, {name: t.detach() for name, t in model.state_dict().items()}, {})
+    plan = _plan(spec)
+    timesteps = torch.from_numpy(sampler_table(plan.sampler, spec.objective, plan.steps).timestep)
+    return fold(truncate(checkpoint, plan, None), plan, timesteps)
 
 
 def _plan(spec: ModelSpec) -> Plan:

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from _bench_cases import Case, timed
+
+from kind_edge.budget.breakdown import deployment_of
+from kind_edge.budget.profile import load_profile
+from kind_edge.deploy.request import make_source, open_model
+
+if TYPE_CHECKING:
+    from kind_edge.budget.problem import Source
+    from kind_edge.deploy.making import Bundle
 
 CLASSES = ("sneaker", "bag")
 SIZES = (None, "60%", "40%", "25%")
@@ -15,46 +28,76 @@ SIZES = (None, "60%", "40%", "25%")
 _SHAPE, _RANK, _STEPS = "DiT-B/2", 154, 20
 
 
+@dataclass(frozen=True)
+class Within:
+    """Bundles within limits, each with its case: the file that was planned; and what was refused."""
+
+    bundles: tuple[tuple[str, Bundle], ...]
+    cases: tuple[Case, ...]
+    refused: tuple[dict[str, Any], ...]
+
+
 def limited(model: str | Path = "fashion-mnist") -> dict[str, Any]:
-    """Plans of several sizes on `host`, each exported and measured; two rounds, the faster counts."""
-    from kind_edge.budget.profile import load_profile
-    from kind_edge.deploy.bench import bench_model
+    """Plans of several sizes on `host`, each exported, then measured in the same rounds as a calibration."""
+    with tempfile.TemporaryDirectory(prefix="kind-edge-plans-") as folder:
+        within = within_limits(model, Path(folder))
+        return limited_figures(within, timed(within.cases).rows)
+
+
+def within_limits(model: str | Path, folder: Path) -> Within:
+    """Export every plan; a gate that fails is told."""
     from kind_edge.deploy.pipeline import export
     from kind_edge.errors import GateError
 
-    load_profile("host")  # measured before the clock runs
-    rows: list[dict[str, Any]] = []
+    source, bundles, cases = make_source(open_model(model)), [], []
     refused: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for precision in ("fp32", "int8"):
-            for size in SIZES:
-                limit = size if precision == "fp32" or size is None else f"{float(size[:-1]) / 2.5:g}%"
-                out = Path(folder, f"{precision}-{size}".replace("%", ""))
-                try:
-                    bundle = export(
-                        model, profile="host", classes=CLASSES, precision=precision, max_size=limit, output=out
-                    )
-                except GateError as error:
-                    print(f"{precision} within {limit}: {error}", file=sys.stderr)
-                    refused.append({"precision": precision, "max_size": limit or "none", "reason": str(error)})
-                    continue
-                name = next(n for n in bundle.latency if n.endswith("int8.onnx") == (precision == "int8"))
-                rounds = [bundle.latency[name], bench_model(out / name)]
-                rows.append({
-                    "precision": precision,
-                    "max_size": limit or "none",
-                    "predicted_ms": bundle.predicted_here_ms[name],
-                    "measured_ms": min(report.p50_ms for report in rounds),
-                    "predicted_bytes": bundle.plan.weight_bytes,
-                    "file_bytes": bundle.files[name],
-                    "parity_db": bundle.parity[name],
-                    "predicted_peak_bytes": bundle.plan.peak_memory_bytes,
-                    "measured_peak_bytes": max(report.peak_memory_bytes or 0 for report in rounds),
-                })  # fmt: skip
+    for precision, size in itertools.product(("fp32", "int8"), SIZES):
+        limit = size if precision == "fp32" or size is None else f"{float(size[:-1]) / 2.5:g}%"
+        out = folder / f"{precision}-{size}".replace("%", "")
+        try:
+            bundle = export(model, profile="host", classes=CLASSES, precision=precision, max_size=limit, output=out)
+        except GateError as error:
+            print(f"{precision} within {limit}: {error}", file=sys.stderr)
+            refused.append({"precision": precision, "max_size": limit or "none", "reason": str(error)})
+            continue
+        bundles.append((limit or "none", bundle))
+        cases.append(_case(bundle, source, f"{precision} within {limit or 'no limit'}"))
+    return Within(tuple(bundles), tuple(cases), tuple(refused))
+
+
+def _case(bundle: Bundle, source: Source, name: str) -> Case:
+    plan = bundle.plan
+    deployment = deployment_of(plan, source, load_profile("host"), plan.steps, None)
+    file = bundle.path / _planned_file(bundle)
+    left = source.spec.without_branches(plan.dropped_branches)
+    return Case(name, "within limits", file, left, deployment, plan.matrices)
+
+
+def _planned_file(bundle: Bundle) -> str:
+    return next(name for name in bundle.latency if name.endswith("int8.onnx") == (bundle.plan.precision == "int8"))
+
+
+def limited_figures(within: Within, timed_rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was predicted of every plan, and what came out; `timed_rows` of its case among others."""
+    alone = {row["model"]: row for row in timed_rows if (row["kind"], row["batch"]) == ("within limits", 1)}
+    rows: list[dict[str, Any]] = []
+    for (limit, bundle), case in zip(within.bundles, within.cases, strict=True):
+        name, found = _planned_file(bundle), alone[case.name]
+        rows.append({
+            "precision": bundle.plan.precision,
+            "max_size": limit,
+            "predicted_ms": found["predicted_ms"],
+            "measured_ms": found["measured_ms"],
+            "predicted_bytes": bundle.plan.weight_bytes,
+            "file_bytes": bundle.files[name],
+            "parity_db": bundle.parity[name],
+            "predicted_peak_bytes": bundle.plan.peak_memory_bytes,
+            "measured_peak_bytes": bundle.latency[name].peak_memory_bytes or 0,
+        })  # fmt: skip
     latency = [abs(row["predicted_ms"] / row["measured_ms"] - 1) for row in rows]
     return {
         "plans": rows,
-        "refused": refused,
+        "refused": list(within.refused),
         "latency_error_median": statistics.median(latency),
         "latency_error_worst": max(latency),
         "size_error_worst": max(abs(row["predicted_bytes"] / row["file_bytes"] - 1) for row in rows),

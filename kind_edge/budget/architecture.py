@@ -17,6 +17,7 @@ from kind_edge.budget.cost import (
     deployed_fixed_cost,
     fixed_latency_s,
     fixed_memory_bytes,
+    in_common,
     matrix_cost,
     matrix_latency_s,
     matrix_memory_bytes,
@@ -136,16 +137,16 @@ def paper_row_of_plan(spec: ModelSpec, plan: Plan, profile: DeviceProfile) -> Pa
 
     Modulation counts as the networks that the authors have, baked or not. `spec` is the checkpoint's.
     """
-    cost = model_cost(spec, "paper")
-    weights = 0
+    rest = [part for part in model_cost(spec, "paper").parts if part.name not in ("projections", "mlp")]
+    params, flops = (sum(getattr(part, what) for part in rest) for what in ("params", "flops"))
+    first = {matrix.name for matrix in spec.weight_types().values()}
     for matrix in spec.matrices():
         chosen = plan.matrices[matrix.name]
         shared = matrix_cost(spec, matrix, chosen.storage, chosen.shared_rank, 0, 0, "fp32")
+        if spec.shared_factors and plan.form == "switch" and chosen.storage == "factored" and chosen.shared_rank:
+            shared = in_common(shared, matrix.name in first)
         tailor = matrix_cost(spec, matrix, "factored", chosen.tailor_rank or 0, 0, 0, "fp32")
-        weights += shared.params + tailor.params
-    replaced = cost.part("projections").params + cost.part("mlp").params
-    params = cost.params - replaced + weights
-    flops = cost.flops + 2 * spec.tokens * (weights - replaced)
+        params, flops = params + shared.params + tailor.params, flops + shared.flops + tailor.flops
     return PaperRow(params, flops, 4 * params, flops * PAPER_EVALUATIONS / profile.unit("gpu").peak("fp32").value)
 
 

@@ -35,7 +35,7 @@ def seconds_by_part(deployment: Deployment, matrices: Mapping[str, MatrixPlan]) 
         plan = matrices[shape.name]
         shared = deployment.shared(shape, plan.storage, plan.shared_rank, plan.precision)  # type: ignore[arg-type]
         tailors = deployment.tailors(shape, plan.tailor_rank or 0, plan.precision)  # type: ignore[arg-type]
-        where = (request.profile, unit, plan.precision, True, batch)
+        where = (deployment.profile, unit, plan.precision, True, batch)
         shared_s += matrix_latency_s(shared, *where)  # type: ignore[arg-type]
         tailors_s += matrix_latency_s(tailors, *where)  # type: ignore[arg-type]
     calls, decoder_s = request.sampling.evaluations, deployment.decoder_latency_s()

@@ -6,6 +6,7 @@ asked and what it answers is told in `kind_edge.budget.runner`, which is the com
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shlex
@@ -17,23 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kind_edge.budget import runner
-from kind_edge.budget.operator_table import OperatorTable
 from kind_edge.budget.precision import ARITHMETICS
-from kind_edge.budget.probes import (
-    Probe,
+from kind_edge.budget.probes import ALL_CORES, ONE_THREAD, Probe, operator_table, operator_us, table_probes
+from kind_edge.budget.profile import ComputeUnit, DeviceProfile, Figure
+from kind_edge.budget.roofline import (
     activation_bytes_per_s,
-    all_probes,
     memory_bytes_per_s,
-    operator_table,
-    operator_us,
+    own_probes,
     throughput_flops_per_s,
 )
-from kind_edge.budget.profile import ComputeUnit, DeviceProfile, Figure
 from kind_edge.errors import GateError, InputError, UsageError
 
 RUNNER_TIMEOUT_S = 1800.0
-"""Probes take about a minute here; a phone may be ten times as slow, and the folder has to reach it first."""
+"""Probes take about two minutes here; a phone may be ten times as slow, and the folder has to reach it first."""
 
 OnProgress = Callable[[float], None]
 
@@ -53,16 +53,27 @@ class Measured:
     ram_bytes: float
     latency_us: Mapping[str, float]
 
-    @property
-    def source(self) -> str:
-        return f"measured: {self.device}, threads: {self.threads}, {self.runtime}, no spinning"
+    def source(self, threads: int) -> str:
+        return f"measured: {self.device}, threads: {threads}, {self.runtime}, no spinning"
 
 
-def measure_here(
-    threads: int, probes: Sequence[Probe] | None = None, on_progress: OnProgress | None = None
-) -> dict[str, float]:
-    """Microseconds of probes (all of them) on this machine: about a minute, a few seconds for the roofline's alone."""
-    with _folder_of(probes or all_probes()) as folder:
+def all_probes(one_thread: bool = True) -> list[Probe]:
+    """Every probe, each name once; large and small files mixed, so that a disturbance hits no one kind alone.
+
+    Without `one_thread`: of a device that has one core, whose models cannot run on more.
+    """
+    kinds = [table_probes(ALL_CORES), own_probes(), *([table_probes(ONE_THREAD)] if one_thread else [])]
+    probes = {probe.name: probe for kind in kinds for probe in kind}
+    by_session: dict[tuple[str, int | None], list[Probe]] = {}
+    for probe in probes.values():
+        by_session.setdefault((probe.file, probe.threads), []).append(probe)
+    groups = list(by_session.values())
+    return [probe for index in np.random.default_rng(0).permutation(len(groups)) for probe in groups[index]]
+
+
+def measure_here(threads: int, probes: Sequence[Probe], on_progress: OnProgress | None = None) -> dict[str, float]:
+    """Microseconds of probes on this machine: two minutes for all, a few seconds for the roofline's."""
+    with probes_folder(probes) as folder:
         return runner.measure(folder, threads, on_progress=on_progress)
 
 
@@ -79,7 +90,7 @@ def measure_with(command: str, probes: Sequence[Probe] | None = None, timeout_s:
         raise UsageError(f"--runner {command!r}: cannot be split into words ({error})") from error
     if not words:
         raise UsageError("--runner: the command is empty")
-    with _folder_of(wanted) as folder:
+    with probes_folder(wanted) as folder:
         try:
             done = subprocess.run(
                 [*words, str(folder)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s,
@@ -99,17 +110,22 @@ def measure_with(command: str, probes: Sequence[Probe] | None = None, timeout_s:
 
 def measured_profile(name: str, measured: Measured, with_table: bool = True) -> DeviceProfile:
     """The profile of a measured device: its operator table, and roofline figures for what the table does not hold."""
-    latency_us, source = measured.latency_us, measured.source
+    latency_us, source = measured.latency_us, measured.source(measured.threads)
     rates = throughput_flops_per_s(latency_us)
     whole = Figure(1.0, "M", "by construction: the throughput measured is the one reached")
-    table = OperatorTable(**vars(operator_table(latency_us)) | {"source": source}) if with_table else None
+    shapes = (ALL_CORES, ONE_THREAD) if with_table and measured.threads > 1 else (ALL_CORES,) if with_table else ()
+    tables = [
+        dataclasses.replace(operator_table(latency_us, each), source=measured.source(each.threads or measured.threads))
+        for each in shapes
+    ]
     cpu = ComputeUnit(
         name="cpu",
         peak_flops_per_s={p: Figure(rates[p], "M", source) for p in ARITHMETICS},
         efficiency=dict.fromkeys(ARITHMETICS, whole),
         sustained_share=Figure(_DEVICE_SHARE, "E", "derived: usual for passively cooled devices"),
         overhead_us=Figure(operator_us(latency_us), "M", source),
-        table=table,
+        table=tables[0] if tables else None,
+        one_thread=tables[1] if tables[1:] else None,
     )
     ram = measured.ram_bytes
     return DeviceProfile(
@@ -126,7 +142,7 @@ def measured_profile(name: str, measured: Measured, with_table: bool = True) -> 
 
 
 @contextmanager
-def _folder_of(probes: Sequence[Probe]) -> Iterator[Path]:
+def probes_folder(probes: Sequence[Probe]) -> Iterator[Path]:
     """A temporary folder with the models of probes, and the request."""
     with tempfile.TemporaryDirectory(prefix="kind-edge-probes-") as name:
         folder, models = Path(name), []
@@ -134,7 +150,8 @@ def _folder_of(probes: Sequence[Probe]) -> Iterator[Path]:
             if not (folder / probe.file).exists():
                 (folder / probe.file).write_bytes(probe.build())
             inputs = {key: {"dtype": dtype, "shape": list(shape)} for key, (dtype, shape) in probe.inputs.items()}
-            models.append({"name": probe.name, "file": probe.file, "inputs": inputs})
+            fixed = {} if probe.threads is None else {"threads": probe.threads}
+            models.append({"name": probe.name, "file": probe.file, "inputs": inputs, **fixed})
         (folder / runner.REQUEST).write_text(json.dumps({"version": runner.VERSION, "models": models}))
         yield folder
 

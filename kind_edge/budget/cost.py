@@ -11,6 +11,7 @@ from kind_edge.budget.deployed import (
     baked_table_values,
     branch_fixed_cost,
     deployed_fixed_cost,
+    in_common,
     linear_weight_bytes,
     matrix_cost,
     peak_activation_bytes,
@@ -36,6 +37,7 @@ from kind_edge.budget.whole_model import (
     model_flops,
     model_params,
     paper_table,
+    runs_on_one_thread,
 )
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "deployed_fixed_cost",
     "fixed_latency_s",
     "fixed_memory_bytes",
+    "in_common",
     "linear_macs",
     "linear_weight_bytes",
     "matrix_cost",
@@ -69,5 +72,6 @@ __all__ = [
     "operator_latency_s",
     "paper_table",
     "peak_activation_bytes",
+    "runs_on_one_thread",
     "tailor_macs",
 ]

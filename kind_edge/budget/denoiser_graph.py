@@ -38,6 +38,7 @@ class Linear:
     """A block's layer: a shared weight (m x n, or thin m x r and r x n, or none), tailors, and a bias.
 
     A tailor's components are rows: `tailor_v` K x r x m, `tailor_u` K x r x n.
+    Thin weights that blocks have in `common` are stored once, under that name; `scale` r is what a block has of them.
     """
 
     shared: tuple[Floats, ...]
@@ -45,6 +46,8 @@ class Linear:
     tailor_v: Floats | None = None
     tailor_u: Floats | None = None
     precision: str = "fp32"
+    common: str = ""
+    scale: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,11 @@ def shared_product(graph: Graph, layer: Linear, x: Value, name: str | None = Non
     if not layer.shared:
         return None
     parts = ("weight",) if len(layer.shared) == 1 else ("v", "u")
+    where = layer.common or (f"{name}.shared" if name else "")
     for part, weight in zip(parts, layer.shared, strict=True):
-        x = graph.product(x, weight, layer.precision, f"{name}.shared.{part}" if name else None)
+        x = graph.product(x, weight, layer.precision, f"{where}.{part}" if where else None)
+        if part == "v" and layer.scale is not None:
+            x = graph.node("Mul", [x, graph.constant(layer.scale, f"{name}.shared.s")])
     return x
 
 

@@ -138,6 +138,24 @@ def matrix_cost(
     return MatrixCost(params, flops, weight_bytes, weight_bytes_read, activations * value_bytes, operators, layer)
 
 
+def in_common(cost: MatrixCost, first: bool) -> MatrixCost:
+    """A factored matrix whose thin weights other blocks have, too: the file holds them once, with the `first` of these.
+
+    Between its two products it has a scale of its own per component, r values.
+    """
+    layer, precision = cost.layer, cost.layer.precision
+    rank, value_bytes = layer.learngene_rank, _VALUE_BYTES[precision]
+    return dataclasses.replace(
+        cost,
+        params=first * cost.params + rank,
+        flops=cost.flops + layer.tokens * rank,
+        weight_bytes=first * cost.weight_bytes + rank * value_bytes,
+        weight_bytes_read=cost.weight_bytes_read + rank * value_bytes,
+        activation_bytes=cost.activation_bytes + 2 * layer.tokens * rank * value_bytes,
+        operators=cost.operators + 1,
+    )
+
+
 @dataclass(frozen=True)
 class OperatorGroup:
     """Operators of one kind, summed over all blocks, for one evaluation at batch 1.

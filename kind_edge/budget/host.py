@@ -1,7 +1,7 @@
 """This machine as a device profile: what ONNX Runtime reaches here, measured on first use and then remembered.
 
-First use takes a few seconds and measures what a roofline needs; `kind-edge profiles calibrate` takes a minute and adds
-the table of operators. Both are kept in the user's cache, as the TOML file of a profile.
+First use takes a few seconds and measures what a roofline needs; `kind-edge profiles calibrate` takes two minutes and
+adds the tables of operators. Both are kept in the user's cache, as the TOML file of a profile.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import os
 import platform
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from kind_edge.budget.calibrate import Measured, OnProgress, measure_here, measured_profile
-from kind_edge.budget.probes import roofline_probes
+from kind_edge.budget.calibrate import Measured, OnProgress, all_probes, measure_here, measured_profile
 from kind_edge.budget.profile import HOST, DeviceProfile, Figure, packaged_text
 from kind_edge.budget.profile_file import parse_profile
 from kind_edge.budget.profile_text import profile_text
+from kind_edge.budget.roofline import roofline_probes
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.cache import cache_base
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 
 _APP_SHARE = 0.75
 
@@ -52,13 +53,20 @@ def host_profile() -> DeviceProfile:
     """
     key = host_key()
     path = cache_path(key)
-    return cached_profile(path) or _remembered(path, _measured(key, None))
+    if known := cached_profile(path):
+        return known
+    return _remembered(path, _profile(key, measure_here(key.threads, roofline_probes()), with_table=False))
 
 
 def calibrate_host(on_progress: OnProgress | None = None) -> DeviceProfile:
     """Measure this machine with all probes, and remember it: what `host_profile` returns from now on."""
     key = host_key()
-    return _remembered(cache_path(key), _measured(key, on_progress, whole=True))
+    return keep_host(key, measure_here(key.threads, all_probes(key.threads > 1), on_progress))
+
+
+def keep_host(key: HostKey, latency_us: Mapping[str, float]) -> DeviceProfile:
+    """The profile of what all probes took here, remembered."""
+    return _remembered(cache_path(key), _profile(key, latency_us, with_table=True))
 
 
 def host_key() -> HostKey:
@@ -89,13 +97,12 @@ def cached_profile(path: Path) -> DeviceProfile | None:
         return None
 
 
-def _measured(key: HostKey, on_progress: OnProgress | None, whole: bool = False) -> DeviceProfile:
-    latency_us = measure_here(key.threads, None if whole else roofline_probes(), on_progress)
+def _profile(key: HostKey, latency_us: Mapping[str, float], with_table: bool) -> DeviceProfile:
     described = tomllib.loads(packaged_text(HOST))
     title, runtime = f"{described['title']}: {key.cpu}", f"onnxruntime {key.onnxruntime}"
     system, ram = f"{platform.system()} {platform.release()}", _ram_bytes()
     device = f"{key.cpu} ({key.instructions})"
-    profile = measured_profile(HOST, Measured(device, system, runtime, key.threads, ram, latency_us), whole)
+    profile = measured_profile(HOST, Measured(device, system, runtime, key.threads, ram, latency_us), with_table)
     cpu = dataclasses.replace(
         profile.units["cpu"], sustained_share=Figure(1.0, "E", "mains power and a fan are assumed")
     )

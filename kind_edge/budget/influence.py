@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.bounded import read_object
 from kind_edge.budget.response import Response
 from kind_edge.errors import InputError
 
@@ -115,14 +116,14 @@ class Sensitivity:
             branches = {str(name): _number(value) for name, value in values["branches"].items()}
             response = Response.from_dict(values["response"]) if "response" in values else None
             return cls(str(values["checkpoint_sha256"]), dict(values["conditions"]), matrices, branches, response)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: damaged ({error!r:.80}); remove it, and it is measured anew") from error
 
 
 def read_sensitivity(path: Path) -> Sensitivity:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_object(path, "the sensitivity")
+    except InputError as error:
         raise InputError(f"{path}: cannot be read ({error}); remove it, and it is measured anew") from error
     return Sensitivity.from_dict(values, str(path))
 

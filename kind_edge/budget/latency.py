@@ -73,19 +73,19 @@ def fixed_latency_s(
 
 def _matrix_us(cost: MatrixCost, table: OperatorTable, precision: Precision, batch: int) -> float:
     tokens, n, m, storage, rank, tailor_rank, _ = cost.layer
-    total, rows = 0.0, batch * tokens
+    total, where = 0.0, (precision, batch, tokens, m, n)
     if storage == "dense":
-        total += table.product_us(precision, rows, m, n)
+        total += table.layer_us("dense", *where)
     elif storage == "factored" and rank:
-        total += table.product_us(precision, rows, m, rank) + table.product_us(precision, rows, rank, n)
+        total += table.layer_us("factored", *where, rank)
     if tailor_rank:
-        total += table.tailor_us(precision, batch, tokens, m, n, tailor_rank)
+        total += table.layer_us("tailor", *where, tailor_rank)
     return total
 
 
 def _parts_us(cost: FixedCost, table: OperatorTable, batch: int) -> float:
-    parts, where = cost.parts, (cost.precision, batch, cost.parts.tokens, cost.parts.width)
-    total = table.ends_us(batch, parts.tokens, parts.width) if parts.ends else 0.0
+    parts, where = cost.parts, (batch, cost.parts.tokens, cost.parts.width)
+    total = table.ends_us(*where) if parts.ends else 0.0
     if parts.attentions:
         total += parts.attentions * table.branch_us("attention", *where)
     if parts.mlps:

@@ -18,7 +18,8 @@ class MatrixLoss:
     """Predicted relative increase of the loss by what one matrix keeps; 0.01 is 1 % more.
 
     `shared` [R + 1] by the rank of the part that every image sees, `tailor` [N_T + 1] by the rank of the tailors (in
-    single and union: [1]); both never rise with the rank and end at 0. `int8`: where the matrix is stored in int8.
+    single and union: [1]); both never rise with the rank and end at 0, or at what the model's size costs. Infinite
+    where nothing was measured: such ranks are not offered. `int8`: where the matrix is stored in int8.
     """
 
     shared: NDArray[np.float64]

@@ -33,8 +33,10 @@ def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) 
     layer, total = cost.layer, cost.operators * OPERATOR_BYTES
     pieces = list(_pieces(layer))
     values = sum(pieces)
+    # A weight that blocks have in common is packed for each of them, so it is held as often as it is read.
+    held = cost.weight_bytes if layer.tailor_rank else cost.weight_bytes_read
     for piece in pieces:
-        total += held_bytes(cost.weight_bytes * piece / values)
+        total += held_bytes(held * piece / values)
     if layer.tailor_rank:
         total += round(_WIDENED_ALIVE * batch * 4 * layer.tailor_rank * (layer.inputs + layer.outputs))
     return total

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from math import isfinite
 
 from kind_edge.budget.loss import MatrixLoss
 from kind_edge.budget.plan import Storage
 from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.budget.problem import Candidate, Deployment, Request, Source, branch_kind
 from kind_edge.budget.solver import Option, Problem
+from kind_edge.model.names import weight_type
 from kind_edge.model.spec import MatrixShape, branch_of
 
 
@@ -18,6 +20,8 @@ def build_problem(source: Source, request: Request, candidate: Candidate) -> Pro
 
     A kept branch costs what it has beside its matrices; one that is dropped costs nothing and opens nothing. The half
     of the branches that would be missed most is always kept: where more is gone, losses do not just add up any more.
+    Where blocks have weights in common, the groups are weight types, with one precision and one rank for all blocks,
+    and no branch is dropped: fewer blocks would save next to nothing of the file.
     """
     deployment = Deployment(source.spec, request, candidate)
     losses = source.losses(candidate.form, request.classes)
@@ -27,6 +31,11 @@ def build_problem(source: Source, request: Request, candidate: Candidate) -> Pro
     for matrix in source.spec.matrices():
         branches.setdefault(branch_of(matrix.name), []).append(matrix)
     menu = _Menu(deployment)
+    if source.spec.shared_factors and candidate.form == "switch":
+        for kind in source.spec.weight_types():
+            members = [matrix for matrix in source.spec.matrices() if weight_type(matrix.name) == kind]
+            options |= menu.matrices(kind, {matrix: losses.matrices[matrix.name] for matrix in members})
+        return Problem(options, fixed, deployment.limits(), request.minimise, request.max_loss)
     by_loss = sorted(losses.branches, key=lambda branch: losses.branches[branch])
     spared = set(by_loss[: len(by_loss) // 2])
     for branch, matrices in branches.items():
@@ -36,7 +45,7 @@ def build_problem(source: Source, request: Request, candidate: Candidate) -> Pro
         if branch in spared:
             options[branch] += (Option("dropped", 0, _loss(losses.branches[branch]), dict.fromkeys(beside, 0)),)
         for matrix in matrices:
-            options |= menu.matrix(matrix, losses.matrices[matrix.name])
+            options |= menu.matrices(matrix.name, {matrix: losses.matrices[matrix.name]})
     return Problem(options, fixed, deployment.limits(), request.minimise, request.max_loss)
 
 
@@ -50,46 +59,59 @@ class _Menu:
         self.branch = functools.cache(deployment.branch_costs)
         self._cost = functools.cache(self._cost_of)
 
-    def matrix(self, matrix: MatrixShape, loss: MatrixLoss) -> dict[str, tuple[Option, ...]]:
-        """The group of a matrix, whose options are precisions, and the groups that these open."""
+    def matrices(self, group: str, members: Mapping[MatrixShape, MatrixLoss]) -> dict[str, tuple[Option, ...]]:
+        """The group of matrices that are stored alike, mostly of a single one: its options are precisions, and below
+        each of these there is one rank for all, and one for the tailors of each."""
         groups: dict[str, tuple[Option, ...]] = {}
         precisions = []
-        tailors = self._tailored and len(loss.tailor) > 1
+        tailored = [matrix for matrix, loss in members.items() if self._tailored and len(loss.tailor) > 1]
         for precision in self._deployment.precisions:
-            shared = f"{matrix.name}/{precision}/shared"
-            groups[shared] = tuple(self._shared(matrix, loss, precision, tailors))
+            shared = f"{group}/{precision}/shared"
+            groups[shared] = tuple(self._shared(members, precision, len(tailored) == len(members)))
             opens = [shared]
-            if tailors:
+            for matrix in tailored:
                 opens.append(f"{matrix.name}/{precision}/tailors")
-                groups[opens[-1]] = tuple(self._tailors(matrix, loss, precision))
-            cost = _loss(loss.int8 * PRECISIONS[precision].int8_losses)
+                groups[opens[-1]] = tuple(self._tailors(matrix, members[matrix], precision))
+            cost = _loss(sum(loss.int8 for loss in members.values()) * PRECISIONS[precision].int8_losses)
             precisions.append(Option(precision, 0, cost, self._free, tuple(opens)))
-        return {matrix.name: tuple(precisions), **groups}
+        return {group: tuple(precisions), **groups}
 
-    def _shared(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision, tailors: bool) -> Iterator[Option]:
-        """Every factored level, and at full rank also dense: below it, dense costs the same and keeps less.
+    def _shared(
+        self, members: Mapping[MatrixShape, MatrixLoss], precision: Precision, tailors: bool
+    ) -> Iterator[Option]:
+        """Every factored level that was measured, and at full rank also dense: below it, dense costs the same and keeps
+        less.
 
         Nothing at all only where tailors remain: a matrix alone is not dropped.
         """
-        full = len(loss.shared) - 1
+        full = len(next(iter(members.values())).shared) - 1
         levels: list[tuple[Storage, int]] = [("factored", rank) for rank in rank_levels(full)]
         if tailors or not full:
             levels.insert(0, ("dropped", 0))
         for storage, rank in [*levels, ("dense", full)] if full else levels:
-            yield Option(storage, rank, _loss(loss.shared[rank]), self._cost(matrix[1:], storage, rank, precision))
+            if isfinite(lost := sum(float(loss.shared[rank]) for loss in members.values())):
+                cost = _sum([self._cost(self._key(matrix), storage, rank, precision) for matrix in members])
+                yield Option(storage, rank, _loss(lost), cost)
 
     def _tailors(self, matrix: MatrixShape, loss: MatrixLoss, precision: Precision) -> Iterator[Option]:
         """Never rank 0: a class without tailors is none, however little that costs the loss."""
         for rank in rank_levels(len(loss.tailor) - 1):
-            yield Option("tailors", rank, _loss(loss.tailor[rank]), self._cost(matrix[1:], None, rank, precision))
+            if isfinite(loss.tailor[rank]):
+                cost = self._cost(self._key(matrix), None, rank, precision)
+                yield Option("tailors", rank, _loss(loss.tailor[rank]), cost)
 
-    def _cost_of(
-        self, shape: tuple[int, int], storage: Storage | None, rank: int, precision: Precision
-    ) -> dict[str, int]:
-        matrix = MatrixShape("", *shape)
+    def _key(self, matrix: MatrixShape) -> MatrixShape:
+        """Equal where costs are: whose matrix it is matters only for what blocks have in common."""
+        return matrix if self._deployment.in_common else matrix._replace(name="")
+
+    def _cost_of(self, matrix: MatrixShape, storage: Storage | None, rank: int, precision: Precision) -> dict[str, int]:
         if storage is None:
             return self._deployment.matrix_costs(self._deployment.tailors(matrix, rank, precision), precision)
         return self._deployment.matrix_costs(self._deployment.shared(matrix, storage, rank, precision), precision)
+
+
+def _sum(costs: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    return {name: sum(cost[name] for cost in costs) for name in costs[0]}
 
 
 def rank_levels(full: int) -> list[int]:

@@ -23,8 +23,17 @@ _STEEPEST = 2.0
 """Of the slopes by which times go on beyond the table: attention grows with the square of tokens."""
 
 
-KINDS: Mapping[str, int] = {"product": 3, "tailor": 5, "attention": 3, "mlp": 3, "ends": 3}
-"""The parts of a table, and how many sizes a time of each stands for."""
+_LAYERS = {"dense": 3, "factored": 4, "tailor": 4}
+KINDS: Mapping[str, int] = {
+    **{f"{role}_{part}": sizes for role in ("square", "wide") for part, sizes in _LAYERS.items()},
+    "attention": 3, "mlp": 3, "ends": 3,
+}  # fmt: skip
+"""The parts of a table, and how many sizes a time of each stands for. Those of layers begin with a precision."""
+
+
+def is_layer(kind: str) -> bool:
+    """Whether times of that kind begin with a precision."""
+    return kind.startswith(("square", "wide"))
 
 
 class Grid:
@@ -37,7 +46,7 @@ class Grid:
         self.at = functools.cache(self._at)
 
     def _known_or_near(self, known: Mapping[tuple[int, ...], float], key: tuple[int, ...]) -> float:
-        """The nearest measured point, times the ratio of the sizes: nothing is missing but the largest products."""
+        """The nearest measured point, times the ratio of the sizes: widths have ranks of their own."""
         if key in known:
             return known[key]
 
@@ -47,7 +56,7 @@ class Grid:
         near = min(known, key=distance)
         return known[near] + sum(math.log(a / b) for a, b in zip(key, near, strict=True))
 
-    def _at(self, *sizes: int) -> float:
+    def _at(self, *sizes: float) -> float:
         """Microseconds at any sizes."""
         ends = zip(sizes, self._axes, strict=True)
         inside = tuple(float(min(max(size, axis[0]), axis[-1])) for size, axis in ends)
@@ -82,13 +91,18 @@ class Grid:
 class OperatorTable:
     """Microseconds of the parts of one evaluation on one compute unit.
 
-    Keys: `product` (precision, rows, inputs, outputs); `tailor` (precision, batch, tokens, inputs, outputs, rank);
-    `attention` and `mlp` (precision, batch, tokens, width), a branch of a block without its matrices; `ends` (batch,
-    tokens, width), all that lies outside the blocks, the call of the runtime included.
+    Of layers, `square` are the D x D ones of attention, `wide` the D x 4 D ones of MLPs. Keys: `*_dense` (precision,
+    batch, tokens, width); `*_factored`, `*_tailor` (precision, batch, tokens, width, rank); `attention` and `mlp`
+    (batch, tokens, width), a branch of a block without its layers; `ends` (batch, tokens, width), all that lies outside
+    the blocks, the call of the runtime included.
     """
 
-    product: Times
-    tailor: Times
+    square_dense: Times
+    square_factored: Times
+    square_tailor: Times
+    wide_dense: Times
+    wide_factored: Times
+    wide_tailor: Times
     attention: Times
     mlp: Times
     ends: Times
@@ -99,25 +113,25 @@ class OperatorTable:
 
     @functools.cached_property
     def precisions(self) -> frozenset[str]:
-        """Those that everything was measured in."""
-        kinds = (self.product, self.tailor, self.attention, self.mlp)
+        """Those that every kind of layer was measured in."""
+        kinds = [getattr(self, kind) for kind in KINDS if is_layer(kind)]
         return frozenset.intersection(*(frozenset(str(key[0]) for key in times) for times in kinds))
 
     def has(self, precision: str) -> bool:
         """Whether everything was measured in that precision."""
         return precision in self.precisions
 
-    def product_us(self, precision: str, rows: int, inputs: int, outputs: int) -> float:
-        """One product rows x inputs x outputs with a constant matrix, its quantization included."""
-        return self._grids("product", precision).at(rows, inputs, outputs)
+    def layer_us(
+        self, part: str, precision: str, batch: int, tokens: int, inputs: int, outputs: int, *rank: int
+    ) -> float:
+        """One layer, its quantization included: its "dense" weight, its "factored" one of a rank, or what a picked
+        "tailor" of a rank adds to it. An MLP of another width than 4 D counts as one of as large matrices."""
+        role, width = ("square", inputs) if inputs == outputs else ("wide", math.sqrt(inputs * outputs) / 2)
+        return self._grids(f"{role}_{part}", precision).at(batch, tokens, width, *rank)
 
-    def tailor_us(self, precision: str, batch: int, tokens: int, inputs: int, outputs: int, rank: int) -> float:
-        """What a picked tailor adds to a layer: gathers, two thin products, a sum."""
-        return self._grids("tailor", precision).at(batch, tokens, inputs, outputs, rank)
-
-    def branch_us(self, kind: str, precision: str, batch: int, tokens: int, width: int) -> float:
-        """A branch of a block ("attention" or "mlp") without its matrices."""
-        return self._grids(kind, precision).at(batch, tokens, width)
+    def branch_us(self, kind: str, batch: int, tokens: int, width: int) -> float:
+        """A branch of a block ("attention" or "mlp") without its layers."""
+        return self._grids(kind, None).at(batch, tokens, width)
 
     def ends_us(self, batch: int, tokens: int, width: int) -> float:
         """Everything outside the blocks."""

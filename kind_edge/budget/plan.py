@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
+from kind_edge.bounded import read_object
 from kind_edge.budget.image_time import FACTORS
 from kind_edge.budget.precision import PRECISIONS, Precision
 from kind_edge.errors import InputError, nearest
+from kind_edge.model.names import weight_type
 from kind_edge.model.spec import Form, ModelSpec, branch_of, default_sampler
 
 SCHEMA_VERSION = 2
@@ -69,6 +70,9 @@ class Plan:
     `time` says where the sustained latency of an image goes (see `image_time`), `teacher_time` where it would go if the
     teacher of a distilled model were cut like this; both are empty where nothing is known.
     `decoder`: what turns latents into pixels, where it was given: its autoencoder, and what it adds to the figures.
+    `resize`: the depth and width that the model takes first, by which method, and the seconds of healing after which
+    its quality is as predicted; empty where it keeps its own.
+    `coreml`: where Core ML runs on the device, or was asked for: what its packages would take (see `budget.coreml`).
     """
 
     model: str
@@ -108,6 +112,8 @@ class Plan:
     latency_source: Literal["measured table", "roofline estimate"] = "roofline estimate"
     burst: bool = False
     decoder: Mapping[str, int | str] = field(default_factory=dict)
+    resize: Mapping[str, float | str] = field(default_factory=dict)
+    coreml: Mapping[str, int | float | str] = field(default_factory=dict)
 
     @property
     def strength(self) -> float:
@@ -169,16 +175,38 @@ class Plan:
         if given["precision"] not in given["precisions"]:
             raise InputError(f"{where}: precision {given['precision']} is not among precisions {given['precisions']}")
         _check_times(given, where)
+        if given.get("resize") and set(given["resize"]) != set(_RESIZE):
+            raise InputError(f"{where}: resize: got {given['resize']!r:.60}, want {', '.join(_RESIZE)}")
         if given.get("decoder") and set(given["decoder"]) != set(_DECODER):
             raise InputError(f"{where}: decoder: got {given['decoder']!r:.60}, want {', '.join(_DECODER)}")
+        if given.get("coreml") and not set(_COREML) <= set(given["coreml"]) <= {*_COREML, *_COREML_FIGURES}:
+            raise InputError(
+                f"{where}: coreml: got {given['coreml']!r:.60}, want {', '.join(_COREML)}, and its figures"
+            )
         lists = {name: tuple(given[name]) for name in _LISTS}
         return cls(**{**given, **lists, "matrices": matrices})
 
 
 _LISTS = ("classes", "precisions", "binding")
-_LATER = ("inside_guidance", "time", "teacher_time", "minimised", "latency_source", "burst", "decoder")
+_LATER = (
+    "inside_guidance",
+    "time",
+    "teacher_time",
+    "minimised",
+    "latency_source",
+    "burst",
+    "decoder",
+    "coreml",
+    "resize",
+)
 """Fields that plans of kind-edge 0.1.0 do not have."""
+_RESIZE = ("depth", "width", "method", "heal_s")
 _DECODER = ("autoencoder_sha256", "precision", "tiles", "params", "flops", "weight_bytes")
+_COREML = ("mark", "target", "layout", "weights", "denoiser_bytes", "app_bytes")
+_COREML_FIGURES = (
+    "sampler_bytes", "decoder_bytes",
+    *(f"{unit}_{name}_s" for unit in ("npu", "gpu") for name in ("image_latency", "sustained_image_latency")),
+)  # fmt: skip
 
 
 def _check_times(values: Mapping[str, Any], where: str) -> None:
@@ -233,13 +261,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def read_plan(path: Path) -> Plan:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot read the plan: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: want a JSON object, the plan, not {type(values).__name__}")
-    return Plan.from_dict(values, str(path))
+    return Plan.from_dict(read_object(path, "the plan"), str(path))
 
 
 def check_replayable(plan: Plan, spec: ModelSpec) -> None:
@@ -258,6 +280,7 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
                 f"the plan drops {name}, but not all of {branch_of(name)}: a branch is dropped whole or not at all; "
                 "solve again"
             )
+    _check_in_common(plan, spec)
     _check_precisions(plan)
     if not {plan.precision} <= set(plan.precisions) <= set(PRECISIONS):
         raise InputError(f"the plan's precisions {', '.join(plan.precisions)} cannot be written; solve again")
@@ -267,6 +290,20 @@ def check_replayable(plan: Plan, spec: ModelSpec) -> None:
         raise InputError(f"the plan's guidance is not that inside the model, {spec.inside_guidance}; solve again")
     if spec.distilled and (plan.steps not in spec.step_counts or plan.sampler != default_sampler(spec.objective)):
         raise InputError(f"the plan's {plan.steps} {plan.sampler} steps are not what the model is for; solve again")
+
+
+def _check_in_common(plan: Plan, spec: ModelSpec) -> None:
+    """What blocks have in common is stored once, so they all store it alike."""
+    if not spec.shared_factors or plan.form != "switch":
+        return
+    for kind, first in spec.weight_types().items():
+        for name, matrix in plan.matrices.items():
+            own, wanted = ((m.storage, m.learngene_rank, m.precision) for m in (matrix, plan.matrices[first.name]))
+            if weight_type(name) == kind and own != wanted:
+                raise InputError(
+                    f"the plan stores {name} as {own}, {first.name} as {wanted}, but the model's blocks have their "
+                    f"factors of {kind} in common; solve again"
+                )
 
 
 def _check_precisions(plan: Plan) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from kind_edge.budget.coreml import coreml_estimate, reached_units
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
@@ -26,6 +27,7 @@ from kind_edge.budget.problem import (
 from kind_edge.budget.solver import GAP, LOSS, Option, Problem, Solution, lower_bound, solve
 from kind_edge.budget.ways import Way, all_baked, ways, written_precisions
 from kind_edge.errors import KindEdgeError, NoPlanError
+from kind_edge.model.names import weight_type
 
 PRICED = 1.1
 """A price is what so much of a limit would buy."""
@@ -276,16 +278,19 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         latency_source=latency_source(request.profile, candidate.unit, candidate.precision),
         burst=request.burst,
         decoder=deployment.decoder.to_dict(precision),
+        resize=source.resize,
+        coreml=coreml_estimate(deployment, matrices) if reached_units(request.profile.execution_providers) else {},
     )
 
 
 def _matrix_plan(name: str, candidate: Candidate, choice: Mapping[str, Option]) -> MatrixPlan:
-    if name not in choice:  # its branch is dropped: there is nothing to quantize
+    group = name if name in choice else weight_type(name)  # what blocks have in common is chosen for all of them
+    if group not in choice:  # its branch is dropped: there is nothing to quantize
         return (
             MatrixPlan("dropped", "fp32", rank=0) if candidate.form != "switch" else MatrixPlan("dropped", "fp32", 0, 0)
         )
-    precision = choice[name].what
-    shared = choice[f"{name}/{precision}/shared"]
+    precision = choice[group].what
+    shared = choice[f"{group}/{precision}/shared"]
     storage, rank = shared.what, shared.rank
     if candidate.form != "switch":
         return MatrixPlan(storage, precision, rank=rank)  # type: ignore[arg-type]  # a word of `build_problem`

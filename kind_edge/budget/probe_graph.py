@@ -14,8 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from kind_edge.budget.denoiser_graph import Affine, BakedModulation, Denoiser, Linear, Tailors, shared_product, write
-from kind_edge.budget.onnx_writer import FLOAT, HALF, INT64, Ends, Floats, Graph
+from kind_edge.budget.denoiser_graph import Affine, BakedModulation, Denoiser, Linear, shared_product, write
+from kind_edge.budget.onnx_writer import FLOAT, HALF, Floats, Graph
 
 Branch = Literal["attn", "mlp"]
 
@@ -37,7 +37,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Network:
-    """A denoiser as it is exported; `blocks` lists the branches of each block, `layer` is every matrix of it."""
+    """A denoiser as it is exported; `blocks` lists the branches of each block.
+
+    `layer` is every matrix of it; those of the MLPs are `mlp_layer`, where that is given.
+    """
 
     image_size: int
     channels: int
@@ -48,6 +51,7 @@ class Network:
     hidden: int
     blocks: tuple[tuple[Branch, ...], ...]
     layer: Layer
+    mlp_layer: Layer | None = None
     null_branch: bool = False
     steps: int = 4
 
@@ -69,8 +73,9 @@ def random_denoiser(shape: Network) -> Denoiser:
             parts = dict.fromkeys("qkvo", (width, width))
             if kind == "mlp":
                 parts = {"fc1": (width, shape.hidden), "fc2": (shape.hidden, width)}
+            layer = (shape.mlp_layer if kind == "mlp" else None) or shape.layer
             for part, (inputs, outputs) in parts.items():
-                linears[f"blocks.{block}.{kind}.{part}"] = random.linear(inputs, outputs, shape.layer)
+                linears[f"blocks.{block}.{kind}.{part}"] = random.linear(inputs, outputs, layer)
     values = shape.output_channels * patch**2
     return Denoiser(
         image_size=shape.image_size,
@@ -91,22 +96,15 @@ def random_denoiser(shape: Network) -> Denoiser:
     )
 
 
-def chain(inputs: int, outputs: int, pairs: int, layer: Layer, back: Layer | None = None) -> bytes:
-    """`pairs` times m -> n -> m on x [B, N, m], without biases; `back` is the second layer."""
-    graph, random = Graph(), _Random()
-    ends: Ends = [("x", FLOAT, ["batch", "tokens", inputs])]
-    if layer.tailor_rank:
-        ends = [*ends, ("class_index", INT64, ["batch"])]
-    layers = {}
-    for pair in range(pairs):
-        layers[f"{pair}.forth"] = random.linear(inputs, outputs, layer)
-        layers[f"{pair}.back"] = random.linear(outputs, inputs, back or layer)
-    tailors, half = Tailors(graph, layers, "class_index", None), layer.precision == "fp16"
+def chain(inputs: int, outputs: int, pairs: int, layer: Layer) -> bytes:
+    """`pairs` times m -> n -> m on x [B, N, m], without biases."""
+    graph, random, half = Graph(), _Random(), layer.precision == "fp16"
     x = graph.node("Cast", ["x"], to=HALF) if half else "x"
-    for name, linear in layers.items():
-        x = tailors.add(name, x, shared_product(graph, linear, x)) or x
+    for _ in range(pairs):
+        for ends in ((inputs, outputs), (outputs, inputs)):
+            x = shared_product(graph, random.linear(*ends, layer), x) or x
     x = graph.node("Cast", [x], to=FLOAT) if half else x
-    return bytes(graph.model("probe", ends, {x: None}).SerializeToString())
+    return bytes(graph.model("probe", [("x", FLOAT, ["batch", "tokens", inputs])], {x: None}).SerializeToString())
 
 
 class _Random:

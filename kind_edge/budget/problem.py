@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, cast
 
 from kind_edge.budget.cost import (
@@ -20,10 +21,12 @@ from kind_edge.budget.cost import (
     deployed_fixed_cost,
     fixed_latency_s,
     fixed_memory_bytes,
+    in_common,
     matrix_cost,
     matrix_latency_s,
     matrix_memory_bytes,
     model_cost,
+    runs_on_one_thread,
 )
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
 from kind_edge.budget.image_time import Teacher, image_time
@@ -34,6 +37,7 @@ from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
+from kind_edge.model.names import weight_type
 from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
 
@@ -70,11 +74,13 @@ class Request:
     """What the user asks for. `spare_bytes` of --max-size are kept for what a file holds beyond prediction.
 
     `sampling` is what the user or the checkpoint says; `others` may be taken instead, where the user left it open;
-    `fewer` have fewer steps, most first: ways out where nothing fits.
+    `fewer` have fewer steps, most first: ways out where nothing fits. `asked` is `sampling` as it was before another
+    one was taken, if one was: percentages refer to that, so that no choice has a larger budget than another.
     `minimise`: the predicted loss; or one of the costs, with a predicted relative increase of the loss of at most
     `max_loss`.
     `burst`: latency is limited as it is at first, not after minutes of load.
     `decoder`: the one of a latent model, where it is known; else Stable Diffusion's is assumed.
+    `dense_spec`: the shape whose dense model percentages refer to, where that is not the planned one's own.
     """
 
     profile: DeviceProfile
@@ -92,6 +98,8 @@ class Request:
     burst: bool = False
     modulation: Modulation | Literal["auto"] = "auto"
     decoder: DecoderCost | None = None
+    dense_spec: ModelSpec | None = None
+    asked: Sampling | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class Source:
 
     `losses` gives the predicted losses for a form and classes; `response` what they mean for pictures, where that has
     been measured. `decoders`: the given decoder of a latent model, whole and in ever more tiles; () if none was given.
+    `resize`: as in a plan, where the model takes another size first, which `spec` is.
     """
 
     name: str
@@ -111,6 +120,7 @@ class Source:
     teacher: Teacher | None = None
     response: Response | None = None
     decoders: tuple[DecoderCost, ...] = ()
+    resize: Mapping[str, float | str] = field(default_factory=dict)
 
     def frechet(self, loss_increase: float, sampling: Sampling) -> float | None:
         """The predicted Fréchet distance; None where nothing was measured."""
@@ -141,6 +151,12 @@ class Deployment:
     request: Request
     candidate: Candidate
 
+    @cached_property
+    def profile(self) -> DeviceProfile:
+        """The device, as a model sees it that runs with so many threads."""
+        own = self.request.profile
+        return own.on_one_thread() if runs_on_one_thread(self.spec) else own
+
     @property
     def evaluations_per_step(self) -> int:
         """A guided step has both in one batch, one call of the runtime."""
@@ -170,9 +186,19 @@ class Deployment:
         mixed = self.candidate.precision == "int8" and self.request.precision == "auto"
         return ("fp32", "int8") if mixed else (self.candidate.precision,)
 
+    @property
+    def in_common(self) -> bool:
+        """Whether blocks have weights in common: where the model shares factors, unless a form folds tailors into
+        them, or the graph is an NPU's, in which every product has a constant of its own."""
+        static = PRECISIONS[self.candidate.precision].static
+        return self.spec.shared_factors and self.candidate.form == "switch" and not static
+
     def shared(self, matrix: MatrixShape, storage: Storage, rank: int, precision: Precision) -> MatrixCost:
-        """The part of a matrix that every image sees."""
-        return matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+        """The part of a matrix that every image sees. What blocks have in common lies with the first of them."""
+        cost = matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
+        if not self.in_common or storage != "factored" or not rank:
+            return cost
+        return in_common(cost, matrix == self.spec.weight_types()[weight_type(matrix.name)])
 
     def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""
@@ -181,7 +207,7 @@ class Deployment:
 
     def matrix_costs(self, cost: MatrixCost, precision: Precision) -> dict[str, int]:
         """One part of a matrix in the solver's units."""
-        profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
+        profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
         seconds = matrix_latency_s(cost, profile, unit, precision, sustained, self.evaluations_per_step)
         return self._costs(cost, seconds, matrix_memory_bytes(cost, precision, self.evaluations_per_step))
 
@@ -205,7 +231,7 @@ class Deployment:
         return PRECISIONS[self.candidate.precision].operator_bytes or GRAPH_BYTES_PER_OPERATOR
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
-        profile, unit, sustained = self.request.profile, self.candidate.unit, not self.request.burst
+        profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
         return fixed_latency_s(fixed, profile, unit, sustained, self.evaluations_per_step)
 
     def totals(self, matrices: Mapping[str, MatrixPlan]) -> dict[str, int]:
@@ -244,11 +270,11 @@ class Deployment:
     def decoder_latency_s(self, sustained: bool = True) -> float:
         """Seconds of the decoder for one image; 0 for a pixel model."""
         candidate = self.candidate
-        return self.decoder.latency_s(self.request.profile, candidate.unit, candidate.precision, sustained)
+        return self.decoder.latency_s(self.profile, candidate.unit, candidate.precision, sustained)
 
     def evaluation_latency_s(self, matrices: Mapping[str, MatrixPlan], sustained: bool, batch: int = 1) -> float:
         """Seconds of one call with these matrices and `batch` rows: one evaluation, or two of a guided step."""
-        profile, unit = self.request.profile, self.candidate.unit
+        profile, unit = self.profile, self.candidate.unit
         left = dataclasses.replace(self, spec=self.spec.without_branches(dropped_branches(matrices)))
         seconds = fixed_latency_s(left.fixed, profile, unit, sustained, batch)
         for shape in left.spec.matrices():
@@ -288,7 +314,7 @@ class Deployment:
 
         Its time on a unit without fp32, as NPUs are, is that of fp16.
         """
-        spec, profile, unit = self.spec.dense(), self.request.profile, self.candidate.unit
+        spec, profile, unit = (self.request.dense_spec or self.spec).dense(), self.profile, self.candidate.unit
         timed: Precision = "fp32" if profile.unit(unit).has("fp32") else "fp16"
         if not profile.unit(unit).has(timed):
             raise UsageError(f"--unit {unit}: profile {profile.name!r} has no fp32 or fp16 figure to compare with")
@@ -311,18 +337,38 @@ class Deployment:
         }
 
     def limits(self) -> dict[str, int]:
-        """The request's limits in the solver's units; memory is always limited by what the system allows an app."""
-        dense = self.dense()
-        allowed = int(self.request.profile.app_memory_limit_bytes.value)
-        limits = {"peak_memory_bytes": allowed}
+        """The request's limits in the solver's units. Memory is always limited by what the system allows an app, the
+        model files by what its store takes, where they could be larger than that."""
+        asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
+        dense = dataclasses.replace(self, request=asked).dense()
+        limits = self._of_device()
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]
             if quantity.unit == "share":
                 limits[cost] = int(dense[cost] * quantity.value)
             else:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
-        limits["peak_memory_bytes"] = min(allowed, limits["peak_memory_bytes"])
+        return limits | {cost: min(limits[cost], allowed) for cost, allowed in self._of_device().items()}
+
+    def _of_device(self) -> dict[str, int]:
+        """What no request can raise."""
+        profile = self.request.profile
+        limits = {"peak_memory_bytes": int(profile.app_memory_limit_bytes.value)}
+        if profile.store is not None and self._largest_bytes > profile.store.model_bytes.value:
+            limits["weight_bytes"] = int(profile.store.model_bytes.value)
         return limits
+
+    @property
+    def _largest_bytes(self) -> int:
+        """No plan of this candidate has larger model files."""
+        largest = self.fixed_costs()["weight_bytes"]
+        for matrix in self.spec.matrices():
+            ranks = self.spec.ranks(matrix.name)
+            shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
+            largest += max(cost.weight_bytes + cost.operators * self._operator_bytes for cost in shared)
+            tailors = self.tailors(matrix, ranks.tailor, "fp32")
+            largest += tailors.weight_bytes + tailors.operators * self._operator_bytes
+        return largest
 
 
 def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:

@@ -7,15 +7,17 @@ marked E, with "derived" in its source, or the unit is refused when it is asked 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from kind_edge.bounded import read_text
 from kind_edge.budget.operator_table import OperatorTable
 from kind_edge.budget.precision import PRECISIONS, Arithmetic, Precision, Unit
-from kind_edge.errors import InputError, UsageError, unknown
+from kind_edge.errors import UsageError, unknown
 
 Mark = Literal["P", "3P", "M", "E", "G"]
 MARKS: tuple[Mark, ...] = get_args(Mark)
@@ -51,7 +53,8 @@ class ComputeUnit:
     """CPU, GPU or NPU of a device: peak FLOP/s (or integer OP/s) and the share of it that a DiT reaches, by arithmetic.
 
     `sustained_share`: speed after minutes of load over speed at first; `overhead_us`: what starting one operator costs.
-    `table`: what the operators of our models really take, where that was measured.
+    `table`: what the operators of our models really take, where that was measured; `one_thread`: those of models that
+    run on a single one.
     """
 
     name: Unit
@@ -60,6 +63,7 @@ class ComputeUnit:
     sustained_share: Figure
     overhead_us: Figure
     table: OperatorTable | None = None
+    one_thread: OperatorTable | None = None
 
     def has(self, precision: Precision) -> bool:
         """Whether there is a figure for a precision."""
@@ -81,6 +85,20 @@ class ComputeUnit:
 
 
 @dataclass(frozen=True)
+class Store:
+    """Where apps for a device come from, and how large it lets them be: a whole app, and one pack of models in it."""
+
+    name: str
+    app_bytes: Figure
+    pack_bytes: Figure | None = None
+
+    @property
+    def model_bytes(self) -> Figure:
+        """The most that the model files of one app may take: of one pack, where there are packs."""
+        return self.pack_bytes or self.app_bytes
+
+
+@dataclass(frozen=True)
 class DeviceProfile:
     """A device as the planner sees it. Memory figures are those of the smallest model that is sold.
 
@@ -97,6 +115,7 @@ class DeviceProfile:
     activation_bytes_per_s: Figure
     ram_bytes: Figure
     app_memory_limit_bytes: Figure
+    store: Store | None = None
 
     def unit(self, name: Unit) -> ComputeUnit:
         """The compute unit of that name; `UsageError` where the device has none, or no figure for it is known."""
@@ -114,6 +133,13 @@ class DeviceProfile:
         """The measured table of a unit, if it has one with that precision."""
         table = self.unit(unit).table
         return table if table is not None and table.has(precision) else None
+
+    def on_one_thread(self) -> DeviceProfile:
+        """The device as a model sees it that runs on one thread: with the tables for that, where there are any."""
+        own = {
+            name: dataclasses.replace(unit, table=unit.one_thread or unit.table) for name, unit in self.units.items()
+        }
+        return dataclasses.replace(self, units=own)
 
     def speed_share(self, unit: Unit, sustained: bool) -> float:
         """The share of a unit's speed at first: 1, or what lasts."""
@@ -142,6 +168,10 @@ class DeviceProfile:
         """Every figure with its dotted name, derived ones included: "gpu.peak_flops_per_s.fp16"."""
         for name in ("memory_bytes_per_s", "activation_bytes_per_s", "ram_bytes", "app_memory_limit_bytes"):
             yield name, getattr(self, name)
+        if self.store is not None:
+            yield "store.app_bytes", self.store.app_bytes
+            if self.store.pack_bytes is not None:
+                yield "store.pack_bytes", self.store.pack_bytes
         for unit in self.units.values():
             for precision, figure in unit.peak_flops_per_s.items():
                 yield f"{unit.name}.peak_flops_per_s.{precision}", figure
@@ -149,8 +179,9 @@ class DeviceProfile:
                 yield f"{unit.name}.efficiency.{precision}", figure
             yield f"{unit.name}.sustained_share", unit.sustained_share
             yield f"{unit.name}.overhead_us", unit.overhead_us
-            if unit.table is not None:
-                yield f"{unit.name}.measured_times", Figure(float(len(unit.table)), "M", unit.table.source)
+            for name, table in (("measured_times", unit.table), ("measured_times_on_one_thread", unit.one_thread)):
+                if table is not None:
+                    yield f"{unit.name}.{name}", Figure(float(len(table)), "M", table.source)
 
 
 def profile_names() -> tuple[str, ...]:
@@ -170,7 +201,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
     text = str(name_or_path)
     if text.endswith(".toml") or "/" in text:
         path = Path(name_or_path)
-        return parse_profile(_read(path), path.stem, str(path))
+        return parse_profile(read_text(path, "the profile"), path.stem, str(path))
     if text not in profile_names():
         raise unknown("profile", text, profile_names())
     if text == HOST:
@@ -183,10 +214,3 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
 def packaged_text(name: str) -> str:
     """The TOML text of a packaged profile."""
     return importlib.resources.files(PACKAGE).joinpath(f"{name}.toml").read_text(encoding="utf-8")
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot read the profile ({error})") from error

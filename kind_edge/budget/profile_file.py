@@ -2,12 +2,14 @@
 
     title = "..."   os = "..."   execution_providers = ["..."]
     [memory]            kind = "LPDDR5X"   bandwidth_gb_per_s, activation_gb_per_s, ram_gib, app_limit_gib = FIGURE
+    [store]             name = "App Store"   app_gb, pack_gb = FIGURE
     [cpu] [gpu] [npu]   peak_gflops, efficiency = { fp32 = FIGURE, fp16 = FIGURE, int8 = FIGURE }
                         sustained_share, overhead_us = FIGURE
     [cpu.cores]         mark, source, clusters = [{ count, name, ghz, fp32_lanes, little = false }]
     [cpu.operators]     source, and measured microseconds, as `profiles calibrate` writes them:
-                        product, tailor, attention, mlp = [[precision, size, ..., us], ...]
-                        ends = [[size, ..., us], ...]
+                        square_dense and so on = [[precision, size, ..., us], ...]
+                        attention, mlp, ends = [[size, ..., us], ...]
+    [cpu.operators_on_one_thread]   the same, of models that run on a single one
 
 with FIGURE = { value = 76.8, mark = "3P", source = "where it comes from" }. Only title, os, execution_providers,
 memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer operations.
@@ -16,22 +18,24 @@ memory.ram_gib and one unit's peak are required. GFLOPS of int8 are integer oper
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from kind_edge.budget.operator_table import KINDS, Key, OperatorTable
+from kind_edge.bounded import parse_toml
+from kind_edge.budget.operator_table import KINDS, Key, OperatorTable, is_layer
 from kind_edge.budget.precision import ARITHMETICS, Arithmetic, Unit
-from kind_edge.budget.profile import MARKS, UNITS, ComputeUnit, DeviceProfile, Figure
+from kind_edge.budget.profile import MARKS, UNITS, ComputeUnit, DeviceProfile, Figure, Store
 from kind_edge.errors import InputError, nearest
 
 T = TypeVar("T")
 Table = Mapping[str, Any]
 
-TOP_KEYS = ("title", "os", "execution_providers", "memory", *UNITS)
+TOP_KEYS = ("title", "os", "execution_providers", "memory", "store", *UNITS)
 MEMORY_KEYS = ("kind", "bandwidth_gb_per_s", "activation_gb_per_s", "ram_gib", "app_limit_gib")
+STORE_KEYS = ("name", "app_gb", "pack_gb")
 UNIT_KEYS = ("peak_gflops", "efficiency", "sustained_share", "overhead_us")
+OPERATORS, ONE_THREAD = "operators", "operators_on_one_thread"
 OPERATORS_KEYS = ("source", *KINDS)
 CORES_KEYS = ("mark", "source", "clusters")
 CLUSTER_KEYS = ("count", "name", "ghz", "fp32_lanes", "little")
@@ -68,10 +72,7 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
     Raises `InputError`, which names `where` and the key: for text that is not TOML, a key that is not known (with the
     nearest known one), a missing or a malformed value.
     """
-    try:
-        top = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where}: not TOML ({error})") from error
+    top = parse_toml(text, where)
     _check_keys(top, TOP_KEYS, where)
     memory = _table(top, "memory", where)
     _check_keys(memory, MEMORY_KEYS, f"{where}: memory")
@@ -94,11 +95,19 @@ def parse_profile(text: str, name: str, where: str) -> DeviceProfile:
         activation_bytes_per_s=_figure(memory, "activation_gb_per_s", f"{where}: memory", 1e9) or uncached,
         ram_bytes=ram,
         app_memory_limit_bytes=_figure(memory, "app_limit_gib", f"{where}: memory", 2**30) or _app_limit(ram),
+        store=_store(_table(top, "store", where), f"{where}: store") if "store" in top else None,
     )
 
 
+def _store(table: Table, where: str) -> Store:
+    """Stores count in powers of ten."""
+    _check_keys(table, STORE_KEYS, where)
+    app = _required(_figure(table, "app_gb", where, 1e9), f"{where}.app_gb")
+    return Store(_text(table, "name", where), app, _figure(table, "pack_gb", where, 1e9))
+
+
 def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> ComputeUnit:
-    _check_keys(table, (*UNIT_KEYS, "operators", "cores") if name == "cpu" else (*UNIT_KEYS, "operators"), where)
+    _check_keys(table, (*UNIT_KEYS, OPERATORS, ONE_THREAD, *(("cores",) if name == "cpu" else ())), where)
     peaks_table = _optional_table(table, "peak_gflops", where)
     efficiency_table = _optional_table(table, "efficiency", where)
     for inner, key in ((peaks_table, "peak_gflops"), (efficiency_table, "efficiency")):
@@ -114,22 +123,26 @@ def _unit(name: Unit, table: Table, sustained_default: Figure, where: str) -> Co
         sustained_share=_share(table, "sustained_share", where) or sustained_default,
         overhead_us=_figure(table, "overhead_us", where)
         or Figure(_OVERHEAD_US[name], "E", "derived: usual cost of starting one operator"),
-        table=_operators(_table(table, "operators", where), f"{where}.operators") if "operators" in table else None,
+        table=_operators(table, OPERATORS, where),
+        one_thread=_operators(table, ONE_THREAD, where),
     )
 
 
-def _operators(table: Table, where: str) -> OperatorTable:
-    """Measured times of operators; what each key means is told by `OperatorTable`."""
+def _operators(unit: Table, key: str, where: str) -> OperatorTable | None:
+    """Measured times of operators, if there are any; what each key means is told by `OperatorTable`."""
+    if key not in unit:
+        return None
+    table, where = _table(unit, key, where), f"{where}.{key}"
     _check_keys(table, OPERATORS_KEYS, where)
     times = {kind: _times(table.get(kind), kind, f"{where}.{kind}") for kind in KINDS}
     return OperatorTable(**times, source=_text(table, "source", where))
 
 
 def _times(rows: object, kind: str, where: str) -> dict[Key, float]:
-    """Rows of a precision (but for the ends), sizes of at least 1 and microseconds."""
+    """Rows of a precision (of layers), sizes of at least 1 and microseconds."""
     if not isinstance(rows, list) or not rows:
         raise InputError(f"{where}: want a list of measured times")
-    names, sizes = int(kind != "ends"), KINDS[kind]
+    names, sizes = int(is_layer(kind)), KINDS[kind]
     times: dict[Key, float] = {}
     for index, row in enumerate(rows):
         sound = isinstance(row, list) and len(row) == names + sizes + 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from kind_edge.budget.operator_table import KINDS, OperatorTable
 from kind_edge.budget.profile import ComputeUnit, DeviceProfile, Figure
+from kind_edge.budget.profile_file import ONE_THREAD, OPERATORS
 
 _ROWS_PER_LINE = 6
 
@@ -26,6 +27,12 @@ def _lines(profile: DeviceProfile) -> Iterator[str]:
     yield f"activation_gb_per_s = {_figure(profile.activation_bytes_per_s, 1e9)}"
     yield f"ram_gib = {_figure(profile.ram_bytes, 2**30)}"
     yield f"app_limit_gib = {_figure(profile.app_memory_limit_bytes, 2**30)}"
+    if profile.store is not None:
+        yield "\n[store]"
+        yield f"name = {_text(profile.store.name)}"
+        yield f"app_gb = {_figure(profile.store.app_bytes, 1e9)}"
+        if profile.store.pack_bytes is not None:
+            yield f"pack_gb = {_figure(profile.store.pack_bytes, 1e9)}"
     for unit in profile.units.values():
         yield from _unit(unit)
 
@@ -40,9 +47,10 @@ def _unit(unit: ComputeUnit) -> Iterator[str]:
     )
     for name, values, scale in figures:
         yield from (f"{name}.{precision} = {_figure(figure, scale)}" for precision, figure in values.items())
-    if unit.table is not None:
-        yield f"\n[{unit.name}.operators]"
-        yield from _operators(unit.table)
+    for key, table in ((OPERATORS, unit.table), (ONE_THREAD, unit.one_thread)):
+        if table is not None:
+            yield f"\n[{unit.name}.{key}]"
+            yield from _operators(table)
 
 
 def _operators(table: OperatorTable) -> Iterator[str]:

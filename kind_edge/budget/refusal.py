@@ -18,6 +18,7 @@ from kind_edge.budget.planner import (
     with_more,
 )
 from kind_edge.budget.problem import LIMIT_NAMES, Request, limit_name
+from kind_edge.budget.profile import Figure
 from kind_edge.budget.solver import LOSS, Problem, diagnose, lower_bound, solve
 from kind_edge.budget.ways import Way, ways
 from kind_edge.errors import NoPlanError, UsageError
@@ -79,11 +80,29 @@ def refusal(problems: Problems, request: Request, error: NoPlanError) -> NoPlanE
     raises = list(_raised(problems, request, answer, misses))
     found = sorted([*raises, *_others(problems, request)], key=_rank)
     what = "; ".join(str(error).split("; ")[:-1]) or str(error)
+    given = "".join(_device_words(request, error.diagnosis))  # type: ignore[attr-defined]
     ways_out = "; or ".join(each.change for each in found[:4])
-    better = NoPlanError(f"{what}; {ways_out}" if found else str(error))
+    otherwise = f"{what}{given}; no choice of this model that was tried fits" if given else str(error)
+    better = NoPlanError(f"{what}{given}; {ways_out}" if found else otherwise)
     better.diagnosis = error.diagnosis  # type: ignore[attr-defined]
     better.refusal = Refusal(plan_of(problems.source, answer, {}), misses, tuple(found))  # type: ignore[attr-defined]
     return better
+
+
+def _device_limits(request: Request) -> dict[str, tuple[str, Figure]]:
+    """What nobody can raise, by cost: who sets the limit, and where that is said."""
+    profile = request.profile
+    limits = {"peak_memory_bytes": (f"the system of {profile.title}", profile.app_memory_limit_bytes)}
+    if profile.store is not None:
+        limits["weight_bytes"] = (profile.store.name, profile.store.model_bytes)
+    return limits
+
+
+def _device_words(request: Request, diagnosis: tuple[Infeasible, ...]) -> Iterator[str]:
+    """Who sets the limits that the user did not."""
+    for cost, (who, figure) in _device_limits(request).items():
+        if any(entry.limit == cost and entry.limit_value == int(figure.value) for entry in diagnosis):
+            yield f"; {who} allows an app no more ({figure.source})"
 
 
 def _rank(relaxation: Relaxation) -> tuple[float, float]:
@@ -171,8 +190,9 @@ def _verified(
     limits = dict(request.limits)
     words = []
     for cost, amount in needed.items():
-        if cost == "peak_memory_bytes" and amount > request.profile.app_memory_limit_bytes.value:
-            return  # the system does not allow more, whoever asks
+        known = _device_limits(request)
+        if cost in known and amount > known[cost][1].value:
+            return  # nobody gets more, whoever asks
         text, quantity = raised_limit(cost, amount)
         limits[limit_name(cost)] = quantity
         words.append(f"{limit_flag(cost)} to at least {text}")

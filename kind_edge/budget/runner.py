@@ -2,12 +2,14 @@
 
 FOLDER/request.json says what to run, and the last line on stdout is the answer:
 
-    request   {"version": 1, "models": [
-                {"name": "a-49", "file": "a.onnx", "inputs": {"x": {"dtype": "float32", "shape": [1, 49, 128]}}}]}
-    answer    {"version": 1, "device": "...", "system": "...", "runtime": "...", "threads": 4, "ram_bytes": 8e9,
+    request   {"version": 2, "models": [
+                {"name": "a-49", "file": "a.onnx", "inputs": {"x": {"dtype": "float32", "shape": [1, 49, 128]}},
+                 "threads": 1}]}
+    answer    {"version": 2, "device": "...", "system": "...", "runtime": "...", "threads": 4, "ram_bytes": 8e9,
                "latency_us": {"a-49": 12.3}}
 
-Floats are any ordinary numbers, integers 0. A latency is the median of single calls, after warming up. Here it is that
+Floats are any ordinary numbers, integers 0. A model that names no `threads` runs on all cores; how many these are, the
+answer says. A latency is the median of single calls, after warming up. Here it is that
 of the calmest of several short rounds, which go over all models in turn: a disturbance hits one round, not one model.
 """
 
@@ -25,8 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-VERSION = 1
+VERSION = 2
 REQUEST = "request.json"
+LIMIT_S = 150.0
+"""Once every model has had its rounds; others follow within that time where they disagree."""
 
 _WINDOW_S = 0.012
 _MIN_RUNS = 5
@@ -36,9 +40,16 @@ _AGREEMENT = 0.03
 
 
 def measure(
-    folder: Path, threads: int, limit_s: float = 80.0, on_progress: Callable[[float], None] | None = None
+    folder: Path, threads: int, limit_s: float = LIMIT_S, on_progress: Callable[[float], None] | None = None
 ) -> dict[str, float]:
-    """Microseconds of every model that FOLDER/request.json names. `on_progress` hears of the share that is done."""
+    """Microseconds of every model that FOLDER/request.json names: those of its calmest round."""
+    return {name: min(times) for name, times in measure_rounds(folder, threads, limit_s, on_progress).items()}
+
+
+def measure_rounds(
+    folder: Path, threads: int, limit_s: float = LIMIT_S, on_progress: Callable[[float], None] | None = None
+) -> dict[str, list[float]]:
+    """The same of every round. `threads`: of models that name none. `on_progress` hears of the share that is done."""
     models = json.loads((folder / REQUEST).read_text(encoding="utf-8"))["models"]
     rounds: dict[str, list[float]] = {model["name"]: [] for model in models}
     started = time.perf_counter()
@@ -46,17 +57,18 @@ def measure(
         left = [model for model in models if not _agree(rounds[model["name"]])]
         # Forth and back: a slow spell of the machine at one time of a round does not meet the same models again.
         turned = left if index % 2 == 0 else left[::-1]
-        for file, group in itertools.groupby(enumerate(turned), key=lambda pair: pair[1]["file"]):
+        runs = itertools.groupby(enumerate(turned), key=lambda pair: (pair[1]["file"], pair[1].get("threads", threads)))
+        for (file, own_threads), group in runs:
             elapsed_s = time.perf_counter() - started
             if index >= _LEAST_ROUNDS and elapsed_s > limit_s:
                 break
-            session = _session(folder / file, threads)
+            session = _session(folder / file, own_threads)
             for done, model in group:
                 rounds[model["name"]].append(_median_us(session, model["inputs"]))
                 if on_progress is not None:
                     rest = elapsed_s / limit_s if index >= _LEAST_ROUNDS else 0.0
                     on_progress(min(max((index + done / len(left)) / _LEAST_ROUNDS * 0.7, rest), 1.0))
-    return {name: min(times) for name, times in rounds.items()}
+    return rounds
 
 
 def _agree(times: list[float]) -> bool:

@@ -69,7 +69,7 @@ def ways(source: Source, request: Request) -> list[Way]:
     A file whose matrices may all be int8 or fp32 is fp32 where all are, unless something else of it is int8.
     """
     samplings = [request.sampling] if request.minimise != LOSS else [request.sampling, *request.others]
-    settled = [dataclasses.replace(request, sampling=sampling, others=()) for sampling in samplings]
+    settled = [dataclasses.replace(request, sampling=each, others=(), asked=request.sampling) for each in samplings]
     each_way = [
         Way(dataclasses.replace(each, decoder=decoder), candidate)
         for each in settled

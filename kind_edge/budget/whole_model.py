@@ -32,6 +32,9 @@ MODULATE_FLOPS = 2
 """Per element: multiply by (1 + scale), add shift."""
 RESIDUAL_FLOPS = 2
 """Per element: multiply by the gate, add."""
+ONE_THREAD_FLOPS = 3e8
+"""Of the dense model. Below so much work in an evaluation one thread is quicker than several: handing operators of
+microseconds over takes as long as computing them, where idle threads sleep."""
 PAPER_EVALUATIONS = 250 * 2
 """The authors' image: 250 steps, each with a class and a null evaluation."""
 
@@ -90,6 +93,14 @@ def model_flops(spec: ModelSpec, convention: Convention, rank: int | None = None
     return model_cost(spec, convention, rank).flops
 
 
+def runs_on_one_thread(spec: ModelSpec) -> bool:
+    """Whether every plan of that model is deployed to run on a single thread; latents have a decoder that wants all.
+
+    It depends on the shape alone, so that a planner knows it before it chooses ranks.
+    """
+    return spec.pixels_per_latent == 1 and model_flops(spec.dense(), convention="exact") < ONE_THREAD_FLOPS
+
+
 def _storage(spec: ModelSpec, matrix: MatrixShape, rank: int | None) -> tuple[Storage, int]:
     if rank is not None:
         return "factored", rank
@@ -97,9 +108,22 @@ def _storage(spec: ModelSpec, matrix: MatrixShape, rank: int | None) -> tuple[St
 
 
 def _weights(spec: ModelSpec, rank: int | None, group: str) -> int:
-    """Weights of all matrices of a group ("attn" or "mlp")."""
+    """Weights of all matrices of a group ("attn" or "mlp"), as often as they are multiplied by."""
     matrices = [matrix for matrix in spec.matrices() if matrix.name.split(".")[2] == group]
     return sum(matrix_weights(m.outputs, m.inputs, *_storage(spec, m, rank)) for m in matrices)
+
+
+def _stored(spec: ModelSpec, rank: int | None, group: str) -> int:
+    """The same, but what blocks have in common once, with the scale that each block has of it."""
+    stored = _weights(spec, rank, group)
+    if rank is None and spec.shared_factors:
+        first = {matrix.name for matrix in spec.weight_types().values()}
+        for matrix in spec.matrices():
+            if matrix.name.split(".")[2] == group:
+                shared = spec.ranks(matrix.name).learngene
+                common = matrix_weights(matrix.outputs, matrix.inputs, "factored", shared)
+                stored += shared - (0 if matrix.name in first else common)
+    return stored
 
 
 def _parts(spec: ModelSpec, exact: bool, rank: int | None) -> Iterator[PartCost]:
@@ -112,10 +136,10 @@ def _parts(spec: ModelSpec, exact: bool, rank: int | None) -> Iterator[PartCost]
     yield from embedding_parts(spec, exact)
     yield PartCost("norms", 0, LAYER_NORM_FLOPS * (branches + 1) * elements)
     yield PartCost("modulation", 0, exact * MODULATE_FLOPS * (branches + 1) * elements)
-    yield PartCost("projections", attention, 2 * tokens * attention)
+    yield PartCost("projections", _stored(spec, rank, "attn"), 2 * tokens * attention)
     yield PartCost("products", 0, exact * 2 * attentions * attention_macs(tokens, width))
     yield PartCost("softmax", 0, exact * SOFTMAX_FLOPS * attentions * spec.heads * tokens**2)
-    yield PartCost("mlp", mlp, 2 * tokens * mlp)
+    yield PartCost("mlp", _stored(spec, rank, "mlp"), 2 * tokens * mlp)
     yield PartCost("activation", 0, mlps * tokens * spec.hidden_width)
     biases = sum(matrix.outputs for matrix in spec.matrices())
     yield PartCost("biases", biases if exact or not factored else 0, exact * tokens * biases)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from kind_edge.units import format_bytes, format_flops, format_seconds, format_share
 
@@ -30,3 +30,25 @@ def predicted_words(loss_increase: float | None, frechet: float | None) -> str:
 def distance_words(frechet: float) -> str:
     """ "7.4", "2,852"."""
     return f"{frechet:,.0f}" if frechet >= 1000 else f"{frechet:.3g}"
+
+
+_COREML_UNITS = {"npu": "Neural Engine", "gpu": "GPU"}
+
+
+def coreml_words(coreml: Mapping[str, int | float | str]) -> Iterator[tuple[str, str]]:
+    """What a plan says of its Core ML packages, in rows: nothing where it says nothing."""
+    if not coreml:
+        return
+    yield (
+        "Core ML",
+        (
+            f"{format_bytes(float(coreml['app_bytes']))} of packages, predicted: {coreml['weights']} weights, "
+            f"{coreml['target']}, {coreml['layout']}"
+        ),
+    )
+    for unit, name in _COREML_UNITS.items():
+        if f"{unit}_image_latency_s" in coreml:
+            first, lasting = (
+                format_seconds(float(coreml[f"{unit}_{key}_s"])) for key in ("image_latency", "sustained_image_latency")
+            )
+            yield "", f"one image on the {name} {first}, {lasting} sustained: estimate from the profile's figures"

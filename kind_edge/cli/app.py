@@ -20,6 +20,7 @@ from kind_edge.cli import (
     plan,
     profiles,
     report,
+    resize,
     serve,
     train,
     verify,
@@ -60,6 +61,7 @@ app.command("train")(train.train)
 app.command("adapt")(adapt.adapt)
 app.command("distill")(distill.distill)
 app.command("import")(import_model.import_model)
+app.command("resize")(resize.resize)
 app.command("plan")(plan.plan)
 app.command("export")(export.export)
 app.command("verify")(verify.verify)

@@ -51,12 +51,21 @@ def bench(
         ),
     ] = None,
     runs: Annotated[int, typer.Option("--runs", min=1, metavar="N", help="Timed evaluations.")] = 50,
+    runner: Annotated[
+        str | None,
+        typer.Option(
+            "--runner",
+            metavar='"adb shell"',
+            help="Measure on an Android device, with ONNX Runtime's onnxruntime_perf_test in /data/local/tmp there.",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Measure latency and peak memory on this machine.
 
     Every model runs in a process of its own. Of a bundle: one evaluation of every ONNX model in it, and one whole image
-    of the model that an app loads. `--compare A B` interleaves two model files, or one image of two bundles.
+    of the model that an app loads. `--compare A B` interleaves two model files, or one image of two bundles. With
+    --runner "adb shell" the models run on a phone instead.
     """
     terminal = terminal_of(context)
     if len(sources) != (2 if compare else 1):
@@ -69,12 +78,16 @@ def bench(
         raise UsageError(
             f"{packages[0]}: Core ML runs on Apple's systems alone; kind-edge verify BUNDLE checks what it computes"
         )
+    if runner is not None and (compare or allow_fallback):
+        raise UsageError("--runner measures one model or bundle, and cannot tell what a provider leaves to others")
     if compare:
         _compare(terminal, sources[0], sources[1], threads, runs, provider, allow_fallback, as_json)
         return
     (source,) = sources
     with terminal.stages() as begin:
-        if source.endswith(RUNNABLE):
+        if runner is not None:
+            reports = _on_phone(source, runner, provider, threads, runs, begin)
+        elif source.endswith(RUNNABLE):
             reports = {Path(source).name: _model(Path(source), provider, threads, runs, allow_fallback, begin)}
         else:
             reports = _bundle(terminal, source, provider, threads, runs, allow_fallback, begin)
@@ -84,6 +97,25 @@ def bench(
     else:
         terminal.out.print(tables.heading("Latency"))
         _print(terminal, reports)
+
+
+def _on_phone(
+    source: str, runner: str, provider: str, threads: int | None, runs: int, begin: Callable[[str], None]
+) -> dict[str, LatencyReport]:
+    """Every ONNX model of a bundle, or the one model."""
+    from kind_edge.deploy.bundle import open_bundle, verified_manifest
+    from kind_edge.deploy.phone_bench import bench_on_phone
+
+    def measured(path: Path, threads: int | None) -> LatencyReport:
+        begin(f"measuring {path.name} on the device")
+        return bench_on_phone(path, runner, threads, runs, provider)
+
+    if source.endswith(RUNNABLE):
+        return {Path(source).name: measured(Path(source), threads)}
+    with open_bundle(source) as folder:
+        manifest = verified_manifest(folder, source)
+        files = [file for file in manifest.models if file.endswith(RUNNABLE)]
+        return {file: measured(folder / file, threads or manifest.threads) for file in files}
 
 
 def _model(

@@ -85,6 +85,7 @@ def export(
     coreml_layout: options.CoreMLLayout = "auto",
     coreml_batch: options.CoreMLBatch = "fixed",
     coreml_function: options.CoreMLFunction = None,
+    sign: options.Sign = None,
     keep_failed: Annotated[
         bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
     ] = False,
@@ -116,8 +117,9 @@ def export(
     if "coreml" not in wanted and tuple(coreml.values()) != options.COREML_DEFAULTS:
         raise UsageError("--coreml-...: no Core ML packages are written; add coreml to --formats, or leave that out")
     options.check_writable(output or Path("bundle"))
+    key = options.signing_key(sign)
     if many:
-        rest = {"formats": wanted, "heal": heal, "keep_failed": keep_failed, **choices}
+        rest = {"formats": wanted, "heal": heal, "keep_failed": keep_failed, "sign": key, **choices}
         rest |= {"format_choices": {"coreml": coreml} if "coreml" in wanted else {}}
         names = options.split_names(profiles or profile) or []
         export_many.run(terminal, checkpoint, names, classes_file, output, rest, as_json)
@@ -135,7 +137,7 @@ def export(
         plan = None if plan_file is None else read_plan(plan_file)
         bundle = pipeline.export(
             checkpoint, profile=profile, plan=plan, output=output, formats=wanted, keep_failed=keep_failed, heal=heal,
-            on_stage=begin, on_measure=on_measure, format_choices={"coreml": coreml | {
+            sign=key, on_stage=begin, on_measure=on_measure, format_choices={"coreml": coreml | {
                 "on_progress": lambda done, total: begin.count(done, total, "weights", "palettes")
             }},
             on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", _healing_details(now)),

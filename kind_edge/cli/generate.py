@@ -43,7 +43,7 @@ def generate(
     if output.is_dir():
         raise UsageError(f"-o {output}: that is a folder; name a file in it")
     options.check_writable(output)
-    with terminal.counting("drawing") as count:
+    with terminal.counting("sampling steps") as count:
         from kind_edge.deploy.grid import save_grid
         from kind_edge.deploy.runtime import load_bundle
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kind_edge.bounded import read_text
 from kind_edge.cli import options, tables
 from kind_edge.cli.terminal import Terminal, terminal_of
-from kind_edge.errors import InputError
 
 if TYPE_CHECKING:
     from kind_edge.model.convert import Imported
@@ -63,10 +63,7 @@ def _names(text: str | None) -> tuple[str, ...] | None:
         return None
     if not Path(text).is_file():
         return tuple(options.split_names(text) or ())
-    try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise InputError(f"{text}: not text in UTF-8; want one class name a line") from error
+    lines = read_text(text, "the class names, one a line").splitlines()
     return tuple(line.strip() for line in lines if line.strip())
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kind_edge.errors import UsageError, unknown
 from kind_edge.units import Kind, parse_duration, parse_quantity, parse_share
+
+if TYPE_CHECKING:
+    from kind_edge.deploy.signing import SigningKey
 
 FormChoice = Literal["auto", "switch", "single", "union"]
 PrecisionChoice = Literal["auto", "fp32", "fp16", "int8", "int8-qdq", "a16w8", "int8-weights", "int4"]
@@ -28,6 +33,7 @@ COREML = "Core ML packages (--formats coreml)"
 COREML_DEFAULTS = ("iOS18", "auto", "auto", "fixed", ())
 CHOICES, LIMITS = "What to deploy", "Limits, each with a unit, or as a share of the dense fp32 model (40%)"
 SHIPPED = "fashion-mnist"
+PASSPHRASE = "KIND_EDGE_PASSPHRASE"
 
 
 def split_names(text: str | None) -> list[str] | None:
@@ -75,6 +81,36 @@ def duration(flag: str) -> Callable[[str | None], str | None]:
         return text
 
     return check
+
+
+Sign = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign",
+        metavar="KEY.pem",
+        help=f"Sign the manifest with a private Ed25519 key (openssl genpkey -algorithm ed25519); {PASSPHRASE} has its "
+        "passphrase, or it is asked for.",
+    ),
+]
+
+
+def signing_key(path: Path | None) -> SigningKey | None:
+    """The key of --sign, read before any work."""
+    if path is None:
+        return None
+    from kind_edge.deploy.signing import read_signing_key
+
+    return read_signing_key(path, lambda: _passphrase(path))
+
+
+def _passphrase(path: Path) -> str:
+    if (given := os.environ.get(PASSPHRASE)) is not None:
+        return given
+    if not sys.stdin.isatty():
+        raise UsageError(f"--sign {path}: the key has a passphrase; put it into {PASSPHRASE}, or use a terminal")
+    import getpass
+
+    return getpass.getpass(f"Passphrase of {path}: ")
 
 
 def check_writable(path: Path) -> None:

@@ -25,15 +25,17 @@ def add(
     context: typer.Context,
     bundle: Bundle,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Class packs, from packs/ of an export.")],
+    sign: options.Sign = None,
     as_json: options.Json = False,
 ) -> None:
     """Add classes to a bundle.
 
     The model files are joined from what they hold and from the packs, byte for byte as an export of these classes would
     write them, compared with the gated model's outputs in the packs, and take the old ones' place. A pack of another
-    core exits with 4, a parity that is missed with 1; then the bundle is what it was.
+    core exits with 4, a parity that is missed with 1; then the bundle is what it was. A signature goes with the old
+    manifest, unless --sign makes a new one.
     """
-    _change(context, bundle, files, [], as_json)
+    _change(context, bundle, files, [], sign, as_json)
 
 
 @app.command("remove")
@@ -41,10 +43,14 @@ def remove(
     context: typer.Context,
     bundle: Bundle,
     classes: Annotated[list[str], typer.Argument(metavar="CLASS...", help="Names of classes of the bundle.")],
+    sign: options.Sign = None,
     as_json: options.Json = False,
 ) -> None:
-    """Take classes out of a bundle: its model files get smaller."""
-    _change(context, bundle, [], classes, as_json)
+    """Take classes out of a bundle: its model files get smaller.
+
+    A signature goes with the old manifest, unless --sign makes a new one.
+    """
+    _change(context, bundle, [], classes, sign, as_json)
 
 
 @app.command("list")
@@ -80,16 +86,23 @@ def _facts(listing: Listing) -> Iterator[tuple[str, str]]:
         yield "file", tables.size(listing.size_bytes)
 
 
-def _change(context: typer.Context, bundle: str, files: list[Path], classes: list[str], as_json: bool) -> None:
+def _change(
+    context: typer.Context, bundle: str, files: list[Path], classes: list[str], sign: Path | None, as_json: bool
+) -> None:
     terminal = terminal_of(context)
+    key = options.signing_key(sign)
     with terminal.stages() as begin:
         begin("starting")
         from kind_edge.deploy.packs_bundle import change_bundle
 
-        changed = change_bundle(bundle, files, classes, begin)
+        changed = change_bundle(bundle, files, classes, begin, key)
     if changed.left_out:
         terminal.say_warning(
             f"left out: {', '.join(changed.left_out)}; a changed bundle holds the files of its plan's precision alone"
+        )
+    if changed.unsigned:
+        terminal.say_warning(
+            "the bundle was signed, and its signature does not hold for the new manifest: it is gone; --sign makes anew"
         )
     if as_json:
         terminal.json(changed.to_dict())

@@ -65,6 +65,14 @@ def plan(
                      rich_help_panel=SEVERAL),
     ] = None,
     burst: options.Burst = False,
+    allow_resize: Annotated[
+        str | None,
+        typer.Option(
+            "--allow-resize", metavar="10m", callback=options.duration("--allow-resize"), show_default="off",
+            help="Smaller depths and widths are choices, too, with their quality after so long a healing. Measured "
+            "first, once, which takes as long for each of three sizes; export --plan then wants --heal.",
+        ),
+    ] = None,
     arch: Annotated[
         str | None,
         typer.Option("--arch", metavar="DiT-B/2", help="The architecture.", rich_help_panel=ARCHITECTURE),
@@ -108,7 +116,12 @@ def plan(
     }  # fmt: skip
     if arch is not None:
         fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        fixed |= {"pareto": "" if pareto else None, "profiles": profiles, "burst": burst or None}
+        fixed |= {
+            "allow_resize": allow_resize,
+            "pareto": "" if pareto else None,
+            "profiles": profiles,
+            "burst": burst or None,
+        }
         fixed |= {"autoencoder": autoencoder}
         chosen = {"form": form, "modulation": modulation}
         fixed |= {"autoencoder": autoencoder}
@@ -127,6 +140,8 @@ def plan(
         "guidance": guidance, "sampler": sampler, **limits, "burst": burst,
         "autoencoder": autoencoder,
     }  # fmt: skip
+    if allow_resize is not None and (devices or pareto):
+        raise UsageError("--allow-resize goes with one plan; leave out --pareto and --profiles")
     if devices:
         plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices, output, as_json)
         return
@@ -138,7 +153,11 @@ def plan(
         begin("planning")
         from kind_edge.deploy import pipeline
 
-        made = pipeline.plan(checkpoint or options.SHIPPED, profile=profile, on_measure=on_measure, **choices)
+        made = pipeline.plan(
+            checkpoint or options.SHIPPED, profile=profile, allow_resize=allow_resize, on_measure=on_measure,
+            on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", f"step {now.step}, loss {now.loss:.4f}"),
+            **choices,
+        )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     _show(terminal, made, paper, checkpoint, output, as_json)
 
@@ -162,7 +181,8 @@ def _show(
     if output is not None:
         source = f" {checkpoint}" if checkpoint else ""
         terminal.line(Text.assemble(("  written  ", "dim"), str(output)))
-        terminal.line(Text.assemble(("  next     ", "dim"), f"kind-edge export{source} --plan {output}"))
+        heal = f" --heal {made.resize['heal_s']:.0f}s" if made.resize else ""
+        terminal.line(Text.assemble(("  next     ", "dim"), f"kind-edge export{source} --plan {output}{heal}"))
 
 
 def write_text(path: Path, text: str) -> None:

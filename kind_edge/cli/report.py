@@ -35,6 +35,8 @@ def report(
     if target.suffix.lower() != ".html":
         raise UsageError(f"-o {target}: the report is HTML; name a file that ends in .html")
     options.check_writable(target)
+    if bundle.is_dir() and target.resolve().is_relative_to(bundle.resolve()):
+        raise UsageError(f"-o {target}: inside the bundle, whose files have hashes; write it elsewhere")
     with open_bundle(bundle) as folder:
         values = verified_manifest(folder, str(bundle)).raw
         write_report(folder, values, target, read_mac_results(mac, folder) if mac else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from kind_edge.errors import UsageError
 from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
+    from kind_edge.model.checkpoint import Checkpoint
     from kind_edge.training.config import TrainConfig
     from kind_edge.training.loop import Progress
 
@@ -30,6 +32,28 @@ def train(
     ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="A configuration of your own, as TOML.")
+    ] = None,
+    begin: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="CHECKPOINT",
+            help="Begin with the weights of this one (resized, for instance), and train as it was trained.",
+        ),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option("--images", min=1, metavar="N", help="Images seen.", show_default="the configuration's"),
+    ] = None,
+    spectral_penalty: Annotated[
+        float | None,
+        typer.Option(
+            "--spectral-penalty",
+            min=0,
+            metavar="W",
+            help="Favour weights that are alike over blocks and channels, for a model to be resized.",
+            show_default="the configuration's: 0",
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -62,14 +86,19 @@ def train(
     configuration chooses precision = "bf16", compile = true and accumulation = 4.
     """
     terminal = terminal_of(context)
-    chosen = _chosen(preset, config)
+    chosen = _chosen(preset, config, begin)
     options.check_writable(output)
     with following(terminal, output) as on_progress:
+        from kind_edge.training.heal import same_config
         from kind_edge.training.train import train as run
 
+        source = _source(begin)
+        chosen = same_config(source) if source is not None else chosen
+        assert chosen is not None
         folder = run(
-            chosen,
+            _changed(chosen, images, spectral_penalty),
             output,
+            begin=source,
             data=data,
             class_map=class_map,
             autoencoder=autoencoder,
@@ -88,13 +117,28 @@ def train(
     terminal.line(f"  next        kind-edge export {folder} --profile host")
 
 
-def _chosen(preset: str | None, config: Path | None) -> TrainConfig:
+def _chosen(preset: str | None, config: Path | None, begin: str | None) -> TrainConfig | None:
+    """The configuration that is named; None: that of the checkpoint to begin from."""
     from kind_edge.training.config import PRESETS, read_config
     from kind_edge.training.config import preset as named
 
-    if (preset is None) == (config is None):
-        raise UsageError(f"give either --preset or --config; presets: {', '.join(PRESETS)}")
-    return named(preset) if preset is not None else read_config(config or Path())
+    if sum(given is not None for given in (preset, config, begin)) != 1:
+        raise UsageError(f"give either --preset or --config or --from; presets: {', '.join(PRESETS)}")
+    if preset is not None:
+        return named(preset)
+    return None if config is None else read_config(config)
+
+
+def _source(begin: str | None) -> Checkpoint | None:
+    from kind_edge.model.checkpoint import load_checkpoint
+    from kind_edge.model.shipped import find_model
+
+    return None if begin is None else load_checkpoint(find_model(begin))
+
+
+def _changed(config: TrainConfig, images: int | None, spectral_penalty: float | None) -> TrainConfig:
+    given = {"images": images, "spectral_penalty": spectral_penalty}
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 def _result(folder: Path) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,6 +29,14 @@ def verify(
             "--autoencoder", metavar="DIR", help="With --checkpoint, of a bundle with a decoder: where it is from."
         ),
     ] = None,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key",
+            metavar="PUBLIC.pem",
+            help="Check the signature first: of the manifest, which names every file, by this Ed25519 key.",
+        ),
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Check hashes, and every model file against the gated model.
@@ -41,7 +50,7 @@ def verify(
         from kind_edge.deploy import pipeline
 
         try:
-            report = pipeline.verify(bundle, checkpoint, autoencoder)
+            report = pipeline.verify(bundle, checkpoint, autoencoder, key)
         except GateError as error:
             if as_json and error.report is not None:
                 terminal.json(dict(error.report))
@@ -62,4 +71,5 @@ def verify(
     ]
     terminal.out.print(tables.figures(("", "parity", "gate", "", ""), rows))
     terminal.out.print()
-    terminal.line("  every hash matches, every gate is kept")
+    signed = f"signed by the owner of {key}, " if key is not None else ""
+    terminal.line(f"  {signed}every hash matches, every gate is kept")

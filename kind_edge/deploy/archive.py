@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from kind_edge.deploy.manifest import MANIFEST_NAME, Manifest, is_safe_path
+from kind_edge.bounded import safe_members
+from kind_edge.deploy.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from kind_edge.deploy.signing import SIGNATURE_BYTES, SIGNATURE_NAME
 from kind_edge.errors import InputError
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -18,7 +20,6 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 _UNIX = 3
 _MODE = (stat.S_IFREG | 0o644) << 16
-_MAX_MANIFEST_BYTES = 64 * 2**20
 
 
 def write_zip(folder: Path, names: Sequence[str], file: BinaryIO) -> None:
@@ -38,12 +39,13 @@ def write_zip(folder: Path, names: Sequence[str], file: BinaryIO) -> None:
 def extract_zip(path: Path, folder: Path) -> None:
     """Extract a bundle into the empty `folder`.
 
-    Only members that the manifest inside names are written, each with exactly the size it names. Raises `InputError`
-    for anything else: absolute paths, `..`, links, duplicates, strangers, members larger than they declare.
+    Only members that the manifest inside names are written, each with exactly the size it names, and the manifest's
+    signature. Raises `InputError` for anything else: what `safe_members` refuses, strangers, members larger than they
+    declare.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = _checked_members(archive, path)
+            members = safe_members(archive, str(path))
             manifest = _manifest(archive, members, path)
             _check_sizes(manifest, members, path, shutil.disk_usage(folder).free)
             for name, member in members.items():
@@ -53,30 +55,13 @@ def extract_zip(path: Path, folder: Path) -> None:
         raise InputError(f"{path}: not a readable .zip ({error}); copy or export the bundle again") from error
 
 
-def _checked_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    members: dict[str, zipfile.ZipInfo] = {}
-    for member in archive.infolist():
-        if member.is_dir() and is_safe_path(member.filename.rstrip("/")):
-            continue
-        # `orig_filename` is what the file says; `filename` was already tidied by zipfile.
-        if not is_safe_path(member.orig_filename):
-            raise InputError(f"{path}: refused: member {member.orig_filename!r} does not stay inside the bundle")
-        kind = stat.S_IFMT(member.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG):
-            raise InputError(f"{path}: refused: member {member.filename!r} is a link or a special file")
-        if member.filename in members:
-            raise InputError(f"{path}: refused: member {member.filename!r} occurs twice")
-        members[member.filename] = member
-    return members
-
-
 def _manifest(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], path: Path) -> Manifest:
     member = members.get(MANIFEST_NAME)
     if member is None:
         raise InputError(f"{path}: not a kind-edge bundle: no {MANIFEST_NAME} at the top of the .zip")
-    if member.file_size > _MAX_MANIFEST_BYTES:
+    if member.file_size > MAX_MANIFEST_BYTES:
         raise InputError(
-            f"{path}: refused: {MANIFEST_NAME} of {member.file_size} bytes; want {_MAX_MANIFEST_BYTES} at most"
+            f"{path}: refused: {MANIFEST_NAME} of {member.file_size} bytes; want {MAX_MANIFEST_BYTES} at most"
         )
     with archive.open(member) as file:
         content = file.read(member.file_size)
@@ -86,7 +71,7 @@ def _manifest(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo], pat
 def _check_sizes(manifest: Manifest, members: dict[str, zipfile.ZipInfo], path: Path, free_bytes: int) -> None:
     """The manifest bounds what is unpacked, so a small file cannot fill the disk with what nobody asked for."""
     for name, member in members.items():
-        if name == MANIFEST_NAME:
+        if name == MANIFEST_NAME or (name == SIGNATURE_NAME and member.file_size == SIGNATURE_BYTES):
             continue
         entry = manifest.files.get(name)
         if entry is None:

@@ -18,25 +18,24 @@ from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.precision import PRECISIONS, decoder_path
 from kind_edge.budget.profile import HOST, DeviceProfile, load_profile
+from kind_edge.budget.whole_model import runs_on_one_thread
 from kind_edge.deploy.bench import LatencyReport, bench_image, bench_model
 from kind_edge.deploy.bundle import hash_files, write_manifest
 from kind_edge.deploy.grid import save_grid
 from kind_edge.deploy.manifest import SCHEMA_VERSION, Manifest
+from kind_edge.deploy.notice import NOTICE, notice
 from kind_edge.deploy.runtime import LoadedBundle
 from kind_edge.deploy.session import open_session
-from kind_edge.deploy.swift import write_swift
+from kind_edge.deploy.swift import app_words, write_swift
 from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
+from kind_edge.model.provenance import code_revision
 from kind_edge.model.spec import ModelSpec
 from kind_edge.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
-LICENCE = "Apache-2.0"
-ONE_THREAD_FLOPS = 3e8
-"""Below so much work in an evaluation one thread is quicker than several: handing operators of microseconds over takes
-as long as computing them, where idle threads sleep."""
 SIZE_ATTEMPTS = 3
 """So often at most a plan is solved whose file misses --max-size."""
 MAC_PROGRAM = "coreml/verify_on_mac.py"
@@ -50,9 +49,11 @@ def describe(
     entries: Mapping[str, Mapping[str, Any]],
     default_model: str,
     table: SamplerTable,
+    told: Mapping[str, Any],
     decoder: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The manifest's values, as far as they are known before anything is measured. `decoder`: what is said of it."""
+    """The manifest's values, as far as they are known before anything is measured. `told` is the model's lineage,
+    `decoder` what is said of it."""
     guided = plan.evaluations_per_step > 1
     drawn = {"channels": spec.channels, "height": spec.image_size, "width": spec.image_size}
     image: dict[str, Any] = {"image": drawn}
@@ -64,7 +65,8 @@ def describe(
         "schema_version": SCHEMA_VERSION,
         "name": bundle_name(plan),
         "source": {"model": plan.model, "checkpoint_sha256": plan.checkpoint_sha256},
-        "licence": LICENCE,
+        "licence": told["licence"],
+        "provenance": dict(told),
         "classes": list(plan.classes),
         "form": plan.form,
         **image,
@@ -80,7 +82,7 @@ def describe(
             "prediction_channels": spec.output_channels,
         },
         "plan": plan.to_dict(),
-        **({"threads": 1} if plan.flops < ONE_THREAD_FLOPS and spec.pixels_per_latent == 1 else {}),
+        **({"threads": 1} if runs_on_one_thread(spec) else {}),
         "tools": tool_versions(),
     }
 
@@ -90,7 +92,9 @@ def bundle_name(plan: Plan) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    versions = {"kind_edge": __version__, "python": platform.python_version()}
+    revision = code_revision()
+    versions = {"kind_edge": __version__, **({"revision": revision} if revision else {})}
+    versions["python"] = platform.python_version()
     for name in _TOOLS:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -208,9 +212,10 @@ def draw_preview(folder: Path, manifest: Manifest) -> None:
 
 
 def write_texts(folder: Path, plan: Plan, values: Mapping[str, Any]) -> None:
-    """plan.json, which can be replayed, and the bundle's own README."""
+    """plan.json, which can be replayed, the bundle's own README, and whose it is."""
     (folder / "plan.json").write_text(json.dumps(plan.to_dict(), indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(bundle_readme(plan, values), encoding="utf-8")
+    (folder / NOTICE).write_text(notice(values), encoding="utf-8")
     write_mac_program(folder, values)
     write_swift(folder, values)
 
@@ -252,7 +257,8 @@ def bundle_readme(plan: Plan, values: Mapping[str, Any]) -> str:
     return f"""# {values["name"]}
 
 {", ".join(plan.classes)} for {plan.profile}: {sampler["steps"]} {sampler["kind"]} steps, {guidance}.{healed}
-Made by kind-edge {values["tools"]["kind_edge"]}; licence {values["licence"]}.
+Made by kind-edge {values["tools"]["kind_edge"]}. Licence of the weights: {values["licence"]}; of the data, and what the
+model was made of: `NOTICE`.
 
 {picture}
 
@@ -264,7 +270,7 @@ images = kind_edge.load_bundle(".").generate({first}n=4, seed=0)  # uint8 [4, H,
 ```
 
 This needs numpy and onnxruntime, no PyTorch. `kind-edge verify .` checks hashes and parity.
-{_mac_words(values)}
+{app_words(values)}
 ## Any other ONNX Runtime (Android, iOS, C++, JavaScript)
 {once}
 Load `{values["default_model"]}`. Output `prediction` has the shape of `sample`. Inputs:
@@ -322,18 +328,6 @@ Any build of ONNX Runtime loads them, a minimal one with few operators as well:
 
     ./build.sh --config MinSizeRel --minimal_build --disable_ml_ops --disable_exceptions --disable_rtti \\
         --include_ops_by_config onnx/required_operators_and_types.config --enable_reduced_operator_type_support
-"""
-
-
-def _mac_words(values: Mapping[str, Any]) -> str:
-    packages = [f"`{path}`" for path in values["models"] if path.startswith("coreml/")]
-    if not packages:
-        return ""
-    return f"""
-## Xcode
-
-Drop {" and ".join(packages)} into the project. On a Mac, `python3 {MAC_PROGRAM}` (with coremltools) compares
-them with the stored outputs and times them on the CPU, the GPU and the Neural Engine.
 """
 
 

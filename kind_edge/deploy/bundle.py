@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from kind_edge.deploy.archive import extract_zip, write_zip
-from kind_edge.deploy.manifest import MANIFEST_NAME, SCHEMA_VERSION, FileEntry, Manifest, parse_json, read_manifest
+from kind_edge.deploy.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    FileEntry,
+    Manifest,
+    manifest_bytes,
+    parse_json,
+    read_manifest,
+)
+from kind_edge.deploy.signing import SIGNATURE_NAME, SigningKey, check_signature
 from kind_edge.errors import InputError, KindEdgeError, UsageError
 
 __all__ = [
@@ -24,6 +33,7 @@ __all__ = [
     "check_replaceable",
     "hash_file",
     "hash_files",
+    "is_signed",
     "open_bundle",
     "read_manifest",
     "verified_manifest",
@@ -35,6 +45,8 @@ __all__ = [
 
 _DESKTOP_LITTER = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 """Files that file managers drop into every folder that somebody looks at; no part of any bundle."""
+_UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
+"""What a manifest cannot name: itself, and its signature."""
 
 
 def hash_file(path: Path) -> str:
@@ -44,14 +56,15 @@ def hash_file(path: Path) -> str:
 
 
 def hash_files(folder: Path) -> dict[str, FileEntry]:
-    """Size and SHA-256 of every file below `folder` except its manifest, by path with forward slashes, sorted.
+    """Size and SHA-256 of every file below `folder`, by path with forward slashes, sorted; all but its manifest and
+    the signature of that.
 
     Raises `InputError` for a link or a special file: it would not survive a move.
     """
     return {
         name: FileEntry((folder / name).stat().st_size, hash_file(folder / name))
         for name in _file_names(folder)
-        if name != MANIFEST_NAME
+        if name not in _UNLISTED
     }
 
 
@@ -64,14 +77,26 @@ def verify_hashes(path: Path | str) -> Manifest:
         return verified_manifest(folder, str(path))
 
 
-def verified_manifest(folder: Path, where: str) -> Manifest:
-    """`verify_hashes` of a bundle that is opened already and was named `where` by the user."""
-    manifest = read_manifest(folder)
-    problems = list(_differences(folder, manifest))
+def verified_manifest(folder: Path, where: str, key: Path | str | None = None) -> Manifest:
+    """`verify_hashes` of a bundle that is opened already and was named `where` by the user.
+
+    With `key`, the public half of an Ed25519 key, the manifest's signature comes first, and what file managers leave
+    behind is refused as well: nothing is in the folder that was not signed for.
+    """
+    content = manifest_bytes(folder)
+    if key is not None:
+        check_signature(folder, content, key, where)
+    manifest = Manifest.from_bytes(content, str(folder / MANIFEST_NAME))
+    problems = list(_differences(folder, manifest, frozenset() if key is not None else _DESKTOP_LITTER))
     if problems:
         lines = "\n  ".join(problems)
         raise InputError(f"{where}: the bundle is damaged or was changed; export or copy it again:\n  {lines}")
     return manifest
+
+
+def is_signed(folder: Path) -> bool:
+    """Whether there is a signature, valid or not."""
+    return (folder / SIGNATURE_NAME).exists()
 
 
 @contextlib.contextmanager
@@ -95,13 +120,14 @@ def write_manifest(folder: Path, values: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def writing_bundle(destination: Path | str, keep_failed: bool = False) -> Iterator[Path]:
+def writing_bundle(destination: Path | str, keep_failed: bool = False, key: SigningKey | None = None) -> Iterator[Path]:
     """A temporary folder beside `destination` that becomes it when the block ends well, and vanishes when it does not.
 
     The block writes its files and a `manifest.json` without `files`; that section is added here, the whole manifest is
     validated, and only then does the folder get its name. An empty folder or an earlier bundle of ours is replaced, the
-    earlier one staying in place until the new one is complete. With `keep_failed` an unfinished folder is kept as
-    `<destination>.failed` and named on stderr. Raises `UsageError` if something else is at the destination.
+    earlier one staying in place until the new one is complete. With a `key` the manifest is signed. With `keep_failed`
+    an unfinished folder is kept as `<destination>.failed` and named on stderr. Raises `UsageError` if something else is
+    at the destination.
     """
     destination = Path(os.path.realpath(destination))
     check_replaceable(destination)
@@ -110,7 +136,7 @@ def writing_bundle(destination: Path | str, keep_failed: bool = False) -> Iterat
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes private folders; a bundle is an ordinary one
         yield temporary
-        _complete(temporary)
+        _complete(temporary, key)
         check_replaceable(destination)  # somebody else may have written there meanwhile
         _replace(temporary, destination)
     except BaseException:
@@ -152,7 +178,7 @@ def _file_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def _differences(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _differences(folder: Path, manifest: Manifest, tolerated: frozenset[str]) -> Iterator[str]:
     found = hash_files(folder)
     for name, expected in manifest.files.items():
         got = found.get(name)
@@ -163,7 +189,7 @@ def _differences(folder: Path, manifest: Manifest) -> Iterator[str]:
         elif got.sha256 != expected.sha256:
             yield f"{name}: sha256 is {got.sha256}, the manifest says {expected.sha256}"
     for name in found:
-        if name not in manifest.files and Path(name).name not in _DESKTOP_LITTER:
+        if name not in manifest.files and Path(name).name not in tolerated:
             yield f"{name}: not in the manifest"
 
 
@@ -178,9 +204,7 @@ def check_replaceable(destination: Path) -> None:
     values = _own_manifest(destination)
     if values is None:
         raise UsageError(f"{destination} exists and is not a kind-edge bundle; choose another -o or remove it")
-    added = [
-        name for name in _file_names(destination) if name not in {*values["files"], MANIFEST_NAME, *_DESKTOP_LITTER}
-    ]
+    added = [name for name in _file_names(destination) if name not in {*values["files"], *_UNLISTED, *_DESKTOP_LITTER}]
     if added:
         listed = ", ".join(added[:5]) + (", ..." if len(added) > 5 else "")
         raise UsageError(
@@ -200,8 +224,8 @@ def _own_manifest(folder: Path) -> dict[str, Any] | None:
     return values if isinstance(tools, dict) and "kind_edge" in tools else None
 
 
-def _complete(folder: Path) -> None:
-    """Add the `files` section, prove that the manifest can be read back, and push everything to the disk."""
+def _complete(folder: Path, key: SigningKey | None) -> None:
+    """Add the `files` section, prove that the manifest can be read back, sign it, and push everything to the disk."""
     try:
         values = parse_json((folder / MANIFEST_NAME).read_bytes(), MANIFEST_NAME)
         entries = hash_files(folder)
@@ -210,6 +234,8 @@ def _complete(folder: Path) -> None:
     except (OSError, TypeError, InputError) as error:
         raise KindEdgeError(f"the bundle was written without a valid {MANIFEST_NAME}: {error}") from error
     write_manifest(folder, values)
+    if key is not None:
+        (folder / SIGNATURE_NAME).write_bytes(key.sign((folder / MANIFEST_NAME).read_bytes()))
     for name in _file_names(folder):
         # Without this a power cut after the rename could leave a bundle of empty files.
         # Windows syncs only what is open for writing; elsewhere a read-only file must do as well.

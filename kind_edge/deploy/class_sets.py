@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from kind_edge.bounded import read_bytes
 from kind_edge.errors import InputError, UsageError
 
 EXAMPLE = """shoes: [sneaker, sandal, ankle-boot]
@@ -24,14 +25,9 @@ def read_class_sets(path: Path) -> dict[str, tuple[str, ...]]:
     Raises `InputError` for what cannot be read or is no such file, `UsageError` for a name that cannot be a folder's.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(LARGEST_BYTES + 1)
-        if len(content) > LARGEST_BYTES:
-            raise InputError(f"{path}: over {LARGEST_BYTES} bytes, which is no list of classes")
+        content = read_bytes(path, LARGEST_BYTES, "the sets of classes")
         values = yaml.load(content.decode("utf-8"), Loader=_Strict)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; want sets of classes such as\n{_indented()}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: want a list of classes for each set, such as\n{_indented()}")

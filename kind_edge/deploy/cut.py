@@ -19,6 +19,7 @@ from kind_edge.deploy.merge import class_indices, truncate
 from kind_edge.deploy.merge_check import check_merge
 from kind_edge.deploy.quality import Healing, Quality, heldout_quality, overall
 from kind_edge.deploy.request import OpenedModel
+from kind_edge.deploy.resizing import at_planned_size
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.model.checkpoint import Checkpoint, as_stored
 
@@ -40,8 +41,9 @@ class Cut:
 
 def make_cut(model: OpenedModel, plan: Plan) -> Cut:
     """What a plan leaves of a model. Raises `GateError` if merging changes the function."""
-    merge_db = check_merge(model.checkpoint, plan, timesteps_of(model, plan))
-    truncated = truncate(model.checkpoint, plan, model.calibration)
+    sized = at_planned_size(model, plan)
+    merge_db = check_merge(sized.checkpoint, plan, timesteps_of(model, plan))
+    truncated = truncate(sized.checkpoint, plan, sized.calibration)
     return Cut(truncated, merge_db, quality_of(model, plan, truncated))
 
 
@@ -91,7 +93,17 @@ def healing_state(destination: Path) -> Path:
 
 def healing_key(plan: Plan) -> str:
     """What unfinished healing can go on for: the same cut of the same model, sampled alike, for however long."""
-    same = ("checkpoint_sha256", "form", "classes", "sampler", "steps", "guidance", "truncation", "calibration")
+    same = (
+        "checkpoint_sha256",
+        "form",
+        "classes",
+        "sampler",
+        "steps",
+        "guidance",
+        "truncation",
+        "calibration",
+        "resize",
+    )
     values = plan.to_dict()
     ranks = {name: {**matrix, "precision": None} for name, matrix in values["matrices"].items()}
     return hashlib.sha256(json.dumps([ranks, *(values[name] for name in same)]).encode()).hexdigest()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from kind_edge.deploy.request import Choices
+    from kind_edge.deploy.signing import SigningKey
 
 WORK = ".fleet"
 """Folder in the output, for what several bundles share while they are made."""
@@ -112,6 +113,7 @@ def export_many(
     autoencoder: str | Path | None = None,
     heal: str | None = None,
     format_choices: Mapping[str, Mapping[str, Any]] | None = None,
+    sign: SigningKey | None = None,
     keep_failed: bool = False,
     workers: int | None = None,
     on_progress: Callable[[FleetProgress], None] | None = None,
@@ -132,7 +134,7 @@ def export_many(
     """
     order = Order(
         str(model), tuple(formats), {name: value for name, value in choices.items() if name != "classes"},
-        format_choices or {}, None if autoencoder is None else str(autoencoder), heal, keep_failed,
+        format_choices or {}, None if autoencoder is None else str(autoencoder), heal, keep_failed, sign,
     )  # fmt: skip
     place = Path(output)
     sets: Mapping[str | None, Any] = {None: choices.get("classes")}
@@ -308,6 +310,7 @@ def _asked(order: Order, job: Job, opened: Opened) -> dict[str, Any]:
         "formats": list(order.formats),
         "format_choices": digest(sorted((name, sorted(each.items())) for name, each in order.format_choices.items())),
         "heal": order.heal,
+        "sign": digest(order.sign.sign(RECORD.encode())) if order.sign else None,
     }
 
 

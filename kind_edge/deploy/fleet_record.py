@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kind_edge.deploy.bundle import MANIFEST_NAME, hash_file, read_manifest
+from kind_edge.bounded import read_object
+from kind_edge.deploy.bundle import MANIFEST_NAME, hash_file, is_signed, read_manifest
 from kind_edge.deploy.fleet_tasks import Job
-from kind_edge.deploy.manifest import parse_json
 from kind_edge.errors import InputError
 
 RECORD = "fleet.json"
 SCHEMA_VERSION = 1
-_LARGEST_BYTES = 64 * 2**20
 
 
 @dataclass
@@ -32,12 +31,13 @@ class Record:
         """An empty one where there is none; `InputError` for what is no such file."""
         if not path.exists():
             return cls(path)
-        if path.stat().st_size > _LARGEST_BYTES:
-            raise InputError(f"{path}: too large for what kind-edge writes there; remove it, or choose another -o")
-        values = parse_json(path.read_bytes(), str(path))
-        entries = values.get("bundles") if isinstance(values, dict) else None
-        known = isinstance(values, dict) and values.get("schema_version") == SCHEMA_VERSION
-        if not known or not isinstance(entries, dict) or not all(_is_entry(each) for each in entries.values()):
+        values = read_object(path, "which bundles are complete")
+        entries = values.get("bundles")
+        if (
+            values.get("schema_version") != SCHEMA_VERSION
+            or not isinstance(entries, dict)
+            or not all(_is_entry(each) for each in entries.values())
+        ):
             raise InputError(
                 f"{path}: not what this kind-edge writes there; remove it and every bundle is made anew, "
                 "or choose another -o"
@@ -66,12 +66,14 @@ class Record:
 
     def is_whole(self, job: Job) -> bool:
         """Whether a complete bundle is still there: its very manifest, and every file of its size."""
+        entry = self.entries[job.name]
         try:
-            if hash_file(job.destination / MANIFEST_NAME) != self.entries[job.name]["manifest_sha256"]:
+            same = hash_file(job.destination / MANIFEST_NAME) == entry["manifest_sha256"]
+            if not same or is_signed(job.destination) != (entry["asked"].get("sign") is not None):
                 return False
             files = read_manifest(job.destination).files
             return all((job.destination / name).stat().st_size == each.size_bytes for name, each in files.items())
-        except (OSError, InputError, KeyError):
+        except (OSError, InputError):
             return False
 
 

@@ -15,6 +15,7 @@ from kind_edge.errors import KindEdgeError
 if TYPE_CHECKING:
     from kind_edge.budget.plan import Plan
     from kind_edge.deploy.made import Made, Measured
+    from kind_edge.deploy.signing import SigningKey
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Order:
     autoencoder: str | None = None
     heal: str | None = None
     keep_failed: bool = False
+    sign: SigningKey | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ Task = Open | MeasureSensitivity | MakePlans | MakeFiles | Finish
 _ONLY_TOLD = (
     "profile", "peak_memory_bytes", "evaluation_latency_s", "image_latency_s", "sustained_image_latency_s",
     "predicted_loss_increase", "predicted_frechet", "limits", "binding", "prices", "optimality_gap", "dense", "time",
-    "teacher_time", "minimised", "latency_source", "burst",
+    "teacher_time", "minimised", "latency_source", "burst", "coreml",
 )  # fmt: skip
 """Fields of a plan that no model file depends on."""
 

@@ -12,23 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kind_edge.bounded import well_formed
+from kind_edge.deploy.graph_work import count_macs, graphs_of, paper_flops, value_shapes
 from kind_edge.errors import InputError
 
-_PRODUCTS = {
-    "MatMul": "matmul", "MatMulInteger": "matmul", "QLinearMatMul": "matmul", "FusedMatMul": "matmul",
-    "DynamicQuantizeMatMul": "matmul", "MatMulIntegerToFloat": "matmul", "MatMulNBits": "matmul",
-    "Gemm": "gemm", "QGemm": "gemm",
-    "Attention": "attention", "MultiHeadAttention": "attention",
-    "Conv": "conv", "ConvInteger": "conv", "QLinearConv": "conv", "FusedConv": "conv",
-}  # fmt: skip
-
-_FILTER_INPUT = {"QLinearConv": 3}
-"""Where a convolution's filter is not input 1."""
+_MAX_BYTES = 2**31
+_MAX_ENTRIES, _MAX_TEXT = 100, 300
+"""Of the texts that a file says of itself, how many are read, and how much of each."""
 
 DEFAULT_DOMAIN = "ai.onnx"
 """What a file writes as "" mostly."""
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,9 @@ class GraphFacts:
 
     `opset` is ai.onnx's; `opsets` and `used` are by domain: its version, and the sorted names of its operators here.
 
-    `constant_bytes` groups constants by the operator that reads them; `parameters` is how many values they hold.
+    `constant_bytes` groups constants by the operator that reads them; `parameters` is how many values they hold. Of a
+    file that kind-edge wrote, `part_bytes` groups all bytes by what they are, and its tailors have `tailor_classes`
+    rows, one per class. `paper_flops` leave attention's products out. `metadata`: what the file says of itself.
     """
 
     file: str
@@ -52,6 +47,10 @@ class GraphFacts:
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
     has_subgraphs: bool
+    paper_flops: int = 0
+    part_bytes: Mapping[str, int] = field(default_factory=dict)
+    tailor_classes: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
     opsets: Mapping[str, int] = field(default_factory=dict)
     used: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
@@ -63,23 +62,27 @@ class GraphFacts:
 
 def graph_facts(path: Path, name: str | None = None) -> GraphFacts:
     """Read one `.onnx` file. Raises `InputError` for a file that is missing or is no ONNX model."""
+    with well_formed(str(path)):
+        return _facts(load_graph(path), path.stat().st_size, name or path.name)
+
+
+def _facts(model: Any, size_bytes: int, name: str) -> GraphFacts:
     import onnx
 
-    model = load_graph(path)
-    initializers = [tensor for graph in _graphs(model.graph) for tensor in graph.initializer]
+    initializers = _initializers(model)
     sizes = {tensor.name: _tensor_bytes(tensor) for tensor in initializers}
-    nodes = [node for graph in _graphs(model.graph) for node in graph.node]
-    shapes = _shapes(model)
-    macs, uncounted = _count(nodes, shapes)
+    nodes = list(all_nodes(model))
+    shapes = value_shapes(model)
+    macs, uncounted = count_macs(nodes, shapes)
     used = operators_by_domain(model)
     types = Counter({tensor.data_type: 0 for tensor in initializers})
     for tensor in initializers:
         types[tensor.data_type] += sizes[tensor.name]
     largest = types.most_common(1)[0][0] if types else onnx.TensorProto.FLOAT
-    constants = {tensor.name for tensor in initializers}
+    ours = any(_is_ours(tensor.name) for tensor in initializers)
     return GraphFacts(
-        file=name or path.name,
-        size_bytes=path.stat().st_size,
+        file=name,
+        size_bytes=size_bytes,
         opset=opsets(model).get(DEFAULT_DOMAIN, 0),
         precision=onnx.TensorProto.DataType.Name(largest).lower(),
         parameters=sum(math.prod(tensor.dims) for tensor in initializers),
@@ -87,9 +90,13 @@ def graph_facts(path: Path, name: str | None = None) -> GraphFacts:
         operators=dict(Counter(_operator(node) for node in nodes).most_common()),
         macs=macs,
         uncounted=tuple(uncounted),
-        inputs={value.name: _interface(value) for value in model.graph.input if value.name not in constants},
+        inputs={value.name: _interface(value) for value in model.graph.input if value.name not in sizes},
         outputs={value.name: _interface(value) for value in model.graph.output},
-        has_subgraphs=len(list(_graphs(model.graph))) > 1,
+        has_subgraphs=len(list(graphs_of(model.graph))) > 1,
+        paper_flops=paper_flops(nodes, shapes),
+        part_bytes=_part_bytes(initializers, size_bytes) if ours else {},
+        tailor_classes=next((tensor.dims[0] for tensor in initializers if _is_tailors(tensor.name)), 0),
+        metadata={entry.key: entry.value[:_MAX_TEXT] for entry in model.metadata_props[:_MAX_ENTRIES]},
         opsets={domain: opsets(model).get(domain, 0) for domain in used},
         used=used,
     )
@@ -97,16 +104,33 @@ def graph_facts(path: Path, name: str | None = None) -> GraphFacts:
 
 def bytes_by_part(path: Path) -> dict[str, int]:
     """Where the bytes of an exported model lie, by the names that the exporter gives its constants."""
+    with well_formed(str(path)):
+        return _part_bytes(_initializers(load_graph(path)), path.stat().st_size)
+
+
+def _initializers(model: Any) -> list[Any]:
+    return [tensor for graph in graphs_of(model.graph) for tensor in graph.initializer]
+
+
+def _part_bytes(initializers: Sequence[Any], size_bytes: int) -> dict[str, int]:
     parts = dict.fromkeys(("shared matrices", "tailors", "modulation table", "embeddings, final layer", "graph"), 0)
-    for graph in _graphs(load_graph(path).graph):
-        for tensor in graph.initializer:
-            parts[_part_of(tensor.name)] += _tensor_bytes(tensor)
-    parts["graph"] = path.stat().st_size - sum(parts.values())
+    for tensor in initializers:
+        parts[_part_of(tensor.name)] += _tensor_bytes(tensor)
+    parts["graph"] = size_bytes - sum(parts.values())
     return {name: size for name, size in parts.items() if size > 0}
 
 
+def _is_tailors(name: str) -> bool:
+    return name.startswith("tailors.") or ".tailors." in name
+
+
+def _is_ours(name: str) -> bool:
+    """Whether kind-edge gave a constant this name."""
+    return _is_tailors(name) or name.startswith(("blocks.", "modulation."))
+
+
 def _part_of(name: str) -> str:
-    if name.startswith("tailors.") or ".tailors." in name:
+    if _is_tailors(name):
         return "tailors"
     if name.startswith("blocks."):
         return "shared matrices"
@@ -128,7 +152,7 @@ def operators_by_domain(model: Any) -> dict[str, list[str]]:
 
 def all_nodes(model: Any) -> Iterator[Any]:
     """The nodes of a model's graph and of every graph inside it."""
-    return (node for graph in _graphs(model.graph) for node in graph.node)
+    return (node for graph in graphs_of(model.graph) for node in graph.node)
 
 
 def load_graph(path: Path) -> Any:
@@ -138,6 +162,8 @@ def load_graph(path: Path) -> Any:
 
     if not path.is_file():
         raise InputError(f"{path}: no such file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise InputError(f"{path}: over 2 GiB, more than one ONNX file can hold (weights lie beside it then)")
     try:
         model = onnx.load_model(path, load_external_data=False)
     except (DecodeError, OSError, ValueError) as error:
@@ -145,82 +171,6 @@ def load_graph(path: Path) -> Any:
     if not model.graph.node or not model.opset_import:
         raise InputError(f"{path}: not an ONNX model: there is no graph in it")
     return model
-
-
-def _graphs(graph: Any) -> Iterator[Any]:
-    """The graph and every graph inside it (bodies of Loop, If and Scan)."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs:
-                yield from _graphs(inner)
-
-
-def _shapes(model: Any) -> dict[str, Shape]:
-    """Shapes of all values whose shape can be told, every free dimension 1."""
-    import onnx
-
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    constants = {tensor.name for tensor in fixed.graph.initializer}
-    for graph in _graphs(fixed.graph):
-        for value in graph.input:
-            for dimension in value.type.tensor_type.shape.dim:
-                if value.name not in constants and not dimension.dim_value:
-                    dimension.dim_value = 1
-        # What the file says of inner values may still hold the free dimensions.
-        del graph.value_info[:]
-        for value in graph.output:
-            value.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True)
-    except (onnx.shape_inference.InferenceError, ValueError):
-        inferred = fixed
-    shapes: dict[str, Shape] = {}
-    for graph in _graphs(inferred.graph):
-        shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
-        for value in [*graph.input, *graph.value_info, *graph.output]:
-            tensor_type = value.type.tensor_type
-            if tensor_type.HasField("shape"):
-                dims = tensor_type.shape.dim
-                if all(dim.HasField("dim_value") for dim in dims):
-                    shapes.setdefault(value.name, tuple(dim.dim_value for dim in dims))
-    return shapes
-
-
-def _count(nodes: Sequence[Any], shapes: Mapping[str, Shape]) -> tuple[int, list[str]]:
-    """Multiply-accumulates of all matrix products, and the names of those without shapes."""
-    total, uncounted = 0, []
-    for node in nodes:
-        if node.op_type in _PRODUCTS:
-            macs = _macs(node, shapes)
-            if macs is None:
-                uncounted.append(node.name or node.output[0])
-            total += macs or 0
-    return total, uncounted
-
-
-def _macs(node: Any, shapes: Mapping[str, Shape]) -> int | None:
-    """Of one product: values of the output times the length of the sum behind each."""
-    kind = _PRODUCTS[node.op_type]
-    output, first = shapes.get(node.output[0]), shapes.get(node.input[0])
-    if output is None and node.op_type == "MatMulNBits" and first is not None:  # unknown to ONNX's own inference
-        output = (*first[:-1], _attribute(node, "N"))
-    if kind == "conv":
-        weight = shapes.get(node.input[_FILTER_INPUT.get(node.op_type, 1)])
-        return None if output is None or weight is None else math.prod(output) * math.prod(weight[1:])
-    if output is None or first is None:
-        return None
-    if kind == "attention":  # q K^T and its product with v: as many sums as there are keys, twice
-        keys = shapes.get(node.input[1])
-        return None if keys is None else math.prod(output) * keys[-2] + math.prod(first) * keys[-2]
-    if kind == "gemm":
-        return math.prod(output) * first[0 if _attribute(node, "transA") else 1]
-    return math.prod(output) * first[-1]
-
-
-def _attribute(node: Any, name: str) -> int:
-    return next((attribute.i for attribute in node.attribute if attribute.name == name), 0)
 
 
 def _constant_bytes(nodes: Sequence[Any], sizes: Mapping[str, int]) -> dict[str, int]:

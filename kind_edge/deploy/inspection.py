@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from kind_edge.bounded import well_formed
 from kind_edge.deploy.graph_facts import GraphFacts, graph_facts
 from kind_edge.errors import InputError
 
@@ -24,6 +25,7 @@ _PARTS = {
     "span_embed": "span network",
     "y_embed": "label embedding",
     "final": "final layer",
+    "shared": "learngenes",
 }
 
 _SHOWN_APART = ("matrix_ranks", "step_counts", "inside_guidance")
@@ -32,11 +34,13 @@ _SHOWN_APART = ("matrix_ranks", "step_counts", "inside_guidance")
 
 @dataclass(frozen=True)
 class Inspection:
-    """`parts` are bytes by part, `parameters` all stored values, `active_parameters` what one image of a class sees.
+    """`parts` are bytes by part (of a bundle by file), `class_bytes` those of one class's tailors, `parameters` all
+    stored values, `active_parameters` what one image of a class sees.
 
-    `flops` are one evaluation at batch 1 by convention ("paper", "exact"), where the architecture is known; the `macs`
-    of `graphs` are counted in the graphs themselves. `ranks` are (lowest, highest) over the factored matrices.
-    `step_counts` (of a bundle the one it was made for) and `inside_guidance` are a distilled model's.
+    `flops` are one evaluation at batch 1 by convention: "paper" and "exact" where the architecture is known; of any
+    other ONNX file "paper", counted in its graph, and all "products", attention's too. `ranks` are (lowest, highest)
+    over the factored matrices. `step_counts` (of a bundle the one it was made for) and `inside_guidance` are a
+    distilled model's.
     """
 
     kind: Literal["checkpoint", "bundle", "onnx"]
@@ -55,6 +59,7 @@ class Inspection:
     provenance: Mapping[str, Any]
     step_counts: tuple[int, ...] = ()
     inside_guidance: float | None = None
+    class_bytes: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; what this kind of thing does not have is left out."""
@@ -75,7 +80,8 @@ def inspect(path: str | Path) -> Inspection:
     if place.suffix == ".onnx" and not place.is_dir():
         return _inspect_onnx(place)
     if place.suffix == ".zip" or (place / "manifest.json").is_file():
-        return _inspect_bundle(place)
+        with well_formed(f"{place}: manifest.json"):
+            return _inspect_bundle(place)
     if place.is_file():
         raise InputError(f"{place}: want a checkpoint's folder, a bundle (folder or .zip) or an .onnx file")
     if place.is_dir() and not (place / "config.json").is_file():
@@ -98,14 +104,19 @@ def _inspect_onnx(path: Path) -> Inspection:
         size_bytes=facts.size_bytes,
         parameters=facts.parameters,
         active_parameters=None,
-        flops={},
-        parts=facts.constant_bytes,
+        flops={"paper": facts.paper_flops, "products": facts.flops},
+        parts=facts.part_bytes or facts.constant_bytes,
         classes=(),
         ranks={},
         shape={},
         graphs=(facts,),
-        provenance={},
+        provenance=facts.metadata,
+        class_bytes=_class_bytes(facts),
     )
+
+
+def _class_bytes(graph: GraphFacts) -> int | None:
+    return graph.part_bytes["tailors"] // graph.tailor_classes if graph.tailor_classes else None
 
 
 def _inspect_bundle(path: Path) -> Inspection:
@@ -126,7 +137,10 @@ def _inspect_bundle(path: Path) -> Inspection:
         size_bytes=sum(entry.size_bytes for entry in manifest.files.values()),
         parameters=plan.get("params", default.parameters if default else 0),
         active_parameters=None,
-        flops={"exact": plan["flops"]} if "flops" in plan else {},
+        flops={
+            **({"paper": default.paper_flops} if default and default.file.startswith("onnx/denoiser") else {}),
+            **({"exact": plan["flops"]} if "flops" in plan else {}),
+        },
         parts={file: entry.size_bytes for file, entry in manifest.files.items()},
         classes=manifest.classes,
         ranks=_planned_ranks(plan.get("matrices", {})),
@@ -135,6 +149,7 @@ def _inspect_bundle(path: Path) -> Inspection:
         provenance=_bundle_provenance(manifest),
         step_counts=(manifest.sampler.steps,) if manifest.sampler.inside_guidance is not None else (),
         inside_guidance=manifest.sampler.inside_guidance,
+        class_bytes=_class_bytes(default) if default else None,
     )
 
 
@@ -161,7 +176,8 @@ def _bundle_shape(manifest: Manifest, plan: Mapping[str, Any]) -> dict[str, Any]
 
 def _bundle_provenance(manifest: Manifest) -> dict[str, Any]:
     raw = manifest.raw
-    return {key: raw[key] for key in ("source", "licence", "tools", "verification", "quality", "healing") if key in raw}
+    shown = ("source", "licence", "provenance", "tools", "verification", "quality", "healing")
+    return {key: raw[key] for key in shown if key in raw}
 
 
 def _inspect_checkpoint(folder: Path) -> Inspection:
@@ -195,6 +211,7 @@ def _inspect_checkpoint(folder: Path) -> Inspection:
         provenance=checkpoint.provenance,
         step_counts=spec.step_counts,
         inside_guidance=spec.inside_guidance,
+        class_bytes=parts["tailors"] // spec.num_classes if parts["tailors"] else None,
     )
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kind_edge.deploy.manifest import MANIFEST_NAME, parse_json
+from kind_edge.bounded import read_object
+from kind_edge.deploy.manifest import MANIFEST_NAME
 from kind_edge.errors import InputError
 
 KIND = "kind-edge coreml verification"
@@ -42,7 +43,7 @@ class MacResults:
 def read_mac_results(path: Path, folder: Path) -> MacResults:
     """Parse; `InputError` for what is not such a file, or was measured on another bundle than that in `folder`."""
     try:
-        values = parse_json(path.read_bytes(), str(path))
+        values = read_object(path, "what was measured on a Mac")
         if values["kind"] != KIND or values["schema_version"] != SCHEMA_VERSION:
             found = f"{values['kind']}, version {values['schema_version']}"
             raise InputError(f"{path}: is {found}; want {KIND}, version {SCHEMA_VERSION}")
@@ -54,8 +55,6 @@ def read_mac_results(path: Path, folder: Path) -> MacResults:
             "with": f"coremltools {machine['coremltools']}, {values['runs']} predictions, at {values['measured_at']}",
         }
         results = tuple(_result(name, one) for name, many in values["results"].items() for one in many)
-    except OSError as error:
-        raise InputError(f"{path}: cannot read what was measured on a Mac: {error.strerror}") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: is not what coreml/verify_on_mac.py writes ({error!r})") from error
     return MacResults(results, conditions)

@@ -32,6 +32,7 @@ from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.report import REPORT, write_report
 from kind_edge.deploy.report_facts import draw_whole_model, report_facts
 from kind_edge.deploy.request import OpenedModel
+from kind_edge.deploy.resizing import size_spec
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import verify_models
 from kind_edge.model.checkpoint import save_checkpoint, stored_dtype
@@ -121,7 +122,8 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
     wanted = {"role": "denoiser", "precision": plan.precision}
     default_model = next(path for path, entry in runnable(entries).items() if wanted.items() <= entry.items())
     decoder = decoder_facts(model.autoencoder, plan, reference["latent"]) if model.autoencoder else None
-    values = assemble.describe(plan, model.checkpoint.spec, entries, default_model, table, decoder)
+    spec = size_spec(model.checkpoint.spec, plan.resize)
+    values = assemble.describe(plan, spec, entries, default_model, table, plain.origin.lineage(), decoder)
     verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
     loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
     size = sum((folder / file).stat().st_size for file in loaded)
@@ -157,9 +159,8 @@ def tell(
     """
     values = {**made.values, "name": assemble.bundle_name(plan), "plan": plan.to_dict()}
     decoder = planned_decoder(model.decoders, plan)
-    predicted = assemble.predict_here_ms(
-        plan, model.checkpoint.spec, runnable(made.values["models"]), made.rows, decoder
-    )
+    spec, entries = size_spec(model.checkpoint.spec, plan.resize), runnable(made.values["models"])
+    predicted = assemble.predict_here_ms(plan, spec, entries, made.rows, decoder)
     values["latency"] = {
         "models": {name: report.to_dict() for name, report in measured.models.items()},
         "image": measured.image.to_dict(),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
+from kind_edge.bounded import is_safe_path, parse_json, read_bytes
 from kind_edge.budget.precision import decoder_path, decoder_precision
 from kind_edge.errors import InputError, UsageError, nearest
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 64 * 2**20
 
 T = TypeVar("T")
 _WANTED = {str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list"}
@@ -180,33 +181,17 @@ class Manifest:
         return cls.from_dict(parse_json(content, where), where)
 
 
-def parse_json(content: bytes, where: str) -> Any:
-    """JSON without NaN and infinities, which JavaScript could not read either."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
+def manifest_bytes(folder: Path) -> bytes:
+    """What is in `manifest.json` of a bundle that is a folder; `InputError` if there is none, or one too long."""
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not readable as JSON ({error})") from error
-
-
-def is_safe_path(path: str) -> bool:
-    """Whether `path` is plain and stays inside the bundle on every system: relative, forward slashes, no `..`."""
-    parts = PurePosixPath(path).parts
-    clean = "/".join(parts) == path and not path.startswith("/") and ".." not in parts
-    return bool(parts) and clean and not any(character in path for character in "\\:\0")
+        return read_bytes(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES, MANIFEST_NAME)
+    except InputError as error:
+        raise InputError(f"{folder}: not a kind-edge bundle: {error}") from error
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle that is a folder; `InputError` if there is none or it is not one."""
-    path = folder / MANIFEST_NAME
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{folder}: not a kind-edge bundle: cannot read {MANIFEST_NAME} ({error.strerror})") from error
-    return Manifest.from_bytes(content, str(path))
+    return Manifest.from_bytes(manifest_bytes(folder), str(folder / MANIFEST_NAME))
 
 
 class _Section:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from kind_edge.budget.plan import MatrixPlan, Plan
 from kind_edge.deploy.plain import (
+    CommonThin,
     Dense,
     ModulationNetwork,
     ModulationTable,
     Origin,
     PlainDiT,
     PlainLinear,
+    ScaledThin,
     Tailors,
     Thin,
 )
@@ -26,6 +28,7 @@ from kind_edge.errors import InputError, unknown
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.dit import DiT
+from kind_edge.model.names import SHARED, is_factor, weight_type
 from kind_edge.model.one_thread import one_thread
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import ModelSpec, Ranks, branch_of
@@ -51,27 +54,26 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
     """
     kept = class_indices(checkpoint, plan.classes)
     left = checkpoint.spec.without_branches(plan.dropped_branches)
-    tensors = {
-        name: t
-        for name, t in _without_branches(checkpoint, left).items()
-        if ".learngene." not in name and ".tailors." not in name
-    }
+    tensors = {name: t for name, t in _without_branches(checkpoint, left).items() if not is_factor(name)}
     if checkpoint.spec.label_embedding:
         labels = checkpoint.tensors["y_embed.weight"].float()
         last = labels[-1:] if plan.form == "switch" else labels[kept].mean(0, keepdim=True)
         tensors["y_embed.weight"] = torch.cat([labels[kept], last])
     ranks: dict[str, Ranks] = {}
+    factors: dict[str, dict[str, Tensor]] = {}
     for shape in checkpoint.spec.matrices():
         if shape.name not in plan.matrices:
             raise InputError(f"the plan has no matrix {shape.name}; it was made for another model: solve again")
         chosen = plan.matrices[shape.name]
         if branch_of(shape.name) in left.dropped_branches:
             continue
-        factors = _factors(checkpoint, shape.name, kept, plan, chosen, calibration)
-        tensors |= {f"{shape.name}.{key}": value.float() for key, value in factors.items()}
-        ranks[shape.name] = Ranks(factors["learngene.s"].shape[-1], factors["tailors.s"].shape[-1])
-    nested = checkpoint.spec.nested and plan.form == "switch"
-    spec = dataclasses.replace(left, num_classes=len(kept), nested=nested, matrix_ranks=ranks)
+        own, tails = _factors(checkpoint, shape.name, kept, plan, chosen, calibration)
+        factors[shape.name] = own
+        tensors |= {f"{shape.name}.tailors.{part}": tails[part] for part in "UsV"}
+        ranks[shape.name] = Ranks(own["s"].shape[-1], tails["s"].shape[-1])
+    nested, shared = (each and plan.form == "switch" for each in (left.nested, left.shared_factors))
+    spec = dataclasses.replace(left, num_classes=len(kept), nested=nested, shared_factors=shared, matrix_ranks=ranks)
+    tensors |= {spec.factor_name(name, part): own[part] for name, own in factors.items() for part in "UsV"}
     float_tensors = {name: t.float() for name, t in tensors.items()}
     return Checkpoint(spec, plan.classes, float_tensors, {"truncated_from": plan.checkpoint_sha256})
 
@@ -93,10 +95,10 @@ def _without_branches(checkpoint: Checkpoint, left: ModelSpec) -> dict[str, Tens
 
 def _factors(
     checkpoint: Checkpoint, name: str, kept: list[int], plan: Plan, chosen: MatrixPlan, calibration: Calibration | None
-) -> dict[str, Tensor]:
-    """Learngene and tailor factors of one matrix after truncation, by the names of the checkpoint contract."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """U, s and V of learngene and tailors of one matrix after truncation."""
     full = checkpoint.spec.ranks(name)
-    own = {part: checkpoint.tensors[f"{name}.learngene.{part}"].double() for part in "UsV"}
+    own = {part: checkpoint.tensors[checkpoint.spec.factor_name(name, part)].double() for part in "UsV"}
     tails = {part: checkpoint.tensors[f"{name}.tailors.{part}"].double()[kept] for part in "UsV"}
     if plan.form != "switch":  # the kept tailors move into the shared part, side by side
         own = {part: torch.cat([own[part], *tails[part].unbind()], -1) for part in "UsV"}
@@ -112,7 +114,7 @@ def _factors(
         if wanted.tailor < full.tailor:
             cut = [_parts(tailor.cut(wanted.tailor)) for tailor in folded.tailors]
             tails = {part: torch.stack([c[part] for c in cut]) for part in "UsV"}
-    return {f"learngene.{part}": own[part] for part in "UsV"} | {f"tailors.{part}": tails[part] for part in "UsV"}
+    return own, tails
 
 
 def _parts(factors: SortedFactors) -> dict[str, Tensor]:
@@ -128,13 +130,19 @@ def fold(truncated: Checkpoint, plan: Plan, timesteps: Tensor) -> PlainDiT:
     spec, t = truncated.spec, truncated.tensors
     source = truncated.model()
     linears: dict[str, nn.Module] = {}
+    common: dict[str, CommonThin] = {}
     for shape in spec.matrices():
         name, chosen = shape.name, plan.matrices[shape.name]
-        u, s, v = (t[f"{name}.learngene.{part}"].double() for part in "UsV")
+        u, s, v = (t[spec.factor_name(name, part)].double() for part in "UsV")
         tu, ts, tv = (t[f"{name}.tailors.{part}"].double() for part in "UsV")
         shared: Thin | Dense | None = None
         if chosen.storage == "dense":
             shared = Dense((v * s @ u.T).float())
+        elif chosen.shared_rank and spec.shared_factors:
+            kind = f"{SHARED}.{weight_type(name)}"
+            if kind not in common:
+                common[kind] = CommonThin(kind, v.float(), u.T.float().contiguous())
+            shared = ScaledThin(common[kind], s.float())
         elif chosen.shared_rank:
             shared = Thin((v * s).float(), u.T.float().contiguous())
         tailors = None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from kind_edge.deploy.manifest import parse_json
+from kind_edge.bounded import is_safe_path, parse_json
 from kind_edge.errors import InputError
 
 CORE_FILE = "packs/core.json"
@@ -92,15 +92,36 @@ def read_core(text: bytes, where: str) -> Core:
     try:
         if values["schema_version"] != CORE_SCHEMA:
             raise InputError(f"{where}: schema_version {values['schema_version']}, this kind-edge reads {CORE_SCHEMA}")
-        tables = {name: Table(each["dtype"], tuple(each["shape"])) for name, each in values["tables"].items()}
-        files = {path: CoreFile(each["sha256"], tuple(each["parts"])) for path, each in values["files"].items()}
-        core = Core(hashlib.sha256(text).hexdigest(), values["precision"], values["sampling"], tables, files)
-        known = all(name in tables for path in files for name in core.tables_of(path))
-        if not known or core.row_bytes < 0:
-            raise KeyError("tables")
-    except (KeyError, TypeError, AttributeError) as error:
+        tables = {name: _table(each["dtype"], each["shape"]) for name, each in values["tables"].items()}
+        files = {path: CoreFile(str(each["sha256"]), _parts(each["parts"])) for path, each in values["files"].items()}
+        core = Core(hashlib.sha256(text).hexdigest(), values["precision"], dict(values["sampling"]), tables, files)
+        if not all(is_safe_path(path) and set(core.tables_of(path)) <= set(tables) for path in files):
+            raise ValueError("files")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: not the core of a bundle ({error!r}); export the bundle again") from error
     return core
+
+
+def _table(dtype: Any, shape: Any) -> Table:
+    if dtype not in ITEM_BYTES or not all(isinstance(size, int) and 0 <= size < 2**31 for size in shape):
+        raise ValueError(f"table of {dtype} {shape!r:.60}")
+    return Table(dtype, tuple(shape))
+
+
+def _parts(listed: Any) -> tuple[Part, ...]:
+    """Parts are numbers and objects of one pair; the numbers count bytes, or what is added to the number of classes."""
+    kinds = {"rows": str, "count": int, "int64": int, "message": list}
+    for part in listed:
+        if isinstance(part, dict) and len(part) == 1:
+            ((kind, value),) = part.items()
+            if isinstance(value, kinds[kind]) and (not isinstance(value, int) or 0 <= value < 2**31):
+                if kind == "message":
+                    _parts(value)
+                continue
+        elif isinstance(part, int) and 0 <= part < 2**31:
+            continue
+        raise ValueError(f"part {part!r:.60}")
+    return tuple(listed)
 
 
 def join_file(core: Core, path: str, shared: bytes, classes: Sequence[Rows]) -> bytes:

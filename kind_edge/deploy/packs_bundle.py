@@ -22,6 +22,7 @@ from kind_edge.budget.precision import PRECISIONS
 from kind_edge.deploy import assemble
 from kind_edge.deploy.bundle import (
     hash_files,
+    is_signed,
     open_bundle,
     verified_manifest,
     write_manifest,
@@ -34,6 +35,7 @@ from kind_edge.deploy.packs_file import IMAGES, PACK_SUFFIX, POINTS, ClassPack, 
 from kind_edge.deploy.packs_join import Joined, class_reference, core_of, join, read_packs
 from kind_edge.deploy.packs_recipe import joinable, make_core
 from kind_edge.deploy.parity import VerifyReport
+from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import UsageError
 from kind_edge.registry import packagers
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
-_STAY = ("packs/", "onnx/decoder", "LICENSE")
+_STAY = ("packs/", "onnx/decoder", "NOTICE")
 """Beginnings of what does not depend on the classes; everything else of a bundle is made anew or left out."""
 _MADE_ANEW = ("android", "web")
 """Formats whose folders follow from the manifest and the model files."""
@@ -59,12 +61,14 @@ OnStage = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Changed:
-    """What adding or removing made: the new bundle, its parity, and model files that could not come along."""
+    """What adding or removing made: the new bundle, its parity, model files that could not come along, and whether
+    it has lost its signature."""
 
     path: Path
     manifest: Manifest
     report: VerifyReport
     left_out: tuple[str, ...]
+    unsigned: bool
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -74,6 +78,7 @@ class Changed:
             "files": {name: entry.size_bytes for name, entry in self.manifest.files.items()},
             "parity": self.report.parity,
             "left_out": list(self.left_out),
+            "unsigned": self.unsigned,
         }
 
 
@@ -120,8 +125,11 @@ def change_bundle(
     add: Sequence[Path | str] = (),
     remove: Sequence[str] = (),
     on_stage: OnStage = lambda _: None,
+    sign: SigningKey | None = None,
 ) -> Changed:
     """Add packs to a bundle (folder or `.zip`), or remove classes by name; the bundle is replaced when all is proven.
+
+    A signature of the old bundle says nothing of the new one: it goes, or with `sign` is made anew.
 
     Raises `InputError` for a pack or a bundle that is damaged or does not fit, `UsageError` for a class that is not
     there, `GateError` if a file of the new bundle misses its gate. Then the bundle is what it was.
@@ -130,7 +138,7 @@ def change_bundle(
     with contextlib.ExitStack() as stack:
         on_stage("reading the bundle")
         folder = stack.enter_context(open_bundle(path))
-        manifest = verified_manifest(folder, str(path))
+        manifest, signed = verified_manifest(folder, str(path)), is_signed(folder)
         core = core_of(folder, manifest, str(path))
         packs = read_packs(add, core, manifest.classes)
         on_stage("joining")
@@ -140,13 +148,14 @@ def change_bundle(
         destination = path
         if not path.is_dir():
             destination = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kind-edge-")), "bundle")
-        with writing_bundle(destination) as new:
+        with writing_bundle(destination, key=sign) as new:
             report = _fill(folder, new, manifest, joined, on_stage)
         if destination != path:
             zip_bundle(destination, path)
         made = verified_manifest(destination, str(path))
+        unsigned = signed and sign is None
     left_out = tuple(name for name in manifest.models if name not in made.models)
-    return Changed(path, made, report, left_out)
+    return Changed(path, made, report, left_out, unsigned)
 
 
 def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: OnStage) -> VerifyReport:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kind_edge.deploy.manifest import parse_json
+from kind_edge.bounded import parse_json, read_bytes
 from kind_edge.deploy.packs import Core
 from kind_edge.errors import InputError
 
@@ -36,6 +36,7 @@ _KEYS = ("kind_edge_pack", "core", "class", "checkpoint_sha256")
 _DTYPES = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64}
 """Of reference arrays; rows are bytes."""
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_PACK_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,7 @@ def _metadata(pack: ClassPack) -> dict[str, str]:
 
 def read_pack(path: Path | str) -> ClassPack:
     """Read and check a pack file; `InputError` that says what is wrong with it."""
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read the pack: {error.strerror}") from error
+    content = read_bytes(path, _MAX_PACK_BYTES, "the pack")
     size = int.from_bytes(content[:8], "little")
     if len(content) < 8 or size > min(len(content) - 8, _MAX_HEADER_BYTES) or content[8:9] != b"{":
         raise InputError(f"{path}: not a class pack, or cut short; want a .safetensors file of kind-edge export")

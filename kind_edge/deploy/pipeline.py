@@ -17,8 +17,10 @@ from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
+from kind_edge.budget.sizes import make_plan_of_any_size
 from kind_edge.deploy.assemble import SIZE_ATTEMPTS, latency_gate, missing_bytes
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
+from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
 from kind_edge.deploy.made import Made, measure
 from kind_edge.deploy.making import (
@@ -42,11 +44,13 @@ from kind_edge.deploy.request import (
     Choices,
     OpenedModel,
     as_replayed,
-    make_request,
+    ask,
     make_source,
     open_model,
 )
+from kind_edge.deploy.resizing import at_planned_size, check_heal, planned_source, sized_sources
 from kind_edge.deploy.sampler_table import sampler_table
+from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import load_checkpoint
@@ -64,19 +68,26 @@ def plan(
     *,
     profile: str,
     autoencoder: str | Path | None = None,
+    allow_resize: str | None = None,
     on_measure: OnProgress | None = None,
+    on_healing: OnHealing | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
     """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
 
+    `allow_resize`: a time such as "10m"; smaller depths and widths are choices, too, with their quality after so long a
+    healing, which is measured first, once for the model.
     `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
     `on_measure` is told (done, total) where the model has no sensitivity table yet: that takes a minute, once.
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
     opened = open_model(model, on_measure, autoencoder)
-    request = make_request(opened.checkpoint, device, **choices)
-    return make_plan(make_source(opened), request)
+    source, request = ask(opened, device, **choices)
+    if allow_resize is None:
+        return make_plan(source, request)
+    heal_s = parse_duration(allow_resize, "--allow-resize")
+    return make_plan_of_any_size([source, *sized_sources(opened, source, heal_s, on_healing)], request)
 
 
 def pareto(
@@ -94,8 +105,8 @@ def pareto(
     """
     opened = open_model(model, on_measure, autoencoder)
     axis = MINIMISED[choices.pop("minimize", None) or "size"]
-    request = make_request(opened.checkpoint, load_profile(profile), **choices)
-    return front(make_source(opened), request, axis)
+    source, request = ask(opened, load_profile(profile), **choices)
+    return front(source, request, axis)
 
 
 def export(
@@ -108,6 +119,7 @@ def export(
     autoencoder: str | Path | None = None,
     heal: str | None = None,
     format_choices: Mapping[str, Mapping[str, Any]] | None = None,
+    sign: SigningKey | None = None,
     keep_failed: bool = False,
     on_stage: OnStage | None = None,
     on_healing: OnHealing | None = None,
@@ -120,7 +132,8 @@ def export(
     exported. What it has learned is kept beside `output` until the bundle is complete: stopped, the same call goes on.
     `autoencoder`, a folder of diffusers', makes pictures of a latent model's latents: its decoder goes into the bundle.
     ONNX is always among the formats: what an app loads, what is measured and what draws the preview. `format_choices`
-    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}.
+    are an exporter's own, by format: {"coreml": {"target": "iOS16"}}. With `sign` the manifest is signed:
+    `kind_edge.deploy.signing.read_signing_key("KEY.pem")`.
     Raises `GateError` if parity, size or latency fails: then nothing is left behind, unless `keep_failed`.
     """
     stage = on_stage or (lambda _: None)
@@ -136,16 +149,17 @@ def export(
         if profile is None:
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
-        device, request = asked_of(opened, profile, wanted, choices)
-        source = make_source(opened)
+        device = load_profile(profile)
+        source, request = ask(opened, device, **for_formats(choices, wanted))
         plan = make_plan(source, request)
     else:
-        device, source, plan = _replayed(opened, plan, profile, choices)
+        device, source, plan = _replayed(opened, plan, profile, heal_s, choices)
     if wanted.packs:
         check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
-    with writing_bundle(destination, keep_failed) as folder:
-        plan, cut, made = _fitted(opened, plan, source, request, folder, wanted, stage)
+    packages = Packages(source, device, (format_choices or {}).get("coreml", {}) if "coreml" in formats else None)
+    with writing_bundle(destination, keep_failed, sign) as folder:
+        plan, cut, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, cut, heal_s, healing_state(destination), on_healing)
@@ -162,29 +176,27 @@ def export(
 
 
 def _replayed(
-    model: OpenedModel, plan: Plan, profile: str | None, choices: Choices
+    model: OpenedModel, plan: Plan, profile: str | None, heal_s: float | None, choices: Choices
 ) -> tuple[DeviceProfile, Source, Plan]:
     """A stored plan, checked against the model and what else is asked."""
     if profile is None and plan.profile not in profile_names():
         raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
     device = load_profile(profile or plan.profile)
     check_replay(plan, model, device.name, choices)
-    source = make_source(model)
-    return device, source, as_replayed(plan, source, device)
+    check_heal(plan, heal_s)
+    source = planned_source(model, make_source(model), plan)
+    return device, source, as_replayed(plan, source, device, model.checkpoint.spec)
 
 
-def asked_of(model: OpenedModel, profile: str, formats: Formats, choices: Choices) -> tuple[DeviceProfile, Request]:
-    """The device, and the checked request; class packs need a form that keeps classes apart."""
-    device = load_profile(profile)
-    if formats.packs and choices.get("form", "auto") == "auto":
-        choices = {**choices, "form": "switch"}
-    return device, make_request(model.checkpoint, device, **choices)
+def for_formats(choices: Choices, formats: Formats) -> Choices:
+    """Class packs need the form that keeps classes apart, where another one is not asked for."""
+    return {**choices, "form": "switch"} if formats.packs and choices.get("form", "auto") == "auto" else choices
 
 
 def _fitted(
     model: OpenedModel,
     plan: Plan,
-    source: Source,
+    packages: Packages,
     request: Request | None,
     folder: Path,
     formats: Formats,
@@ -199,7 +211,8 @@ def _fitted(
         if request is None or not spare_bytes:
             break
         request = dataclasses.replace(request, spare_bytes=request.spare_bytes + spare_bytes)
-        plan = make_plan(source, request)
+        plan = packages.settled(make_plan(packages.source, request))
+    packages.check(made.values["models"], plan)
     return plan, cut, made
 
 
@@ -216,28 +229,35 @@ def heal_cut(
 
     `state` is a file: what is learned is kept there, and an interrupted call goes on. `clock` counts the `seconds`.
     """
-    from kind_edge.training.healing import Lesson, Rows, heal, walk_deviation
+    from kind_edge.training.healing import Lesson, heal, sampler_rows, walk_deviation
 
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
-    rows = Rows(*(torch.from_numpy(getattr(table, name)).float() for name in Rows._fields))
     kept = tuple(class_indices(model.checkpoint, plan.classes))
     guidance = plan.guidance if plan.evaluations_per_step > 1 else 1.0
-    lesson = Lesson(model.checkpoint, cut.truncated, kept, plan.form, rows, guidance, plan.null_branch)
+    lesson = Lesson(
+        model.checkpoint, cut.truncated, kept, plan.form, sampler_rows(table), guidance, plan.null_branch,
+        whole=bool(plan.resize),
+    )  # fmt: skip
     done = heal(lesson, seconds, state, healing_key(plan), on_healing or (lambda _: None), clock)
     return judged(model, plan, cut, done.checkpoint, done.seconds, done.steps, partial(walk_deviation, lesson))
 
 
 def verify(
-    bundle: str | Path, checkpoint: str | Path | None = None, autoencoder: str | Path | None = None
+    bundle: str | Path,
+    checkpoint: str | Path | None = None,
+    autoencoder: str | Path | None = None,
+    key: str | Path | None = None,
 ) -> VerifyReport:
     """Check a bundle's hashes and the parity of its model files; `GateError` if any gate fails.
+
+    With `key`, a PEM file with the public half of an Ed25519 key, the signature of its manifest comes first.
 
     The stored reference is used; with `checkpoint` it is computed anew from the gated model. Of a healed bundle that is
     the healed checkpoint in it, and `checkpoint` must be the one that it was cut from. Where there is a decoder, its
     `autoencoder` must be given as well.
     """
     with open_bundle(bundle) as folder:
-        manifest = verified_manifest(folder, str(bundle))
+        manifest = verified_manifest(folder, str(bundle), key)
         reference, told = load_reference(folder), VerifyReport.reference
         if autoencoder is not None and checkpoint is None:
             raise UsageError("--autoencoder goes with --checkpoint: alone it has nothing to decode")
@@ -265,7 +285,8 @@ def _fresh_reference(
             raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
-        truncated = truncate(model.checkpoint, stored, model.calibration)
+        sized = at_planned_size(model, stored)
+        truncated = truncate(sized.checkpoint, stored, sized.calibration)
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
     return points | make_images(truncated, stored, model.autoencoder, seed=1)

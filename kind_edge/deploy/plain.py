@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kind_edge.model.dit import Block, DiT, Nothing, assemble, patchify, unpatchify
+from kind_edge.model.provenance import NOT_STATED, card_licence, lineage
 from kind_edge.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -44,6 +45,36 @@ class Thin(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.v @ self.u
+
+
+class CommonThin(nn.Module):
+    """Two thin weights that layers of several blocks multiply by, V m x r and U r x n, and what a file calls them."""
+
+    def __init__(self, name: str, v: Tensor, u: Tensor) -> None:
+        super().__init__()
+        self.name, self.v, self.u = name, nn.Parameter(v), nn.Parameter(u)
+
+
+class ScaledThin(Thin):
+    """A low-rank layer on weights that other layers have, too: x [.., m] -> (x V * s) U, s [r] its own.
+
+    Whoever takes its `v` and `u` gets thin weights of its own, the scale in them.
+    """
+
+    def __init__(self, common: CommonThin, scale: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.common, self.scale = common, nn.Parameter(scale)
+
+    @property
+    def v(self) -> Tensor:  # type: ignore[override]
+        return self.common.v * self.scale
+
+    @property
+    def u(self) -> Tensor:  # type: ignore[override]
+        return self.common.u
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.common.v * self.scale @ self.common.u
 
 
 class Dense(nn.Module):
@@ -136,6 +167,15 @@ class Origin:
     plan: Plan
     timesteps: Tensor
     autoencoder: Autoencoder | None = None
+
+    def lineage(self) -> dict[str, Any]:
+        """What its files say of where they come from."""
+        told = lineage(self.plan.model, self.plan.checkpoint_sha256, self.truncated.provenance)
+        if self.autoencoder is None:
+            return told
+        licence = card_licence(self.autoencoder.folder) or NOT_STATED
+        own = {"name": self.autoencoder.kind, "sha256": self.autoencoder.sha256, "licence": licence}
+        return {**told, "autoencoder": own}
 
 
 class PlainDiT(nn.Module):

@@ -88,6 +88,14 @@ def measure_sensitivity(
     return Sensitivity(sha256, {"images": seen, "seed": seed}, matrices, branches)
 
 
+def int8_losses(checkpoint: Checkpoint, seed: int = 0, images: int | None = None) -> dict[str, float]:
+    """Of the table, only what int8 costs, by matrix."""
+    spec, model = checkpoint.spec, checkpoint.model()
+    with torch.no_grad():
+        probe = _Probe(model, own_inputs(checkpoint, model, images or _images(spec), seed))
+        return {shape.name: _int8(probe, shape.name) for shape in spec.matrices()}
+
+
 def _images(spec: ModelSpec) -> int:
     cuts = len(LEARNGENE_SHARES) + len(TAILOR_SHARES) + 1
     evaluations = cuts * len(list(spec.matrices())) * (spec.depth + 1) / (2 * spec.depth)  # half the blocks on average
@@ -234,11 +242,16 @@ def _influence(probe: _Probe, name: str, shared: SortedFactors, tailors: tuple[S
         lost = [sum(float(each.energy[rank:].sum()) for each in factors) / len(factors) for rank in ranks]
         return Curve.through(lost, [cut(part, factors, rank) for rank in ranks])
 
-    with _replaced(probe.model.get_submodule(name.rsplit(".", 1)[0]), name.rsplit(".", 1)[1], _Int8Linear(layer)):
-        int8 = probe.change(block)
-    return MatrixInfluence(
-        curve("learngene", [shared], LEARNGENE_SHARES), curve("tailors", list(tailors), TAILOR_SHARES), int8
-    )
+    of_learngene = curve("learngene", [shared], LEARNGENE_SHARES)
+    return MatrixInfluence(of_learngene, curve("tailors", list(tailors), TAILOR_SHARES), _int8(probe, name))
+
+
+def _int8(probe: _Probe, name: str) -> float:
+    owner, own = name.rsplit(".", 1)
+    layer = probe.model.get_submodule(name)
+    assert isinstance(layer, GatedLinear)
+    with _replaced(probe.model.get_submodule(owner), own, _Int8Linear(layer)):
+        return probe.change(int(name.split(".")[1]))
 
 
 class _Kept(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 from kind_edge.budget.plan import Plan, check_replayable
 from kind_edge.deploy.decoder import planned_decoder
 from kind_edge.deploy.request import OpenedModel
+from kind_edge.deploy.resizing import size_spec
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.autoencoder import Autoencoder
 
@@ -19,7 +20,7 @@ def check_replay(plan: Plan, model: OpenedModel, profile: str, choices: Mapping[
         raise UsageError(f"--plan has its own {flags}; leave that out, or make another plan with kind-edge plan")
     if profile != plan.profile:
         raise UsageError(f"--profile {profile}: the plan was made for {plan.profile}; leave it out, or plan anew")
-    check_replayable(plan, model.checkpoint.spec)
+    check_replayable(plan, size_spec(model.checkpoint.spec, plan.resize))
     if plan.checkpoint_sha256 != model.sha256:
         raise InputError(
             f"the plan was made for checkpoint {plan.checkpoint_sha256[:12]} ({plan.model}), "

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, distance_words, predicted_words
+from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, distance_words, predicted_words
 from kind_edge.deploy.app_source import guidance_words, render
 from kind_edge.deploy.mac_results import MacResults
 from kind_edge.errors import InputError
+from kind_edge.model.provenance import lineage_words
 from kind_edge.units import format_bytes, format_flops, format_params, format_seconds, format_share
 
 REPORT = "report.html"
@@ -62,7 +63,9 @@ def _context(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         ],
         "parity": list(_parity(values)),
         "by_class": _by_class(values),
+        "packages": list(_packages(values)),
         "quality": list(_quality(values)),
+        "quality_headers": ("", "images", *_quality_headers(values)),
         "healed": values.get("healing", {}).get("told") if values.get("healing", {}).get("kept") else None,
         "measured": list(_measured(values)),
         "conditions": list(_conditions(latency["image"]["conditions"], values)),
@@ -87,6 +90,7 @@ def _decided(plan: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row
     yield "matrices", ", ".join(f"{storages.count(kind)} {kind}" for kind in dict.fromkeys(storages))
     yield "modulation", "baked into a table" if plan["modulation"] != "network" else "kept as a network"
     yield "app loads", values["default_model"]
+    yield from coreml_words(plan.get("coreml", {}))
 
 
 def _costs(plan: Mapping[str, Any]) -> Iterator[Row]:
@@ -108,10 +112,12 @@ def _reasons(plan: Mapping[str, Any]) -> Iterator[str]:
     """Why it is this plan, in sentences."""
     if plan["optimality_gap"] is not None:
         least = "predicted loss of quality" if plan["minimised"] == "loss" else "cost"
-        gap = format_share(round(plan["optimality_gap"], 6))
-        yield f"No plan within the limits has a {least} that is lower by more than {gap}."
+        gap = round(plan["optimality_gap"], 6)
+        yield f"No plan within the limits has a lower {least}{f' by more than {format_share(gap)}' if gap else ''}."
     if not plan["binding"]:
         yield "No limit keeps it from being better."
+    if plan["form"] == "union":
+        yield "What it costs to open several classes at once is in no prediction: look at the pictures."
     for name, price in plan["prices"].items():
         bought = _predicted(price.get("predicted_loss_increase"), price.get("predicted_frechet"))
         yield f"With a tenth more of {name.replace('max_', '')}, {WRITE_LIMIT[name](price['limit'])}: {bought}."
@@ -143,7 +149,11 @@ def _front_drawing(points: list[Mapping[str, Any]], plan: Mapping[str, Any]) -> 
     places = list(zip(placed(across, 100), [28 - y for y in placed(up, 28)], strict=True))
     labels = [_point_label(p) for p in (*known, {**own, "predicted_frechet": plan["predicted_frechet"]})]
     rows = [_point_row(p) for p in known]
-    return {"line": places[:-1], "labels": labels[:-1], "own": places[-1], "own_label": labels[-1], "rows": rows}
+    headers = ("model file", "predicted loss", "Fréchet distance", "steps", "one image, sustained")
+    if not any(row[2] for row in rows):  # nobody has judged pictures of this model
+        headers, rows = headers[:2] + headers[3:], [row[:2] + row[3:] for row in rows]
+    drawn = {"line": places[:-1], "labels": labels[:-1], "own": places[-1], "own_label": labels[-1]}
+    return {**drawn, "headers": headers, "rows": rows}
 
 
 def _point_label(point: Mapping[str, Any]) -> str:
@@ -176,7 +186,7 @@ def _parity(values: Mapping[str, Any]) -> Iterator[Row]:
     found = values["verification"]
     for file, worst_db in found["parity"].items():
         entry = values["models"][file.partition("#")[0]]  # a function of a file has the file's entry
-        what = "PSNR of the image" if entry["role"] == "sampler" else "SQNR"
+        what = "PSNR of the image" if entry["role"] in ("sampler", "decoder") else "SQNR"
         told = "none" if worst_db is None else f"{worst_db:.1f} dB"
         passed = worst_db is not None and worst_db >= found["gates"][file]
         yield file, entry["precision"], what, told, f"{found['gates'][file]:.0f} dB", "passed" if passed else "FAILED"
@@ -196,10 +206,34 @@ def _by_class(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"files": list(points), "rows": rows}
 
 
+def _packages(values: Mapping[str, Any]) -> Iterator[Row]:
+    """Every Core ML package: how it was made, its size beside the prediction and beside the fp32 ONNX file."""
+    models, predicted = values["models"], values["plan"].get("coreml", {})
+    for path, entry in models.items():
+        if not path.startswith("coreml/"):
+            continue
+        size, expected = entry["package_bytes"], predicted.get(f"{entry['role']}_bytes")
+        whole = values["latency"]["models"].get(f"onnx/{entry['role']}.onnx", {}).get("size_bytes")
+        yield (
+            path,
+            ", ".join(entry[key] for key in ("precision", "target", "layout") if key in entry),
+            format_bytes(size),
+            "" if expected is None else format_bytes(expected),
+            "" if not whole else format_share(size / whole),
+        )
+
+
 def _quality(values: Mapping[str, Any]) -> Iterator[Row]:
     for name, each in values.get("quality", {}).items():
         after, change = ("difference", "share") if "share" in each else ("plan", "increase")
         yield name, str(each["images"]), f"{each['full']:.4f}", f"{each[after]:.4f}", format_share(each[change])
+
+
+def _quality_headers(values: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Of a distilled model the energy of what changed; of another its diffusion loss."""
+    if any("share" in each for each in values.get("quality", {}).values()):
+        return "energy of the prediction", "of the difference", "share"
+    return "loss of the full model", "of this plan", "change"
 
 
 def _measured(values: Mapping[str, Any]) -> Iterator[Row]:
@@ -235,13 +269,15 @@ def _on_mac(found: MacResults) -> Iterator[Row]:
 
 def _conditions(here: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row]:
     image = values["latency"]["image"]
-    threads = "all physical cores" if here["threads"] is None else f"{here['threads']} threads"
+    threads = (
+        "all physical cores" if here["threads"] is None else f"{here['threads']} thread{'s' * (here['threads'] != 1)}"
+    )
     yield "image here", f"{format_seconds(image['p50_ms'] / 1e3)} (p50 of {image['runs']})"
     yield "measured on", f"{here['cpu']} ({', '.join(here['instruction_sets'])}), {threads}, {here['system']}"
     yield "runtime", f"{here['runtime']}, {here['provider']}"
     yield "checkpoint", f"{values['source']['model']}, {values['source']['checkpoint_sha256']}"
     yield "made by", ", ".join(f"{name} {version}" for name, version in values["tools"].items())
-    yield "licence", values["licence"]
+    yield from lineage_words(values.get("provenance", {"licence": values["licence"]})).items()
 
 
 def _data_uri(picture: Path) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, get_args
+from typing import TypedDict, Unpack, get_args
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.image_time import teacher_of
@@ -34,7 +34,7 @@ from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import find_model
-from kind_edge.model.spec import FORMS, SAMPLERS, Form, check_sampling, recommended
+from kind_edge.model.spec import FORMS, SAMPLERS, Form, ModelSpec, check_sampling, recommended
 from kind_edge.units import Kind, parse_quantity, parse_share
 
 _LIMIT_KINDS: Mapping[str, Kind] = {
@@ -171,7 +171,7 @@ def make_request(
     minimised = MINIMISED[_known("--minimize", minimize or "size", tuple(MINIMISED))] if max_quality_loss else LOSS
     return Request(
         device, wanted, sampling, form, precision, unit, parsed,  # type: ignore[arg-type]
-        others=_others(checkpoint, sampling) if steps is None else (),
+        others=_other_counts(checkpoint, sampling) if steps is None else (),
         fewer=_fewer(checkpoint, sampling),
         minimise=minimised,  # type: ignore[arg-type]
         max_loss=None if max_quality_loss is None else parse_share(max_quality_loss, "--max-quality-loss"),
@@ -202,10 +202,34 @@ def _at(checkpoint: Checkpoint, sampling: Sampling, steps: int) -> Sampling:
     return dataclasses.replace(sampling, steps=steps, evaluations=rows)
 
 
-def _others(checkpoint: Checkpoint, sampling: Sampling) -> tuple[Sampling, ...]:
+def _other_counts(checkpoint: Checkpoint, sampling: Sampling) -> tuple[Sampling, ...]:
     """The other step counts of a distilled model, most first: all that it can do."""
     counts = [count for count in reversed(checkpoint.spec.step_counts) if count != sampling.steps]
     return tuple(_at(checkpoint, sampling, count) for count in counts)
+
+
+def ask(
+    model: OpenedModel, device: DeviceProfile, source: Source | None = None, **choices: Unpack[Choices]
+) -> tuple[Source, Request]:
+    """What is planned for, and the checked request; a mistake in it is told before anything is measured.
+
+    Of a model that is not distilled, the steps and the guidance that the user left open are those at which it was
+    judged, as many as there are: 1 is without a guidance branch. `source`: the model's, where it is there already.
+    """
+    request = make_request(model.checkpoint, device, **choices)
+    source, sampling = source or make_source(model), request.sampling
+    spec, advice = model.checkpoint.spec, recommended(model.checkpoint.spec, model.checkpoint.provenance)
+    if spec.distilled or source.response is None or sampling.sampler != advice.sampler:
+        return source, request
+    steps_open, guidance_open = (choices.get(name) is None for name in ("steps", "guidance"))
+    folded = request.form in ("single", "union")  # no null branch to guide with
+    others = [
+        dataclasses.replace(_at(model.checkpoint, sampling, row.steps), guidance=row.guidance)
+        for row in source.response.table
+        if (steps_open or row.steps == sampling.steps)
+        and (row.guidance == sampling.guidance or (guidance_open and not folded))
+    ]
+    return source, dataclasses.replace(request, others=tuple(other for other in others if other != sampling))
 
 
 def _fewer(checkpoint: Checkpoint, sampling: Sampling) -> tuple[Sampling, ...]:
@@ -240,17 +264,20 @@ def make_source(model: OpenedModel) -> Source:
     )  # fmt: skip
 
 
-def as_replayed(plan: Plan, source: Source, device: DeviceProfile) -> Plan:
+def as_replayed(plan: Plan, source: Source, device: DeviceProfile, whole: ModelSpec | None = None) -> Plan:
     """A stored plan with figures that are its own: where its matrices, steps or classes were changed by hand, costs and
     predictions are found anew, and nothing claims any more that it is the best.
 
     Latency and memory of an unchanged plan stay as they were predicted: a profile may have been measured again.
+    `whole`: the shape of the model before the plan resizes it, where it does.
     """
     rows = len(sampler_table(plan.sampler, source.spec.objective, plan.steps).timestep)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows, plan.inside_guidance)
     written = "auto" if len(plan.precisions) > 1 else plan.precisions[0]
     decoder = planned_decoder(source.decoders, plan)
-    request = Request(device, plan.classes, sampling, plan.form, written, plan.unit, decoder=decoder)  # type: ignore[arg-type]
+    request = Request(
+        device, plan.classes, sampling, plan.form, written, plan.unit, decoder=decoder, dense_spec=whole,  # type: ignore[arg-type]
+    )  # fmt: skip
     candidate = Candidate(plan.form, plan.precision, plan.unit, plan.modulation)  # type: ignore[arg-type]
     found = figures_of(source, Way(request, candidate), plan.matrices)
     same = all(getattr(found, name) == getattr(plan, name) for name in ("flops", "params", "evaluations_per_step"))

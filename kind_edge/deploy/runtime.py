@@ -200,16 +200,20 @@ def load_bundle(
     verify: bool = True,
     provider: str = "cpu",
     packs: Sequence[Path | str] = (),
+    key: Path | str | None = None,
 ) -> LoadedBundle:
     """Open a bundle (folder or `.zip`) for generation.
 
     `model` is a precision ("fp32") or a file of the bundle; None takes the bundle's default, the plan's choice.
     `threads` None takes what the bundle says is quickest, or leaves the number to ONNX Runtime. With `verify` every
-    hash is checked first. `packs` are files of further classes, joined on the way: the bundle itself stays as it is.
+    hash is checked first; with `key`, a PEM file with a public Ed25519 key, the signature before them (that needs the
+    library cryptography). `packs` are files of further classes, joined on the way: the bundle itself stays as it is.
     Raises `InputError` for a damaged bundle or pack, `UsageError` for an unknown model or an unavailable provider.
     """
+    if key is not None and not verify:
+        raise UsageError("key: a signature says nothing of files whose hashes are not checked; leave verify on")
     with open_bundle(path) as folder:
-        manifest = verified_manifest(folder, str(path)) if verify else read_manifest(folder)
+        manifest = verified_manifest(folder, str(path), key) if verify else read_manifest(folder)
         entry = choose_model(manifest, model)
         threads = manifest.threads if threads is None else threads
         with _with_packs(folder, manifest, entry, packs, str(path)) as (place, manifest):

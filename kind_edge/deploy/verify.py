@@ -5,7 +5,6 @@ Of a denoiser SQNR per class and timestep, of a sampler or decoder PSNR per imag
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.bounded import read_npz
 from kind_edge.deploy.manifest import Manifest, ModelEntry, TensorInfo
 from kind_edge.deploy.parity import FileParity, VerifyReport, gate_db, gates_db, psnr_db, sqnr_db
 from kind_edge.errors import InputError
+from kind_edge.model.tiles import Tiles, in_tiles, tiles_of
 from kind_edge.registry import Interpreter, exporter
 
 REFERENCE_FILE = "verify/reference.npz"
@@ -35,11 +36,7 @@ Reference = Mapping[str, NDArray[Any]]
 
 def load_reference(folder: Path) -> Reference:
     path = folder / REFERENCE_FILE
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            reference = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: cannot read the stored reference: {error}") from error
+    reference = read_npz(path, "the stored reference")
     images = {name: reference[name] for name in LATENT_ARRAYS & set(reference)}
     whole = LATENT_ARRAYS if "latent" in images else IMAGE_ARRAYS
     for names, found in ((REFERENCE_ARRAYS, set(reference) - set(images)), (whole, set(images) or whole)):
@@ -120,8 +117,8 @@ def verify_model(folder: Path, entry: ModelEntry, reference: Reference, classes:
 def verify_images(folder: Path, entry: ModelEntry, reference: Reference, manifest: Manifest) -> FileParity:
     """One sampler: its images, one call each, beside those that the gated model draws from the same noise; or one
     decoder, from the same latents."""
-    gate = _gate_db(entry)
-    failures = list(_image_failures(entry, reference))
+    gate, tiles = _gate_db(entry), _tiles(entry, manifest)
+    failures = list(_image_failures(entry, reference, tiles))
     points: list[Mapping[str, Any]] = []
     if not failures:
         run = exporter(entry.path.split("/")[0]).open(folder / entry.path)
@@ -129,7 +126,11 @@ def verify_images(folder: Path, entry: ModelEntry, reference: Reference, manifes
         once = (
             {"guidance": np.array(manifest.sampler.guidance, np.float32)} if "guidance" in entry.input_names() else {}
         )
-        parts = [run({n: a[at : at + 1] for n, a in inputs.items()} | once) for at in range(len(reference["image"]))]
+        if tiles is not None:
+            parts = [in_tiles(lambda piece: run({"latent": piece}), one[None], tiles) for one in reference["latent"]]
+        else:
+            each = range(len(reference["image"]))
+            parts = [run({n: a[at : at + 1] for n, a in inputs.items()} | once) for at in each]
         output = np.concatenate(parts)
         failures += _output_failures(entry.outputs[0], output, reference["image"])
         if not failures:
@@ -158,13 +159,24 @@ def _class_index_type(entry: ModelEntry) -> str:
     return "int32" if entry.path.startswith("coreml/") or entry.fixed_batch is not None else "int64"
 
 
-def _image_failures(entry: ModelEntry, reference: Reference) -> Iterator[str]:
+def _tiles(entry: ModelEntry, manifest: Manifest) -> Tiles | None:
+    """Of a decoder in Core ML, which makes one tile of a picture at a time; others have their tiles inside."""
+    if entry.role != "decoder" or not entry.path.startswith("coreml/") or manifest.latent is None:
+        return None
+    count = manifest.raw.get("decoder", {}).get("tiles", 1)
+    if type(count) is not int or not 1 <= count <= manifest.latent.height:
+        raise InputError(f"decoder.tiles: got {count!r:.60}, want 1 to {manifest.latent.height}")
+    return tiles_of(manifest.latent.height, count, manifest.image.height // manifest.latent.height)
+
+
+def _image_failures(entry: ModelEntry, reference: Reference, tiles: Tiles | None) -> Iterator[str]:
     """Names, types and shapes of a sampler's or decoder's inputs, as the bundle contract has them."""
     first = "latent" if entry.role == "decoder" else "noise"
     if not set(reference) >= IMAGE_ARRAYS | {first} or not len(reference["image"]):
         yield f"the reference holds no images to compare a {entry.role}'s with; export again"
         return
-    known: dict[str, tuple[str, list[int | str]]] = {first: ("float32", ["batch", *reference[first].shape[1:]])}
+    shape = list(reference[first].shape[1:]) if tiles is None else [reference[first].shape[1], tiles.size, tiles.size]
+    known: dict[str, tuple[str, list[int | str]]] = {first: ("float32", ["batch", *shape])}
     if entry.role == "sampler":
         known |= {"class_index": (_class_index_type(entry), ["batch"]), "guidance": ("float32", [])}
     if entry.input_names()[:1] != (first,):

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from kind_edge.deploy.bundle import hash_files
 from kind_edge.deploy.manifest import MANIFEST_NAME
+from kind_edge.deploy.notice import NOTICE, notice
 from kind_edge.deploy.packs import CORE_FILE, read_core
-from kind_edge.deploy.web_runtime import CPU_FILES, GPU_FILES, copy_runtime, fetch_runtime
+from kind_edge.deploy.web_runtime import CPU_FILES, GPU_FILES, RUNTIME_NOTICE, copy_runtime, fetch_runtime
 
 if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
@@ -22,7 +23,19 @@ if TYPE_CHECKING:
 FOLDER = "web"
 _FOR_TOOLS = ("kind-edge.d.ts", "package.json")
 PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "packs.js", *_FOR_TOOLS), "offline.js"
-_KEYS = ("schema_version", "name", "source", "licence", "classes", "image", "latent", "sampler", "packs", "threads")
+_KEYS = (
+    "schema_version",
+    "name",
+    "source",
+    "licence",
+    "provenance",
+    "classes",
+    "image",
+    "latent",
+    "sampler",
+    "packs",
+    "threads",
+)
 """What the script needs of the bundle's manifest."""
 _ROLES = ("denoiser", "decoder")
 
@@ -52,6 +65,7 @@ def _write_page(web: Path, folder: Path, values: Mapping[str, Any], models: Mapp
         shutil.copyfile(folder / CORE_FILE, web / CORE_FILE)
     gpu = any(values["models"][path]["precision"].startswith("fp") for path in models)
     copy_runtime(web / "runtime", (*CPU_FILES, *(GPU_FILES if gpu else ())))
+    (web / NOTICE).write_text(f"{notice(values)}\nruntime/\n  {RUNTIME_NOTICE}\n", encoding="utf-8")
     (web / MANIFEST_NAME).write_text(_manifest(values, models, cores, web), encoding="utf-8")
     for name in PAGE:
         (web / name).write_bytes(_template(name))

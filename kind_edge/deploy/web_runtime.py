@@ -26,6 +26,7 @@ SHA512 = "q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02Vb7QmRM
 CPU_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 GPU_FILES = ("ort.webgpu.min.mjs", "ort-wasm-simd-threaded.asyncify.mjs", "ort-wasm-simd-threaded.asyncify.wasm")
 
+RUNTIME_NOTICE = f"{PACKAGE} {VERSION}, licence MIT: LICENSE and ThirdPartyNotices.txt beside it"
 _LICENCES = ("LICENSE", "ThirdPartyNotices.txt")
 _FETCH_TIMEOUT_S = 600
 

@@ -7,42 +7,25 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kind_edge.bounded import read_object
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.spec import ModelSpec
+from kind_edge.model.tiles import Tiles, in_tiles, tiles_of
 
 KINDS = ("AutoencoderKL", "AutoencoderTiny")
 SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 """Keys of its configuration that say how an encoder's latents become the network's."""
 
 _REASON_CHARACTERS = 300
-_OVERLAP = 0.25
-"""Of a tile, as diffusers has it."""
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """`count` overlapping tiles along a side, each `size` latents long, from `starts`.
-
-    `weights` [count, size * f]: how much of a pixel comes from which tile; over all tiles they add up to 1, and where
-    two tiles overlap the one fades into the other.
-    """
-
-    count: int
-    size: int
-    starts: tuple[int, ...]
-    weights: NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,47 +182,21 @@ def scaling(config: Mapping[str, Any], device: torch.device) -> Callable[[Tensor
     return lambda latents: (latents - means) * factor / stds
 
 
-def tiles_of(side: int, count: int, pixels_per_latent: int) -> Tiles:
-    """`count` equal tiles along a side of `side` latents that overlap by about a quarter and meet its ends."""
-    size = min(side, int(np.ceil(side / (count - _OVERLAP * (count - 1)))))
-    starts = np.linspace(0, side - size, count).round().astype(int) if count > 1 else np.zeros(1, int)
-    weights = np.ones((count, size * pixels_per_latent), np.float32)
-    for i in range(count - 1):
-        both = max(0, int(starts[i] + size - starts[i + 1])) * pixels_per_latent
-        ramp = (np.arange(both, dtype=np.float32) + np.float32(0.5)) / np.float32(max(both, 1))
-        weights[i, len(weights[i]) - both :] *= 1 - ramp
-        weights[i + 1, :both] *= ramp
-    return Tiles(count, size, tuple(int(start) for start in starts), weights)
-
-
 def decode_tiled(decode: Callable[[Tensor], Tensor], latent: Tensor, tiles: Tiles) -> Tensor:
     """Latents [B, ch, h, w] to images [B, C, H, W], tile by tile; what an exported decoder with these tiles does."""
     if tiles.count == 1:
         return decode(latent)
-    image: Tensor | None = None
-    weights = torch.from_numpy(tiles.weights)
-    for i, top in enumerate(tiles.starts):
-        for j, left in enumerate(tiles.starts):
-            part = decode(latent[:, :, top : top + tiles.size, left : left + tiles.size])
-            f = part.shape[-1] // tiles.size
-            if image is None:
-                image = torch.zeros(*part.shape[:2], latent.shape[2] * f, latent.shape[3] * f)
-            place = image[:, :, top * f : (top + tiles.size) * f, left * f : (left + tiles.size) * f]
-            place += part * weights[i].view(1, 1, -1, 1) * weights[j]
-    assert image is not None
-    return image
+    return torch.from_numpy(in_tiles(lambda piece: decode(torch.from_numpy(piece)).numpy(), latent.numpy(), tiles))
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        values.get("_class_name")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return read_object(folder / "config.json")
+    except InputError as error:
         raise InputError(
             f"--autoencoder {folder}: no autoencoder of diffusers ({error}); want a folder with config.json and "
             f"safetensors weights of {' or '.join(KINDS)}, often the sub-folder vae of a pipeline"
         ) from error
-    return dict(values)
 
 
 def _empty(kind: str, config: Mapping[str, Any]) -> Any:

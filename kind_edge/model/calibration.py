@@ -8,7 +8,7 @@ its mean diagonal, and that scale in float32.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,10 +101,23 @@ def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: 
 
     A distilled model takes each of its step counts instead of `steps`.
     """
+    return calibrate_on_inputs(model, trajectory_inputs(model, per_class, steps, seed))
+
+
+def trajectory_inputs(
+    model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0, images: int | None = None
+) -> list[Inputs]:
+    """What a model is asked at every step while it draws `per_class` images of every class.
+
+    `images`: no more than so many, of evenly spread classes.
+    """
     spec = model.spec
     seen: list[Inputs] = []
     counts = spec.step_counts or (steps,)
-    for count, classes in itertools.product(counts, torch.arange(spec.num_classes).repeat(per_class).split(64)):
+    wanted = torch.arange(spec.num_classes).repeat(per_class)
+    if images is not None and images < len(wanted):
+        wanted = wanted[torch.arange(images) * len(wanted) // images]
+    for count, classes in itertools.product(counts, wanted.split(64)):
         walk = denoiser(model, count, 1.0 if spec.inside_guidance is None else spec.inside_guidance)
 
         def record(x: Tensor, timestep: Tensor, classes: Tensor, count: int = count, walk: Denoiser = walk) -> Tensor:
@@ -115,10 +128,16 @@ def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: 
         generator = torch.Generator().manual_seed(seed + len(seen))
         noise = torch.randn(len(classes), spec.channels, spec.image_size, spec.image_size, generator=generator)
         sample(record, noise, classes, spec.objective, count)
-    if spec.distilled:
-        return Calibration(covariances(model, seen), {}, "own sampling trajectories")
-    null = [(x, timestep, torch.full_like(classes, spec.num_classes)) for x, timestep, classes in seen]
-    return Calibration(covariances(model, seen), covariances(model, null), "own sampling trajectories")
+    return seen
+
+
+def calibrate_on_inputs(model: DiT, seen: Sequence[Inputs]) -> Calibration:
+    """Covariances over sampling trajectories, this model's own or another's of the same images and classes."""
+    source, classes = "own sampling trajectories", model.spec.num_classes
+    if model.spec.distilled:
+        return Calibration(covariances(model, seen), {}, source)
+    null = [(x, timestep, torch.full_like(labels, classes)) for x, timestep, labels in seen]
+    return Calibration(covariances(model, seen), covariances(model, null), source)
 
 
 def save_calibration(path: Path, calibration: Calibration) -> None:

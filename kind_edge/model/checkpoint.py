@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kind_edge.bounded import read_json, read_object
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.dit import DiT, sincos_position_table
 from kind_edge.model.spec import ModelSpec
@@ -139,10 +140,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is not a checkpoint: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
+    config = read_json(path, "the configuration")
     version = config.get("schema_version") if isinstance(config, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version is {version!r}, this kind-edge reads {SCHEMA_VERSION}")
@@ -168,8 +166,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         return [folder / WEIGHTS]
     try:
-        names = {Path(name).name for name in json.loads(index.read_text())["weight_map"].values()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        names = {Path(name).name for name in read_object(index)["weight_map"].values()}
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index}: not a safetensors index: {error!r}") from error
     return [folder / name for name in sorted(names)]
 

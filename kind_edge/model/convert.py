@@ -12,10 +12,12 @@ Symbols: W n x m, N_G learngene rank, N_T tailor rank, C classes.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint, save_checkpoint
 from kind_edge.model.dit_layouts import DenseDiT
 from kind_edge.model.foreign_files import read_foreign
+from kind_edge.model.names import is_factor
+from kind_edge.model.provenance import card_licence
 from kind_edge.model.spec import BRANCHES, ModelSpec, branch_of
 
 OnMatrix = Callable[[int, int], None]
@@ -52,8 +56,7 @@ def import_model(
     on_matrix: OnMatrix | None = None,
 ) -> Imported:
     """Write the KIND checkpoint of a DiT's `.pt` file or diffusers folder; `output` appears whole or not at all."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UsageError(f"{output} exists and is not empty; choose another -o or remove it")
+    check_absent(output)
     found = read_foreign(source, heads)
     spec = found.dense.spec
     if heads is not None and spec.heads != heads:
@@ -65,17 +68,30 @@ def import_model(
             f"classes (the last of its {spec.num_classes + 1} label rows is the null class)"
         )
     checkpoint, energies = split(found.dense, learngene_rank, tailor_rank, on_matrix)
-    provenance = {"imported_from": source.resolve().name, "layout": found.layout}
-    _save_whole(output, dataclasses.replace(checkpoint, class_names=names, provenance=provenance))
+    provenance: dict[str, Any] = {"imported_from": source.resolve().name, "layout": found.layout}
+    if licence := card_licence(source):
+        provenance["stated"] = {"licence": licence}
+    save_whole(output, dataclasses.replace(checkpoint, class_names=names, provenance=provenance))
     return Imported(output, found.layout, checkpoint.spec, names, *energies)
 
 
-def _save_whole(output: Path, checkpoint: Checkpoint) -> None:
-    """Write beside `output` and rename when complete."""
+def check_absent(output: Path) -> None:
+    """Refuse a folder that holds something."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not empty; choose another -o or remove it")
+
+
+def save_whole(
+    output: Path, checkpoint: Checkpoint, dtype: torch.dtype | None = None, beside: Iterable[Path] = ()
+) -> None:
+    """Write beside `output`, with copies of the files in `beside`, and rename when complete."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.new-", dir=output.parent) as temporary:
-        save_checkpoint(Path(temporary) / output.name, checkpoint)
-        (Path(temporary) / output.name).rename(output)
+        folder = Path(temporary) / output.name
+        save_checkpoint(folder, checkpoint, dtype)
+        for path in beside:
+            shutil.copyfile(path, folder / path.name)
+        folder.rename(output)
 
 
 def split(
@@ -132,12 +148,11 @@ def densify(checkpoint: Checkpoint) -> DenseDiT:
 
     An ordinary model has every branch: those that were dropped get weights and gates of zero.
     """
-    tensors = {name: t.float() for name, t in checkpoint.tensors.items() if ".learngene." not in name}
+    tensors = {name: t.float() for name, t in checkpoint.tensors.items() if not is_factor(name)}
     for shape in checkpoint.spec.matrices():
-        u, s, v = (checkpoint.tensors[f"{shape.name}.learngene.{part}"].double() for part in "UsV")
-        if tensors.pop(f"{shape.name}.tailors.s").shape[-1]:
+        u, s, v = (checkpoint.tensors[checkpoint.spec.factor_name(shape.name, part)].double() for part in "UsV")
+        if checkpoint.spec.ranks(shape.name).tailor:
             raise InputError(f"{shape.name} has tailors, which one dense matrix cannot hold for several classes")
-        del tensors[f"{shape.name}.tailors.U"], tensors[f"{shape.name}.tailors.V"]
         tensors[f"{shape.name}.weight"] = (u * s @ v.T).float()
     return DenseDiT(checkpoint.spec.dense(), tensors | _empty_branches(checkpoint.spec, tensors))
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kind_edge.model.gated_linear import ClassGate, GatedLinear
+from kind_edge.model.gated_linear import Basis, ClassGate, GatedLinear
+from kind_edge.model.names import weight_type
 from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec
 
 
@@ -138,10 +139,28 @@ def unpatchify(tokens: Tensor, modulation: Tensor, linear: nn.Linear, spec: Mode
     return F.pixel_shuffle(values.transpose(1, 2).unflatten(2, (side, side)), spec.patch_size)
 
 
-def make_linear(spec: ModelSpec, shape: MatrixShape) -> nn.Module:
+def make_linear(spec: ModelSpec, shape: MatrixShape, basis: Basis | None = None) -> nn.Module:
     if spec.factored:
-        return GatedLinear(shape, spec.ranks(shape.name), spec.num_classes)
+        return GatedLinear(shape, spec.ranks(shape.name), spec.num_classes, basis)
     return DenseLinear(shape.inputs, shape.outputs)
+
+
+def make_bases(spec: ModelSpec) -> dict[str, Basis]:
+    """What the blocks of a model with shared factors have in common, by weight type; nothing for other models."""
+    if not spec.shared_factors:
+        return {}
+    return {kind: Basis(shape, spec.ranks(shape.name).learngene) for kind, shape in spec.weight_types().items()}
+
+
+def as_tree(bases: dict[str, Basis]) -> nn.ModuleDict:
+    """`attn.q` and its like as modules in modules, as torch wants names with dots."""
+    tree = nn.ModuleDict()
+    for kind, basis in bases.items():
+        branch, part = kind.split(".")
+        if branch not in tree:
+            tree[branch] = nn.ModuleDict()
+        tree.get_submodule(branch).add_module(part, basis)
+    return tree
 
 
 def assemble(linears: dict[str, nn.Module], block: int, spec: ModelSpec) -> tuple[Attention | None, Mlp | None]:
@@ -169,7 +188,11 @@ class DiT(nn.Module):
         super().__init__()
         self.spec = spec
         width = spec.width
-        linears = {shape.name: make_linear(spec, shape) for shape in spec.matrices()}
+        bases = make_bases(spec)
+        linears = {
+            shape.name: make_linear(spec, shape, bases.get(weight_type(shape.name))) for shape in spec.matrices()
+        }
+        self.shared = as_tree(bases) if bases else None
         self.patch_embed = nn.Conv2d(spec.channels, width, spec.patch_size, stride=spec.patch_size)
         self.register_buffer("pos_embed", sincos_position_table(spec.image_size // spec.patch_size, width))
         self.t_embed = TimestepEmbedder(width, spec.timestep_frequency_shift)

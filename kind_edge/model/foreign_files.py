@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pickle
 import struct
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kind_edge.bounded import read_object
 from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import read_tensors
 from kind_edge.model.diffusion import BETA_END, BETA_START, TRAIN_STEPS
@@ -145,10 +145,4 @@ def _diffusers_tensors(folder: Path) -> Mapping[str, Any]:
 def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(f"{path}: missing; want a folder that diffusers saved, or a .pt file")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, Mapping):
-        raise InputError(f"{path}: want a JSON object, not {type(values).__name__}")
-    return values
+    return read_object(path)

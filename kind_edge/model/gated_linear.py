@@ -92,13 +92,42 @@ class Factors(nn.Module):
         return (self.U * self.s.unsqueeze(-2)) @ self.V.mT
 
 
-class GatedLinear(nn.Module):
-    """A linear layer m -> n made of a learngene and one tailor per class."""
+class Basis(nn.Module):
+    """U n x r and V m x r of a weight type, which the learngenes of all blocks have in common."""
 
-    def __init__(self, shape: MatrixShape, ranks: Ranks, num_classes: int) -> None:
+    def __init__(self, shape: MatrixShape, rank: int) -> None:
+        super().__init__()
+        self.U = nn.Parameter(torch.zeros(shape.outputs, rank))
+        self.V = nn.Parameter(torch.zeros(shape.inputs, rank))
+
+
+class OnBasis(Factors):
+    """U diag(s) V^T of one block with U and V of a `Basis`: only s is this layer's own.
+
+    The basis is asked for U and V in every pass, as sharding and compilation put other tensors in their place.
+    """
+
+    def __init__(self, basis: Basis) -> None:
+        nn.Module.__init__(self)
+        self.s = nn.Parameter(torch.zeros(basis.U.shape[1]))
+        self._basis = (basis,)  # in a tuple, so that it does not become a part of this layer, too
+
+    @property
+    def U(self) -> Tensor:  # type: ignore[override]
+        return self._basis[0].U
+
+    @property
+    def V(self) -> Tensor:  # type: ignore[override]
+        return self._basis[0].V
+
+
+class GatedLinear(nn.Module):
+    """A linear layer m -> n made of a learngene and one tailor per class; with a `basis` its learngene is on that."""
+
+    def __init__(self, shape: MatrixShape, ranks: Ranks, num_classes: int, basis: Basis | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.learngene = Factors(shape, ranks.learngene)
+        self.learngene = Factors(shape, ranks.learngene) if basis is None else OnBasis(basis)
         self.tailors = Factors(shape, ranks.tailor, num_classes)
         self.bias = nn.Parameter(torch.zeros(shape.outputs))
 
@@ -130,7 +159,8 @@ class GatedLinear(nn.Module):
         """Deal the components of random matrices out to learngene and tailors.
 
         Each part gets its share of an ordinary (Xavier) matrix's energy, r / R of |W|_F^2, so that learngene plus one
-        tailor starts with E|W x|^2 of an ordinary layer.
+        tailor starts with E|W x|^2 of an ordinary layer. A basis keeps what the last layer on it drew; signs of s at
+        random make the matrices of these layers as different as independent ones are.
         """
         n, m = self.shape.outputs, self.shape.inputs
         num_classes, tailor_rank = self.tailors.s.shape
@@ -147,6 +177,8 @@ class GatedLinear(nn.Module):
             share = energy * rank / (learngene_rank + tailor_rank)
             order = values.argsort(descending=True, stable=True)  # the leading share of a learngene: its largest part
             values = values[order] * (share / values.square().sum()).sqrt()
+            if s is self.learngene.s and isinstance(self.learngene, OnBasis):
+                values = values * (torch.randint(2, (rank,), generator=generator) * 2 - 1)
             u.copy_(left[:, order]), v.copy_(right[:, order]), s.copy_(values)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from kind_edge.errors import InputError, UsageError, nearest, unknown
+from kind_edge.model.names import SHARED, weight_type
 
 Objective = Literal["epsilon", "flow"]
 OBJECTIVES: tuple[Objective, ...] = ("epsilon", "flow")
@@ -64,6 +65,9 @@ class ModelSpec:
     `matrix_ranks` overrides the two ranks matrix by matrix, as truncation leaves them; `dropped_branches` are those it
     took out whole ("blocks.3.attn"): their blocks pass on what comes in, and the model holds no tensor of theirs.
     `nested`: the components of every learngene lie in the order of their importance, and a cut keeps the leading ones.
+    `shared_factors`: U and V of the learngene are one pair per weight type ("attn.q"), which all blocks have in common;
+    s, tailors and biases are each block's own (FINE, Xie et al., arXiv 2409.19289). A cut keeps leading components, as
+    many in every block.
     `step_counts` is empty for an ordinary model. A distilled one predicts, for each of these numbers of Euler steps,
     the mean velocity over a step (whose span is an input of the network), with guidance of strength
     `inside_guidance` in it.
@@ -90,6 +94,7 @@ class ModelSpec:
     timestep_frequency_shift: int = 0
     mlp_norm_eps: float = 1e-6
     nested: bool = False
+    shared_factors: bool = False
     step_counts: tuple[int, ...] = ()
     inside_guidance: float | None = None
     matrix_ranks: Mapping[str, Ranks] = field(default_factory=dict)
@@ -113,7 +118,7 @@ class ModelSpec:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise InputError(f"ModelSpec.{name}: got {value!r}, want an integer of at least 0")
-        for name in ("label_embedding", "learned_sigma", "factored", "nested"):
+        for name in ("label_embedding", "learned_sigma", "factored", "nested", "shared_factors"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"ModelSpec.{name}: got {getattr(self, name)!r}, want true or false")
         ratio: Any = self.mlp_ratio
@@ -143,6 +148,7 @@ class ModelSpec:
         for name in self.matrix_ranks:
             if name not in known:
                 raise InputError(f"ModelSpec.matrix_ranks: unknown matrix {name!r}; nearest: {nearest(name, known)}")
+        self._check_shared()
 
     def check_trainable_ranks(self) -> None:
         """Refuse a learngene or a tailor of more components than its matrix has to give.
@@ -182,6 +188,21 @@ class ModelSpec:
                 )
         if list(dropped) != [name for name in known if name in dropped]:
             raise InputError("ModelSpec.dropped_branches: want each branch once, in the order of the forward pass")
+
+    def _check_shared(self) -> None:
+        if not self.shared_factors:
+            return
+        if not self.factored:
+            raise InputError("ModelSpec.shared_factors: a dense model has no factors to share; want factored = true")
+        found: dict[str, tuple[str, int]] = {}
+        for matrix in self.matrices():
+            rank = self.ranks(matrix.name).learngene
+            first, wanted = found.setdefault(weight_type(matrix.name), (matrix.name, rank))
+            if rank != wanted:
+                raise InputError(
+                    f"ModelSpec.matrix_ranks: {matrix.name} has learngene rank {rank}, {first} has {wanted}; "
+                    "blocks that share their factors have one rank per weight type"
+                )
 
     @property
     def distilled(self) -> bool:
@@ -248,10 +269,22 @@ class ModelSpec:
                 yield MatrixShape(f"blocks.{block}.mlp.fc1", hidden, width)
                 yield MatrixShape(f"blocks.{block}.mlp.fc2", width, hidden)
 
+    def weight_types(self) -> dict[str, MatrixShape]:
+        """The first matrix of every weight type ("attn.q"), by type: the shape of what blocks may share."""
+        found: dict[str, MatrixShape] = {}
+        for matrix in self.matrices():
+            found.setdefault(weight_type(matrix.name), matrix)
+        return found
+
+    def factor_name(self, matrix: str, part: str) -> str:
+        """The tensor of a checkpoint that holds U, s or V of a matrix's learngene."""
+        shared = self.shared_factors and part != "s"
+        return f"{SHARED}.{weight_type(matrix)}.{part}" if shared else f"{matrix}.learngene.{part}"
+
     def dense(self) -> ModelSpec:
         """The ordinary DiT of the same shape: what percentages of a budget refer to."""
-        ordinary: dict[str, Any] = {"nested": False, "step_counts": (), "inside_guidance": None}
-        ordinary |= {"matrix_ranks": {}, "dropped_branches": ()}
+        ordinary: dict[str, Any] = {"nested": False, "shared_factors": False}
+        ordinary |= {"matrix_ranks": {}, "dropped_branches": (), "step_counts": (), "inside_guidance": None}
         return dataclasses.replace(self, factored=False, learngene_rank=0, tailor_rank=0, **ordinary)
 
     def to_dict(self) -> dict[str, Any]:
@@ -259,8 +292,9 @@ class ModelSpec:
         values["matrix_ranks"] = {name: list(ranks) for name, ranks in self.matrix_ranks.items()}
         values["step_counts"] = list(self.step_counts)
         values["dropped_branches"] = list(self.dropped_branches)
-        if not self.dropped_branches:  # as in files of before there were any
-            del values["dropped_branches"]
+        for name in ("dropped_branches", "shared_factors"):
+            if not values[name]:  # as in files of before there were any
+                del values[name]
         return values
 
     @classmethod

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
+from kind_edge.model.names import weight_type
 from kind_edge.model.spec import Form
 
 _FLOOR = 1e-6
@@ -76,19 +77,47 @@ def as_they_lie(u: Tensor, s: Tensor, v: Tensor, whitening: Whitening | None) ->
 
 
 def reordered(checkpoint: Checkpoint, calibration: Calibration) -> Checkpoint:
-    """The same function with every learngene's components by falling output energy, over classes and null branch."""
+    """The same function with every learngene's components by falling output energy, over classes and null branch.
+
+    Components that blocks share can be put in another order, but not mixed: it is the same for all of them then, by
+    the sum of their energies.
+    """
+    if checkpoint.spec.shared_factors:
+        return _reordered_on_bases(checkpoint, calibration)
     tensors = dict(checkpoint.float_tensors())
     for shape in checkpoint.spec.matrices():
         name = f"{shape.name}.learngene"
         u, s, v = (tensors[f"{name}.{part}"].double() for part in "UsV")
-        found = sorted_factors(u * s, v, _both_branches(calibration, shape.name))
-        length = found.V.norm(dim=0)  # into s, so that V stays of the size that the optimizer is used to
-        factors = {"U": found.U, "s": found.s * length, "V": found.V / length}
-        tensors |= {f"{name}.{part}": tensor.float() for part, tensor in factors.items()}
+        found = sorted_factors(u * s, v, both_branches(calibration, shape.name))
+        tensors |= {f"{name}.{part}": tensor for part, tensor in trainable(found).items()}
     return Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
 
 
-def _both_branches(calibration: Calibration, name: str) -> Whitening:
+def _reordered_on_bases(checkpoint: Checkpoint, calibration: Calibration) -> Checkpoint:
+    spec, tensors = checkpoint.spec, dict(checkpoint.float_tensors())
+    for kind in spec.weight_types():
+        blocks = [shape.name for shape in spec.matrices() if weight_type(shape.name) == kind]
+        u, v = (tensors[spec.factor_name(blocks[0], part)].double() for part in "UV")
+        length = v.norm(dim=0).clamp_min(1e-12)
+        v = v / length
+        scales = [tensors[spec.factor_name(name, "s")].double() * length for name in blocks]
+        seen = [(both_branches(calibration, name).root @ v).square().sum(0) for name in blocks]
+        energy = sum(s.square() * e for s, e in zip(scales, seen, strict=True)) * u.square().sum(0)
+        order = torch.as_tensor(energy).argsort(descending=True, stable=True)
+        for part, values in (("U", u), ("V", v)):
+            tensors[spec.factor_name(blocks[0], part)] = values[:, order].float()
+        for name, s in zip(blocks, scales, strict=True):
+            tensors[spec.factor_name(name, "s")] = s[order].float()
+    return Checkpoint(spec, checkpoint.class_names, tensors, checkpoint.provenance)
+
+
+def trainable(factors: SortedFactors) -> dict[str, Tensor]:
+    """U, s, V in float32, V's columns of length 1 and their length in s: the size that the optimizer is used to."""
+    length = factors.V.norm(dim=0)
+    return {"U": factors.U.float(), "s": (factors.s * length).float(), "V": (factors.V / length).float()}
+
+
+def both_branches(calibration: Calibration, name: str) -> Whitening:
     """Of class and null branch; of the classes alone where there is no null branch."""
     pooled, null = calibration.pooled[name], calibration.null.get(name)
     return Whitening.of(pooled if null is None else (pooled + null) / 2)
@@ -107,16 +136,18 @@ def fold_matrix(
 ) -> FoldedMatrix:
     """Learngene and tailors of matrix `name`, joined as the form demands and sorted by output energy.
 
-    switch: learngene shared (whitened over class and null branches, where there is a null branch, or nested), tailors
-    apart. single and union: learngene and the kept tailors as one product.
+    switch: learngene shared (whitened over class and null branches, where there is a null branch; as it lies where it
+    is nested, or on factors that other blocks have, too), tailors apart. single and union: learngene and the kept
+    tailors as one product.
     """
-    t = checkpoint.tensors
-    u, s, v = (t[f"{name}.learngene.{part}"].double() for part in "UsV")
+    t, spec = checkpoint.tensors, checkpoint.spec
+    u, s, v = (t[spec.factor_name(name, part)].double() for part in "UsV")
     tu, ts, tv = (t[f"{name}.tailors.{part}"].double()[classes] for part in "UsV")
     own = None if calibration is None else Whitening.of(calibration.pooled[name])
     if form == "switch":
-        both = None if calibration is None else _both_branches(calibration, name)
-        shared = as_they_lie(u, s, v, both) if checkpoint.spec.nested else sorted_factors(u * s, v, both)
+        both = None if calibration is None else both_branches(calibration, name)
+        in_order = spec.nested or spec.shared_factors
+        shared = as_they_lie(u, s, v, both) if in_order else sorted_factors(u * s, v, both)
         return FoldedMatrix(shared, tuple(sorted_factors(tu[c] * ts[c], tv[c], own) for c in range(len(classes))))
     a = torch.cat([u * s, *(tu * ts.unsqueeze(1)).unbind()], 1)
     b = torch.cat([v, *tv.unbind()], 1)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from kind_edge._version import __version__
 from kind_edge.errors import UsageError
 from kind_edge.model.calibration import save_calibration
 from kind_edge.model.checkpoint import CALIBRATION, load_checkpoint, save_checkpoint
@@ -39,7 +38,7 @@ from kind_edge.training.state import (
     save_state,
     start_from,
 )
-from kind_edge.training.train import hardware, heldout_tensors, is_begun, pick_device, warn_of_unnoted
+from kind_edge.training.train import hardware, heldout_tensors, is_begun, pick_device, training_tools, warn_of_unnoted
 
 IMAGES = 60_000
 WARMUP_STEPS = 100
@@ -153,7 +152,7 @@ def _provenance(
         "images_seen": state.step * config.batch_size,
         "trained_values": state.tailors.weight.numel() + sum(p[:-1].numel() for p in state.parameters().values()),
         "final_loss": state.loss,
-        "tools": {"kind_edge": __version__, "torch": torch.__version__},
+        "tools": training_tools(),
         "before": request.source.provenance.get("adapted"),
     }
     return {**old, "adapted": adapted}

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kind_edge.bounded import read_bytes, read_object
 from kind_edge.errors import InputError
 from kind_edge.training.data import CLASS_NAMES, FashionMNIST, load_fashion_mnist
 
@@ -188,11 +189,11 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
     """
     path, record_path = folder / CLASSIFIER_FILE, folder / CLASSIFIER_RECORD
     try:
-        content, record = path.read_bytes(), json.loads(record_path.read_text(encoding="utf-8"))
+        content, record = read_bytes(path, 2**30), read_object(record_path)
         wanted = record["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError, TypeError) as error:
         raise InputError(
-            f"no usable classifier in {folder} ({error!r}); wanted {CLASSIFIER_FILE} and {CLASSIFIER_RECORD}; "
+            f"no usable classifier in {folder} ({error}); wanted {CLASSIFIER_FILE} and {CLASSIFIER_RECORD}; "
             f"make them with: python -m kind_edge.training.classifier -o {folder}"
         ) from error
     sha256 = hashlib.sha256(content).hexdigest()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kind_edge.bounded import read_toml
 from kind_edge.errors import InputError, nearest, unknown
+from kind_edge.model.provenance import Stated
 from kind_edge.model.spec import ModelSpec
 
 DATASETS = ("fashion-mnist", "files")
@@ -18,6 +19,8 @@ DATASETS = ("fashion-mnist", "files")
 
 PRECISIONS = ("fp32", "bf16")
 
+_TABLES = {"spec": "model", "stated": "provenance"}
+"""Fields that are tables of their own in a file."""
 _TYPES: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
 
 
@@ -45,6 +48,10 @@ class TrainConfig:
     """Parts that a process goes through a step's images in, to save memory."""
     nested_share: float = 0.1
     """After `images`, how many more as a share of them, in a second stage that teaches every cut of the learngene."""
+    spectral_penalty: float = 0.0
+    """Weight of a penalty on weights that differ between neighbours, for models that are to be resized; 0 is none."""
+    stated: Stated = field(default_factory=Stated)
+    """The table [provenance]: no part of what a run is, so that it may change when one is resumed."""
 
     def __post_init__(self) -> None:
         if self.dataset not in DATASETS:
@@ -52,6 +59,7 @@ class TrainConfig:
         if self.precision not in PRECISIONS:
             raise InputError(f"precision: got {self.precision!r}, want one of {', '.join(PRECISIONS)}")
         lowest_of = {"images": 1, "batch_size": 1, "accumulation": 1, "warmup_steps": 0, "weight_decay": 0}
+        lowest_of["spectral_penalty"] = 0
         for name, lowest in lowest_of.items():
             if not lowest <= getattr(self, name) < math.inf:
                 raise InputError(f"{name}: got {getattr(self, name)}, want at least {lowest}")
@@ -64,21 +72,26 @@ class TrainConfig:
         self.spec.check_trainable_ranks()
         if not 0 <= self.nested_share <= 1:
             raise InputError(f"nested_share: got {self.nested_share}, want 0 to 1")
+        if self.spectral_penalty and (self.spec.matrix_ranks or self.spec.dropped_branches):
+            raise InputError("spectral_penalty: blocks of a cut model are no stack of equals; leave it at 0")
 
     @property
     def steps(self) -> int:
         return max(1, self.images // self.batch_size)
 
     def to_dict(self) -> dict[str, Any]:
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "spec"}
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TABLES}
+        if not self.spectral_penalty:  # as in files of before there was any
+            del values["spectral_penalty"]
         return {**values, "model": self.spec.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str) -> TrainConfig:
-        known = {f.name: f.type for f in dataclasses.fields(cls) if f.name != "spec"}
+        known = {f.name: f.type for f in dataclasses.fields(cls) if f.name not in _TABLES}
         for key in values:
-            if key not in known and key != "model":
-                raise InputError(f"{where}: unknown key {key!r}; nearest known: {nearest(key, [*known, 'model'])}")
+            if key not in known and key not in _TABLES.values():
+                known_keys = [*known, *_TABLES.values()]
+                raise InputError(f"{where}: unknown key {key!r}; nearest known: {nearest(key, known_keys)}")
         if not isinstance(values.get("model"), Mapping):
             raise InputError(f"{where}: missing table [model]")
         for key, value in values.items():
@@ -86,8 +99,9 @@ class TrainConfig:
             if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
                 raise InputError(f"{where}: {key}: got {value!r}, want {known[key]}")
         spec = ModelSpec.from_dict(values["model"], f"{where} [model]")
+        stated = Stated.from_dict(values.get("provenance", {}), f"{where} [provenance]")
         try:
-            return cls(spec=spec, **{key: value for key, value in values.items() if key != "model"})
+            return cls(spec=spec, stated=stated, **{key: value for key, value in values.items() if key in known})
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
 
@@ -129,12 +143,9 @@ def preset(name: str) -> TrainConfig:
 
 
 def read_config(path: Path) -> TrainConfig:
-    """A TOML file: the fields of `TrainConfig` at the top, those of `ModelSpec` under [model]."""
-    try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path}: cannot read the training configuration: {reason}") from error
+    """A TOML file: the fields of `TrainConfig` at the top, those of `ModelSpec` under [model], of `Stated` under
+    [provenance]."""
+    values = read_toml(path, "the training configuration")
     config = TrainConfig.from_dict(values, str(path))
     if config.spec.distilled:
         raise InputError(f"{path} [model]: step_counts: training makes none; train without, then kind-edge distill")

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kind_edge._version import __version__
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.calibration import calibrate_on_samples, save_calibration
 from kind_edge.model.checkpoint import (
@@ -35,7 +34,7 @@ from kind_edge.training.distributed import Processes, check_division, check_shar
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.sampled import check_judgeable, judged_labels, sample_checkpoint, score
 from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
-from kind_edge.training.train import hardware, is_begun, pick_device
+from kind_edge.training.train import hardware, is_begun, pick_device, training_tools
 from kind_edge.training.walks import STEP_COUNTS, TEACHER_STEPS, DistillationLoss
 
 DEFAULT_STEP_COUNT = 4
@@ -181,7 +180,7 @@ def finish(request: Request, config: TrainConfig, state: TrainState, weights: di
         "seconds": round(state.seconds, 1),
         "images_seen": state.step * config.batch_size,
         "final_loss": state.loss,
-        "tools": {"kind_edge": __version__, "torch": torch.__version__},
+        "tools": training_tools(),
     }
     done = Checkpoint(config.spec, teacher.class_names, weights, {**old, "distilled": distilled, "recommended": advice})
     if config.spec.factored:

@@ -124,6 +124,13 @@ def check_division(config: TrainConfig) -> None:
         )
 
 
+def check_sharding(config: TrainConfig) -> None:
+    """Refuse a penalty on whole matrices where every process holds a part of them."""
+    sharded = launched_processes() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if config.spectral_penalty and sharded:
+        raise UsageError("spectral_penalty: not with FSDP, whose processes hold parts of matrices; launch with DDP")
+
+
 def join(device: torch.device) -> Processes:
     return Together(device) if launched_processes() > 1 else Alone(device)
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
-from kind_edge.errors import InputError
+from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.distributed import join
@@ -26,8 +26,7 @@ def heal_config(checkpoint: Checkpoint, steps: int = HEAL_STEPS, seed: int = 0) 
 
     `checkpoint.provenance` should hold the configuration of the original run; without one the defaults are taken.
     """
-    original = checkpoint.provenance.get("config")
-    config = TrainConfig(checkpoint.spec) if original is None else TrainConfig.from_dict(original, "provenance: config")
+    config = _original(checkpoint)
     return dataclasses.replace(
         config,
         spec=checkpoint.spec,
@@ -37,6 +36,25 @@ def heal_config(checkpoint: Checkpoint, steps: int = HEAL_STEPS, seed: int = 0) 
         nested_share=0.0,
         seed=seed,
     )
+
+
+def _original(checkpoint: Checkpoint) -> TrainConfig:
+    given = checkpoint.provenance.get("config")
+    return TrainConfig(checkpoint.spec) if given is None else TrainConfig.from_dict(given, "provenance: config")
+
+
+def same_config(checkpoint: Checkpoint, images: int | None = None) -> TrainConfig:
+    """The run that the checkpoint was trained by, once more from its present weights and at its present size.
+
+    Raises:
+        UsageError: the checkpoint is distilled.
+    """
+    spec = checkpoint.spec
+    if spec.distilled:
+        raise UsageError(f"--from {checkpoint.path}: it is distilled; train the model it was distilled from")
+    # The second stage of the run makes it nested, where there is one.
+    config = dataclasses.replace(_original(checkpoint), spec=dataclasses.replace(spec, nested=False))
+    return config if images is None else dataclasses.replace(config, images=images)
 
 
 def train_from(

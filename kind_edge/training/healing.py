@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import Checkpoint, read_metadata, read_tensors, write_tensors
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import GatedLinear
+from kind_edge.model.names import SHARED
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import Form
 from kind_edge.training.loop import stop_requests
@@ -53,12 +54,18 @@ class Rows(NamedTuple):
     c: Tensor
 
 
+def sampler_rows(table: Any) -> Rows:
+    """Of a sampler's table, which has these columns as arrays."""
+    return Rows(*(torch.from_numpy(getattr(table, name)).float() for name in Rows._fields))
+
+
 @dataclass(frozen=True)
 class Lesson:
     """Who learns from whom, and how the cut model is going to be run.
 
     `kept`: positions of the cut model's classes in the full one. `guidance` is what the sampling loop does. Only
-    *switch* knows its classes apart: else one folded model stands for all of them.
+    *switch* knows its classes apart: else one folded model stands for all of them. `whole`: the cut model is of
+    another size, so all of its weights learn.
     """
 
     full: Checkpoint
@@ -69,6 +76,7 @@ class Lesson:
     guidance: float
     null_branch: bool
     seed: int = 0
+    whole: bool = False
 
     def labels(self, kept_index: Tensor) -> tuple[Tensor, Tensor]:
         """Class indices [B] of the cut and of the full model, of images whose class is the `kept_index`-th kept one."""
@@ -172,7 +180,7 @@ def heal(
     """
     teacher = lesson.full.model()
     student = rescaled(lesson.cut).model()
-    learning = learned(student)
+    learning = learned(student, lesson.whole)
     optimizer = torch.optim.Adam(learning.values(), lr=RATE, betas=BETAS, fused=True)
     spent, step = _load(state, key, learning, optimizer)
     pool = _pool(lesson, teacher, step)
@@ -199,10 +207,11 @@ def heal(
     return Healed(Checkpoint(lesson.cut.spec, lesson.cut.class_names, tensors, provenance), spent, step)
 
 
-def learned(student: DiT) -> dict[str, torch.nn.Parameter]:
-    """What healing changes: factors and biases of the block matrices, made to require their gradient."""
-    layers = {name: module for name, module in student.named_modules() if isinstance(module, GatedLinear)}
-    found = {f"{name}.{part}": p for name, layer in layers.items() for part, p in layer.named_parameters() if p.numel()}
+def learned(student: DiT, whole: bool) -> dict[str, torch.nn.Parameter]:
+    """What healing changes, made to require its gradient: factors and biases of the block matrices, or all there is."""
+    layers = [name for name, module in student.named_modules() if isinstance(module, GatedLinear)]
+    factored = tuple(f"{name}." for name in [*layers, SHARED])
+    found = {name: p for name, p in student.named_parameters() if p.numel() and (whole or name.startswith(factored))}
     for parameter in found.values():
         parameter.requires_grad_(True)
     return found
@@ -213,13 +222,13 @@ def rescaled(checkpoint: Checkpoint) -> Checkpoint:
 
     Whitened factors come with columns of very different lengths.
     """
-    tensors = dict(checkpoint.float_tensors())
-    for shape in checkpoint.spec.matrices():
-        for part in ("learngene", "tailors"):
-            name = f"{shape.name}.{part}"
-            length = tensors[f"{name}.V"].norm(dim=-2).clamp_min(1e-12)
-            tensors[f"{name}.V"] = tensors[f"{name}.V"] / length.unsqueeze(-2)
-            tensors[f"{name}.s"] = tensors[f"{name}.s"] * length
+    spec, old = checkpoint.spec, checkpoint.float_tensors()
+    tensors = dict(old)
+    for shape in spec.matrices():
+        learngene = spec.factor_name(shape.name, "s"), spec.factor_name(shape.name, "V")
+        for s, v in (learngene, (f"{shape.name}.tailors.s", f"{shape.name}.tailors.V")):
+            length = old[v].norm(dim=-2).clamp_min(1e-12)
+            tensors[v], tensors[s] = old[v] / length.unsqueeze(-2), old[s] * length
     return Checkpoint(checkpoint.spec, checkpoint.class_names, tensors, checkpoint.provenance)
 
 

@@ -24,6 +24,7 @@ from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData
 from kind_edge.training.distributed import Processes, local, whole
 from kind_edge.training.losses import DiffusionLoss, Examples, Loss
+from kind_edge.training.spectral import spectral_penalty
 from kind_edge.training.state import TrainState, follow
 
 FIRST_SAVE_S = 10.0
@@ -83,7 +84,7 @@ def train_step(
         state.tailors.fill(state.slots, batch.labels[heads])
         with state.processes.last(state.network, part.last):
             share = part_loss(config, state, data, batch, noised, part.images, loss_of) / config.accumulation
-            share.backward()
+            _penalised(config, state, share).backward()
         loss += share.detach()
         state.tailors.collect(state.slots, row_of_image[heads], gradient)
     state.processes.mean_(gradient)
@@ -144,6 +145,13 @@ def part_loss(
         return prediction.float()
 
     return (loss_of or DiffusionLoss(config.spec.objective))(predict, examples, state.step)
+
+
+def _penalised(config: TrainConfig, state: TrainState, share: Tensor) -> Tensor:
+    """A part's share of the loss, and of the penalty on its weights, if there is one."""
+    if not config.spectral_penalty:
+        return share
+    return share + config.spectral_penalty / config.accumulation * spectral_penalty(state.model)
 
 
 def clip(state: TrainState, tailor_gradient: Tensor, longest: float) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kind_edge.bounded import read_object, read_toml
 from kind_edge.errors import InputError, nearest
 
 ClassMap = Mapping[str, tuple[str, ...]]
@@ -19,12 +18,12 @@ def read_class_map(path: Path) -> ClassMap:
     Raises:
         InputError: unreadable, empty, not lists of names, or a source class in two places.
     """
+    read = read_object if path.suffix.lower() == ".json" else read_toml
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:  # tomllib's and json's errors are ValueErrors
-        raise InputError(f"{path}: cannot read the class map: {error}; want TOML, or JSON named *.json") from error
-    if not isinstance(values, dict) or not values:
+        values = read(path, "the class map")
+    except InputError as error:
+        raise InputError(f"{error}; want TOML, or JSON named *.json") from error
+    if not values:
         raise InputError(f'{path}: a class map names classes, for instance: shoe = ["sneaker", "ankle-boot"]')
     users: dict[str, str] = {}
     for name, members in values.items():

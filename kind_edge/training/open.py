@@ -243,6 +243,7 @@ def _facts(source: Source, prepared: Prepared, encoder: Encoder | None, recipe: 
         "images": len(prepared.labels),
         "unreadable": len(prepared.failures),
         "enlarged": prepared.enlarged,
+        **({"licence": source.licence} if source.licence else {}),
     }
     merged = {name: members for name, members in recipe["classes"] if members != [name]}
     if merged:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
 
+from kind_edge.bounded import read_bytes, read_object
 from kind_edge.errors import InputError
 from kind_edge.training.classifier import FEATURES, Classifier, embed, load_classifier, write_file
 from kind_edge.training.data import CLASS_NAMES, FashionMNIST
@@ -93,11 +94,11 @@ def load_reference(folder: Path, classifier_sha256: str) -> tuple[Reference, str
     """
     path, record_path = folder / REFERENCE_FILE, folder / REFERENCE_RECORD
     try:
-        content, record = path.read_bytes(), json.loads(record_path.read_text(encoding="utf-8"))
+        content, record = read_bytes(path, 2**30), read_object(record_path)
         wanted, wanted_classifier = record["sha256"], record["classifier_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (InputError, KeyError, TypeError) as error:
         raise InputError(
-            f"no usable reference statistics in {folder} ({error!r}); wanted {REFERENCE_FILE} and {REFERENCE_RECORD}; "
+            f"no usable reference statistics in {folder} ({error}); wanted {REFERENCE_FILE} and {REFERENCE_RECORD}; "
             f"make them with: python -m kind_edge.training.evaluate -o {folder}"
         ) from error
     sha256 = hashlib.sha256(content).hexdigest()

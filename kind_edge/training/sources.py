@@ -43,6 +43,8 @@ class Source:
     notes: tuple[str, ...] = ()
     broken: tuple[tuple[str, str], ...] = ()
     """(name, reason) of entries that are no item: without a label, or without an image."""
+    licence: str = ""
+    """What the source itself says of it."""
 
 
 def open_source(path: Path) -> Source:

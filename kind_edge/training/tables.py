@@ -6,6 +6,7 @@ Nothing is copied and nothing is downloaded: Arrow files are memory-mapped, Parq
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -33,7 +34,8 @@ def open_saved(path: Path) -> Source:
         part = _training_part(list(loaded), str(path))
         loaded, parts = loaded[part], f", part {part}"
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    return _of_dataset(datasets, loaded, f"Hugging Face data set{parts}", str(path), files)
+    source = _of_dataset(datasets, loaded, f"Hugging Face data set{parts}", str(path), files)
+    return dataclasses.replace(source, licence=str(loaded.info.license or ""))
 
 
 def open_tables(files: Sequence[Path], where: str) -> Source:

@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from kind_edge.model.checkpoint import (
     save_checkpoint,
     write_tensors,
 )
+from kind_edge.model.provenance import code_revision
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
+from kind_edge.training.beginning import begin_with, check_same_classes, origin_of
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import DataSplit, TrainingData
-from kind_edge.training.distributed import Processes, check_division, check_shared, first_process, join
+from kind_edge.training.distributed import Processes, check_division, check_sharding, check_shared, first_process, join
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.losses import Loss, NestedLoss
 from kind_edge.training.nested import calibrated, nested_config, start_nested
@@ -44,6 +47,7 @@ from kind_edge.training.state import (
     notes_its_data,
     save_state,
     start,
+    start_from,
 )
 
 
@@ -86,38 +90,50 @@ def train(
     autoencoder: Path | None = None,
     device: str = "auto",
     resume: bool = False,
+    begin: Checkpoint | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
     on_note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train into folder `output`, which becomes a checkpoint; an interrupted run goes on with `resume`.
 
-    `data`, `class_map` and `autoencoder` are as in `open_data`; `on_note` is told what becomes of the data.
+    `data`, `class_map` and `autoencoder` are as in `open_data`; `on_note` is told what becomes of the data. With
+    `begin` the weights start as those of a checkpoint of the configuration's shape, and not at random.
 
     Raises:
-        UsageError: the folder holds something already and `resume` is not given, or it holds another run.
+        UsageError: the folder holds something already and `resume` is not given, or it holds another run; or the
+            data's classes are not those of `begin`.
         InputError: the data or the saved state cannot be read.
         GateError: the run diverged.
     """
     place = pick_device(device)
     check_division(config)
+    check_sharding(config)
     on_note = on_note if first_process() else lambda _: None
     resume = is_begun(output, resume, on_note)
     if resume:
-        check_begun(config, output, on_note)
+        check_begun(config, output, on_note, origin_of(begin))
     processes = join(place)
     check_shared(processes, resume, output)
     split = open_data(
         config, data, class_map=class_map, autoencoder=autoencoder, device=processes.device, report=on_note
     )
+    if begin is not None:
+        check_same_classes(begin, split.training.class_names)
     output.mkdir(parents=True, exist_ok=True)
-    return train_stages(config, split, output, processes, resume=resume, on_progress=on_progress)
+    return train_stages(config, split, output, processes, resume=resume, begin=begin, on_progress=on_progress)
 
 
-def check_begun(config: TrainConfig, output: Path, on_note: Callable[[str], None]) -> None:
+def check_begun(
+    config: TrainConfig,
+    output: Path,
+    on_note: Callable[[str], None],
+    origin: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """Refuse another run's state, as far as that can be told without the data."""
     nested = nested_config(config)
     second = nested is not None and in_second_stage(output)
-    metadata = check_state(output, nested, whole=config) if nested and second else check_state(output, config)
+    whole = config if nested and second else None
+    metadata = check_state(output, nested if nested and second else config, origin, whole)
     warn_of_unnoted(metadata, output, on_note)
 
 
@@ -136,23 +152,32 @@ def train_stages(
     processes: Processes | None = None,
     *,
     resume: bool = False,
+    begin: Checkpoint | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Path:
     """`train` with data that is open already. Every process calls this."""
-    nested, choices = nested_config(config), data_choices(split.training)
+    nested, origin = nested_config(config), origin_of(begin)
+    choices = {**data_choices(split.training), **origin}
     if nested is not None and resume and in_second_stage(output):
         state = load_state(output, nested, processes, choices=choices, whole=config)
     else:
-        first = load_state(output, config, processes, choices=choices) if resume else start(config, processes)
+        if resume:
+            first = load_state(output, config, processes, choices=choices)
+        elif begin is None:
+            first = start(config, processes)
+        else:
+            first = start_from(config, begin_with(begin, config), processes)
         if nested is None:
-            return train_to_end(config, first, split, output, on_progress)
+            return train_to_end(config, first, split, output, on_progress, origin=origin)
         run(config, first, split.training, lambda s: save_state(output, config, s, choices), on_progress)
         done = Checkpoint(config.spec, split.training.class_names, averaged_tensors(config, first), {})
         state = start_nested(nested, done, split.training, first.processes)
         state.seconds, state.saved = first.seconds, "the first stage"
     loss = NestedLoss(config.spec.objective, config.seed)
     seen = config.steps * config.batch_size
-    return train_to_end(nested, state, split, output, on_progress, loss_of=loss, whole=config, seen_before=seen)
+    return train_to_end(
+        nested, state, split, output, on_progress, loss_of=loss, whole=config, seen_before=seen, origin=origin
+    )
 
 
 def train_to_end(
@@ -165,18 +190,19 @@ def train_to_end(
     loss_of: Loss | None = None,
     whole: TrainConfig | None = None,
     seen_before: int = 0,
+    origin: Mapping[str, object] = MappingProxyType({}),
 ) -> Path:
     """Train what is left of a stage, the last one, saving into `output`, which becomes a checkpoint.
 
-    `whole` is the configuration of the run that it is the last stage of, `seen_before` the images of earlier ones.
-    Every process calls this.
+    `whole` is the configuration of the run that it is the last stage of, `seen_before` the images of earlier ones,
+    `origin` what the run notes of the checkpoint that it began from. Every process calls this.
     """
-    choices = data_choices(split.training)
+    choices = {**data_choices(split.training), **origin}
     run(config, state, split.training, lambda s: save_state(output, config, s, choices, whole), on_progress, loss_of)
     weights = averaged_tensors(config, state)
     if state.processes.rank == 0:
         seen = seen_before + state.step * config.batch_size
-        finish(whole or config, state, weights, output, split, seen)
+        finish(whole or config, state, weights, output, split, seen, origin)
     state.processes.wait()
     return output
 
@@ -188,24 +214,27 @@ def finish(
     output: Path,
     split: DataSplit,
     images_seen: int,
+    origin: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
     """Write the checkpoint from the averaged weights, in fp16, and what planning needs beside it."""
     data = split.training
     provenance = {
         "command": "kind-edge " + shlex.join(sys.argv[1:]),
         "config": config.to_dict(),
+        **({"stated": config.stated.to_dict()} if config.stated.to_dict() else {}),
         "data": dict(split.facts),
         "data_sha256": data.sha256,
         "hardware": hardware(state.processes.device),
         "seconds": round(state.seconds, 1),
         "images_seen": images_seen,
         "final_loss": state.loss,
-        "tools": {"kind_edge": __version__, "torch": torch.__version__},
+        "tools": training_tools(),
         "recommended": {
             "steps": DEFAULT_STEPS,
             "guidance": DEFAULT_GUIDANCE,
             "sampler": default_sampler(config.spec.objective),
         },
+        **origin,
     }
     checkpoint = Checkpoint(state.model.spec, data.class_names, weights, provenance)
     if config.spec.factored:
@@ -213,6 +242,13 @@ def finish(
     save_heldout(output, split.heldout)
     save_checkpoint(output, checkpoint, torch.float16)
     assert (output / CONFIG).exists()
+
+
+def training_tools() -> dict[str, str]:
+    """Versions; of a source tree also its commit."""
+    revision = code_revision()
+    versions = {"kind_edge": __version__, "torch": torch.__version__}
+    return versions | ({"revision": revision} if revision else {})
 
 
 def hardware(device: torch.device) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from peers import brief
 from peers import measure as peers
 from peers.text import text as peers_text
 
@@ -22,12 +23,15 @@ from studies import (
     claims,
     decomposition,
     exported,
+    fine,
     healed,
     nesting,
     packages,
     pictures,
     precisions,
     prediction,
+    resize,
+    resize_text,
     response,
     shipped,
     steps,
@@ -36,15 +40,16 @@ from studies import (
     trials,
     uniform,
 )
-from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert
+from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert, runs_of
 from studies.statistics import SEEDS
-from studies.store import Record, Store, Subject, subject_of
+from studies.store import Record, Store, Subject, read_record, subject_of
 
 HELP = """publish        all that README.md and docs say of the shipped model, or only the BLOCKs that are named
 
 Of the shipped model, or of --checkpoint; with --into FILE they go into a document:
 classes        pictures of every class, from the same noises
 export         what the README's first command prints
+plan           what `kind-edge plan` prints of a limit that binds, and of one that nothing fits
 cutting        two pairs of classes cut to 40 % of the size: what changes on held-out images, accuracy
 coreml         Core ML packages: size and distance of every way to store weights
 cost           scripts/bench costs: predicted and measured time, size and memory
@@ -62,6 +67,12 @@ anysize        what a smaller model costs, without retraining: whitened, plain a
 anysize-heal   the same after 300 steps of training on (trains four times a seed)
 anysize-dense  ordinary DiTs of equal FLOPs, trained from scratch on as many images as the model (hours to days)
 
+From runs of its own:
+fine           scripts/results fine -o FOLDER: models whose blocks have factors in common beside ordinary ones, by files
+               of equal Fréchet distance (an hour a seed); publish reads the runs in docs/studies/fine
+resize         -o FOLDER: models of other sizes, begun from a trained one and from scratch (hours); publish reads
+               the runs in docs/studies/resize
+
 Beside it:
 recommend      settles the guidance of --checkpoint by the judge, and writes it and its quality into config.json
 trainings      trains the study presets with three seeds each; decomposition and anysize of every model (hours)
@@ -76,10 +87,14 @@ BLOCKS = (
     Block("classes", "README.md", lambda _: "![Ten classes drawn by the shipped model](docs/images/classes.png)",
           has_runs=False, album="docs/images"),
     Block("export", "README.md", exported.listing_text),
+    Block("plan", "docs/plan.md", exported.planned_text),
+    Block("refusal", "docs/plan.md", exported.refused_text, of="plan"),
     Block("cutting", "docs/results.md", exported.cutting_text),
     Block("cost", "docs/results.md", exported.cost_text),
     Block("coreml", "docs/coreml.md", packages.text),
     Block("peers", "docs/benchmarks.md", peers_text),
+    Block("measured", "README.md", brief.readme_text, of="peers"),
+    Block("compare", "docs/compare.md", brief.compare_text, of="peers"),
     Block("shipped", "docs/results.md", shipped.text),
     Block("steps", "docs/distillation.md", steps.text, images=steps.IMAGES, seeds=1),
     Block("precisions", "docs/precision.md", precisions.text, images=precisions.IMAGES, seeds=1),
@@ -90,16 +105,20 @@ BLOCKS = (
     Block("uniform", "docs/solver.md", uniform.text),
     Block("decomposition", "docs/claims.md", claims.decomposition_text),
     Block("anysize", "docs/claims.md", claims.anysize_text, images=500, seeds=1),
+    Block("fine", "docs/fine.md", fine.text, of_shipped=False),
+    Block("resize", "docs/results.md", resize_text.text, album="studies/resize", of_shipped=False),
 )  # fmt: skip
-"""All that is said of the shipped model; quick ones first, and what is timed before the machine gets warm."""
+"""All that is said of the shipped model, and what stands in STUDIES; quick ones first, and what is timed before the
+machine gets warm."""
 
 METHODS = {
     "anysize": ("whitened", "plain", "planned"),
     "anysize-heal": ("healed",),
     "anysize-dense": ("dense",),
 }
-ABOUT_A_MODEL = (*(block.name for block in BLOCKS), *(name for name in METHODS if name != "anysize"))
-OTHERS = ("trainings", "transfer", "trials", "twin")
+_OF_MODELS = (block.name for block in BLOCKS if block.of_shipped and not block.of)
+ABOUT_A_MODEL = (*_OF_MODELS, "anysize-heal", "anysize-dense")
+OTHERS = ("fine", "resize", "trainings", "transfer", "trials", "twin")
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,12 @@ def block_of(name: str) -> Block:
 def measure(name: str, job: Job) -> list[Record]:
     """Run a study of one model, and draw its pictures."""
     size = (job.subject, job.output, job.images, job.seeds)
+    if name == "fine":
+        return fine.records_in(job.output)
+    if name == "resize":
+        records = resize.records_in(job.output)
+        resize_text.draw(records, job.album / "loss.png")
+        return records
     if name == "classes":
         pictures.draw_classes(job.subject, job.album)
         return []
@@ -143,7 +168,8 @@ def measure(name: str, job: Job) -> list[Record]:
         pictures.draw_anysize(sizes, records, job.album)
         return records
     studies = {
-        "export": exported.listing, "cutting": exported.cutting, "cost": exported.cost, "coreml": packages.run,
+        "export": exported.listing, "plan": exported.planned, "cutting": exported.cutting, "cost": exported.cost,
+        "coreml": packages.run,
         "peers": peers.publish,
         "shipped": shipped.run, "prediction": prediction.run, "response": response.publish, "uniform": uniform.run,
     }  # fmt: skip
@@ -167,11 +193,18 @@ def publish(names: Sequence[str]) -> None:
         if name not in known:
             raise unknown("block", name, known)
     subject = subject_of(DEFAULT_MODEL)
-    for block in [block for block in BLOCKS if block.name in (names or known)]:
+    for block in [block for block in BLOCKS if not names or {block.name, block.study} & set(names)]:
         began, document = time.monotonic(), ROOT / block.document
-        make_way(block.name, subject, ROOT / RESULTS)
-        job = Job(subject, ROOT / RESULTS, document.parent / block.album, block.images, SEEDS[: block.seeds])
-        insert(document, block.name, subject.sha256, block.text(measure(block.name, job)))
+        sha256 = subject.sha256 if block.of_shipped else None
+        if block.of:
+            records = [read_record(path) for path in runs_of(ROOT, block)]
+        else:
+            if block.of_shipped:
+                make_way(block.name, subject, ROOT / RESULTS)
+            runs = ROOT / block.runs.parent
+            job = Job(subject, runs, document.parent / block.album, block.images, SEEDS[: block.seeds])
+            records = measure(block.name, job)
+        insert(document, block.name, sha256, block.text(records))
         print(f"{block.document}: {block.name} took {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     if not names:
         check(ROOT, subject, BLOCKS)
@@ -184,6 +217,13 @@ def beside(name: str, chosen: argparse.Namespace) -> tuple[list[Record], str]:
         trained = trainings.run(chosen.output, images, seeds)
         trainings.draw(trained, chosen.output)
         return [record for own in trained.values() for record in own], trainings.table(trained)
+    if name == "fine":
+        records = fine.run_study(chosen.output, chosen.images or fine.IMAGES, seeds)
+        return records, fine.text(records)
+    if name == "resize":
+        records = resize.run_study(chosen.output, chosen.images or resize.JUDGED_IMAGES, seeds)
+        resize_text.draw(records, chosen.output / "loss.png")
+        return records, resize_text.text(records)
     if name == "transfer":
         records = transfer.study(chosen.output, transfer.Size(judged=images), seeds)
         return records, transfer.table(records)

@@ -21,6 +21,8 @@ from studies.store import Record, Subject, read_record, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PICTURES = Path("docs/results"), Path("docs/images")
+STUDIES = Path("docs/studies")
+"""Finished runs of studies that train models of their own."""
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/*.md")
 REMEDY = "scripts/results publish"
 HASH_DIGITS = 12
@@ -36,7 +38,9 @@ _PICTURE = re.compile(r"\((?:docs/)?images/([^)]+)\)")
 class Block:
     """What one study writes into one document: `text` of its runs, which lie in RESULTS/name (unless it has none).
 
-    `images` and `seeds` are how much it draws; its pictures go into the folder `album` beside the document.
+    `images` and `seeds` are how much it draws; its pictures go into the folder `album` beside the document. A block
+    with `of` measures nothing: it says something else of the runs of that study, and is written anew with it.
+    `of_shipped`: whether it is of the shipped model; else its runs lie in STUDIES/name, and its mark names no model.
     """
 
     name: str
@@ -46,6 +50,16 @@ class Block:
     seeds: int = 3
     has_runs: bool = True
     album: str = "images"
+    of: str | None = None
+    of_shipped: bool = True
+
+    @property
+    def study(self) -> str:
+        return self.of or self.name
+
+    @property
+    def runs(self) -> Path:
+        return (RESULTS if self.of_shipped else STUDIES) / self.study
 
 
 @dataclass(frozen=True)
@@ -60,8 +74,13 @@ def short(sha256: str) -> str:
     return sha256[:HASH_DIGITS]
 
 
-def insert(document: Path, name: str, model_sha256: str, text: str) -> None:
-    """Put `text` between the two marks of that name, in the place of what stands there, and the hash into the first."""
+def runs_of(root: Path, block: Block) -> list[Path]:
+    """The files of the runs that a block rests on."""
+    return sorted((root / block.runs).glob("*.json"))
+
+
+def insert(document: Path, name: str, model_sha256: str | None, text: str) -> None:
+    """Put `text` between the two marks of that name, in the place of what stands there, and a hash into the first."""
     if not document.is_file():
         raise UsageError(f"--into {document}: no such file")
     whole = document.read_text(encoding="utf-8")
@@ -70,7 +89,8 @@ def insert(document: Path, name: str, model_sha256: str, text: str) -> None:
         raise UsageError(
             f"--into {document}: it has no lines <!-- {name}: begin --> and <!-- {name}: end --> to put that between"
         )
-    block = f"<!-- {name}: begin, model {short(model_sha256)} -->\n\n{text}\n\n<!-- {name}: end -->"
+    model = "" if model_sha256 is None else f", model {short(model_sha256)}"
+    block = f"<!-- {name}: begin{model} -->\n\n{text}\n\n<!-- {name}: end -->"
     write_whole(document, whole[: found.start()] + block + whole[found.end() :])
 
 
@@ -114,9 +134,10 @@ def check(root: Path, subject: Subject, blocks: Sequence[Block]) -> None:
         faults += [f"{block.document}: block {block.name} {fault}" for fault in own]
         names += [block.name] if own else []
     known = [block.name for block in blocks]
+    studies = {block.study for block in blocks}
     faults += [f"{path}: block {name} is no study's; known: {', '.join(known)}" for path, name in found]
     runs = sorted((root / RESULTS).glob("*/*.json"))
-    faults += [f"{path.relative_to(root)}: no block rests on it" for path in runs if path.parent.name not in known]
+    faults += [f"{path.relative_to(root)}: no block rests on it" for path in runs if path.parent.name not in studies]
     faults += _picture_faults(root, subject)
     if faults:
         heading = f"the documents are not what was measured of the shipped model, {short(subject.sha256)}:"
@@ -142,28 +163,33 @@ def _block_faults(
     if written is None:
         yield "is not there"
         return
-    if written.model is None:
+    if block.of_shipped and written.model is None:
         yield "does not say of which model it is"
-    elif written.model != short(subject.sha256):
+    elif block.of_shipped and written.model != short(subject.sha256):
         yield f"is of model {written.model}"
     records = []
-    for path in sorted((root / RESULTS / block.name).glob("*.json")):
+    for path in runs_of(root, block):
         try:
             record = read_record(path)
         except InputError as error:
             yield f"rests on {error}"
             continue
         records.append(record)
-        if record["checkpoint"]["sha256"] not in subject.family:
-            yield f"rests on {path.relative_to(root)}, of model {short(record['checkpoint']['sha256'])}"
-        elif record["checkpoint"]["sha256"] == subject.sha256 and not as_recommended(record, advice):
-            yield f"rests on {path.relative_to(root)}, which is not drawn as the checkpoint recommends"
-        if (record["study"], record["run"]) != (block.name, path.stem):
+        if block.of_shipped:
+            yield from _of_another(record, subject, advice, path.relative_to(root))
+        if (record["study"], record["run"]) != (block.study, path.stem):
             yield f"rests on {path.relative_to(root)}, which calls itself {record['study']}/{record['run']}"
     if block.has_runs and not records:
-        yield f"has no runs in {RESULTS / block.name}"
+        yield f"has no runs in {block.runs}"
     if (records or not block.has_runs) and written.body.strip() != block.text(records).strip():
-        yield f"is not what the runs in {RESULTS / block.name} say"
+        yield f"is not what the runs in {block.runs} say"
+
+
+def _of_another(record: Record, subject: Subject, advice: Sampling, path: Path) -> Iterator[str]:
+    if record["checkpoint"]["sha256"] not in subject.family:
+        yield f"rests on {path}, of model {short(record['checkpoint']['sha256'])}"
+    elif record["checkpoint"]["sha256"] == subject.sha256 and not as_recommended(record, advice):
+        yield f"rests on {path}, which is not drawn as the checkpoint recommends"
 
 
 def _picture_faults(root: Path, subject: Subject) -> Iterator[str]:

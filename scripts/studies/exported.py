@@ -1,6 +1,7 @@
 """What the shipped model's bundles are: the README's first command, cuts to a share of the size, predicted costs.
 
 listing    what the first command of the README prints
+planned    what `kind-edge plan` prints of a limit that binds, and of one that nothing fits
 cutting    two pairs of classes, cut to 40 % of the dense size: change on held-out images, accuracy of the bundle's
 cost       `scripts/bench costs`: predicted and measured
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,26 +31,44 @@ from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject
 
 COMMAND = ("export", "--profile", "snapdragon8g3", "--classes", "sneaker,bag", "-o", "out")
+PLANS: Mapping[str, tuple[tuple[str, ...], int]] = {
+    "binds": (("plan", "--profile", "raspberry-pi-5", "--classes", "sneaker,bag", "--max-size", "1MiB"), 0),
+    "refused": (("plan", "--profile", "raspberry-pi-5", "--max-size", "160KiB"), 3),
+}
+"""Name of a run -> a command, and the exit code that it ends with."""
 PROFILE, PRECISION, LIMIT = "snapdragon8g3", "fp32", "40%"
 PAIRS = (("sneaker", "bag"), ("shirt", "coat"))
 JUDGED_IMAGES = 400
 
 
 def listing(subject: Subject, output: Path) -> list[Record]:
-    """The command as a person runs it: a process of its own, in an empty folder, into a pipe."""
-
-    def compute() -> dict[str, Any]:
-        command = [sys.executable, "-P", "-m", "kind_edge.cli", COMMAND[0], str(subject.folder.resolve()), *COMMAND[1:]]
-        told = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
-        with TemporaryDirectory() as folder:
-            done = subprocess.run(command, cwd=folder, env=told, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise GateError(f"kind-edge {' '.join(COMMAND)} ended with exit code {done.returncode}; see above")
-        return {"printed": "\n".join(map(str.rstrip, done.stdout.splitlines())).strip("\n")}
-
     store = Store(output, "export", subject)
-    store.run("listing", {"kind": "listing", "command": list(COMMAND), **_advice(subject)}, compute)
+    conditions = {"kind": "listing", "command": list(COMMAND), **_advice(subject)}
+    store.run("listing", conditions, lambda: {"printed": printed(subject, COMMAND)})
     return store.finished()
+
+
+def planned(subject: Subject, output: Path) -> list[Record]:
+    store = Store(output, "plan", subject)
+    for name, (command, exit_code) in PLANS.items():
+        conditions = {"kind": "plan", "command": list(command), "exit_code": exit_code, **_advice(subject)}
+        store.run(name, conditions, lambda: {"printed": printed(subject, command, exit_code)})  # noqa: B023 - called here
+    return store.finished()
+
+
+def printed(subject: Subject, command: Sequence[str], exit_code: int = 0) -> str:
+    """The command as a person runs it: a process of its own, in an empty folder, into a pipe. What a refusal says goes
+    to stderr, and is printed as well."""
+    words = [sys.executable, "-P", "-m", "kind_edge.cli", command[0], str(subject.folder.resolve()), *command[1:]]
+    told = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
+    with TemporaryDirectory() as folder:
+        errors = None if exit_code == 0 else subprocess.STDOUT
+        done = subprocess.run(
+            words, cwd=folder, env=told, stdout=subprocess.PIPE, stderr=errors, text=True, check=False
+        )
+    if done.returncode != exit_code:
+        raise GateError(f"kind-edge {' '.join(command)} ended with exit code {done.returncode}; see above")
+    return "\n".join(map(str.rstrip, done.stdout.splitlines())).strip("\n")
 
 
 def cutting(subject: Subject, output: Path) -> list[Record]:
@@ -77,7 +97,8 @@ def _cut(model: Path, classes: Sequence[str]) -> dict[str, Any]:
 
 def cost(subject: Subject, output: Path) -> list[Record]:
     store = Store(output, "cost", subject)
-    conditions = {"kind": "cost", "profile": "host", "classes": list(_bench_plans.CLASSES), **_advice(subject)}
+    conditions = {"kind": "cost", "profile": "host", "classes": list(_bench_plans.CLASSES), "in_turns": True}
+    conditions |= _advice(subject)
     store.run("plans", conditions, lambda: _bench_plans.limited(subject.folder))
     return store.finished()
 
@@ -91,6 +112,20 @@ def _advice(subject: Subject) -> dict[str, Any]:
 
 def listing_text(records: Sequence[Record]) -> str:
     return "\n\n".join(f"```text\n{record['figures']['printed']}\n```" for record in records)
+
+
+def planned_text(records: Sequence[Record]) -> str:
+    return "\n\n".join(_shown(record, record["figures"]["printed"]) for record in records if record["run"] == "binds")
+
+
+def refused_text(records: Sequence[Record]) -> str:
+    """From where it says what is missed; the closest plan before it looks like any other."""
+    refused = [(record, record["figures"]["printed"]) for record in records if record["run"] == "refused"]
+    return "\n\n".join(_shown(record, f"...\n{text[text.index('What it misses') :]}") for record, text in refused)
+
+
+def _shown(record: Record, text: str) -> str:
+    return f"```console\n$ scripts/kind-edge {shlex.join(record['conditions']['command'])}\n{text}\n```"
 
 
 def cutting_text(records: Sequence[Record]) -> str:
@@ -126,9 +161,11 @@ def _cost_part(record: Record) -> str:
         )
     }  # fmt: skip
     refused = [f"Refused: {row['precision']} within {row['max_size']}: {row['reason']}." for row in figures["refused"]]
+    in_turns = record["conditions"].get("in_turns", False)
+    how = "measured in turns with the calibration" if in_turns else "of two rounds the faster median"
     told = (
         f"`scripts/bench costs`, on {record['hardware']}, classes {', '.join(record['conditions']['classes'])}, one "
-        "evaluation; of two rounds the faster median"
+        f"evaluation; {how}"
     )
     missed = (
         f"Predicted latencies miss the measured ones by {errors['median']} in the median and {errors['worst']} at "

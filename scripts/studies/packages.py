@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kind_edge.budget.coreml_weights import WEIGHTS, Layout, Target, Weights
 from kind_edge.deploy.cut import make_cut
 from kind_edge.deploy.merge import fold
 from kind_edge.deploy.parity import COREML_GATES_DB, sqnr_db
@@ -23,12 +24,13 @@ from kind_edge.deploy.plain import PlainDiT
 from kind_edge.deploy.reference import make_reference
 from kind_edge.deploy.request import open_model
 from kind_edge.deploy.sampler_table import sampler_table
-from kind_edge.exporters.coreml_choices import WEIGHTS, Layout, Target, Weights, batches
+from kind_edge.exporters.coreml_choices import batches, class_sets
 from kind_edge.exporters.coreml_compress import compress, forget_clusters
 from kind_edge.exporters.coreml_convert import convert, interface_of
+from kind_edge.exporters.coreml_functions import add_functions
 from kind_edge.exporters.coreml_graph import Denoiser
 from kind_edge.exporters.coreml_mixed import mixed_bits
-from kind_edge.exporters.coreml_package import Description, package_bytes, save_package
+from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
 from kind_edge.registry import exporter
 from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject
@@ -41,6 +43,13 @@ KINDS: tuple[tuple[Target, Layout, tuple[Weights, ...]], ...] = (
     ("iOS16", "tokens", ("fp16", "int8", "palette4", "palette6")),
 )
 
+SETS = ("shoes", "tops", "bag")
+"""Class packs that are measured, each a function of one package: the shoes, what is worn above, and one class alone."""
+_OF_SETS: Mapping[str, tuple[str, ...]] = {
+    "shoes": ("sandal", "sneaker", "ankle-boot"), "tops": ("t-shirt", "pullover", "coat", "shirt"), "bag": ("bag",),
+}  # fmt: skip
+SHARED_WAYS: tuple[Weights, ...] = ("fp16", "int8")
+
 
 def run(subject: Subject, output: Path) -> list[Record]:
     store = Store(output, NAME, subject)
@@ -52,6 +61,9 @@ def run(subject: Subject, output: Path) -> list[Record]:
             f"{target.lower()}-{layout}", conditions, functools.partial(_measured, subject.folder, target, layout, ways)
         )
     forget_clusters()
+    for way in SHARED_WAYS:
+        conditions = {"kind": "functions", "profile": PROFILE, "sets": list(SETS), "weights": way}
+        store.run(f"functions-{way}", conditions, functools.partial(_functions, subject.folder, way))
     return store.finished()
 
 
@@ -97,6 +109,29 @@ def _package(
     return found
 
 
+def _functions(folder: Path, weights: Weights) -> dict[str, Any]:
+    """One package for all classes and each of SETS: its weight file beside that of all classes alone, and beside the
+    bare tensors, the core's and every tailor's (fp16; compressed ones have no bytes but those of a file)."""
+    model = _plain(folder)
+    denoiser = Denoiser(model, "tokens", mapped=True)
+    sizes = batches("iOS18", "fixed", model.origin.plan.evaluations_per_step)
+    program = compress(convert(denoiser, interface_of(denoiser), "iOS18", sizes), weights, "iOS18")
+    nothing = Description("", "", "", "", {})
+    null = len(model.origin.plan.classes) if model.origin.plan.null_branch else None
+    sets = class_sets(tuple(_OF_SETS.items()), model.origin.plan.classes, null is not None)
+    with TemporaryDirectory() as temporary:
+        single, joined = Path(temporary, "single.mlpackage"), Path(temporary, "packs.mlpackage")
+        save_package(program, single, nothing)
+        save_package(add_functions(single, sets, Path(temporary)), joined, nothing)
+        return {
+            "tensor_bytes": sum(2 * parameter.numel() for parameter in denoiser.parameters()),
+            "single_weight_bytes": weight_bytes(single),
+            "weight_bytes": weight_bytes(joined),
+            "single_package_bytes": package_bytes(single),
+            "package_bytes": package_bytes(joined),
+        }
+
+
 def _distances(reference: Mapping[str, Any], output: Any) -> Iterator[float]:
     """Of every class at every timestep."""
     points = np.stack([reference["class_index"], reference["step_index"]], 1)
@@ -107,6 +142,8 @@ def _distances(reference: Mapping[str, Any], output: Any) -> Iterator[float]:
 
 def text(records: Sequence[Record]) -> str:
     """One table: a row for every target, layout and way to store weights."""
+    shared = [record for record in records if record["conditions"]["kind"] == "functions"]
+    records = [record for record in records if record not in shared]
     header = ("target, layout, weights", "package", "of the fp32 ONNX file", "SQNR", "gate")
     rows = [row for record in records for row in _rows(record)]
     figures = records[0]["figures"] if records else {"onnx_fp32_bytes": 0}
@@ -114,7 +151,31 @@ def text(records: Sequence[Record]) -> str:
         f"The shipped model's plan for {PROFILE}: package `Denoiser`, all classes; the fp32 ONNX file of the same plan "
         f"has {figures['onnx_fp32_bytes']:,} bytes:"
     )
-    return f"{paragraph(told)}\n\n{markdown(header, rows)}\n\n{paragraph(_bits(records))}"
+    parts = [paragraph(told), markdown(header, rows), paragraph(_bits(records)), *_shared_text(shared)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _shared_text(records: Sequence[Record]) -> Iterator[str]:
+    """What class packs cost."""
+    if not records:
+        return
+    packs = ", ".join(f"`{name}` ({len(classes)})" for name, classes in _OF_SETS.items())
+    yield paragraph(
+        f"Class packs: one package for iOS18 with all classes and the functions {packs}, beside a package with all "
+        "classes alone. The core and all tailors are the bare tensors, in fp16:"
+    )
+    header = ("weights", "weight file", "of all classes alone", "core and all tailors", "larger by", "package")
+    yield markdown(header, [_shared_row(record) for record in records])
+
+
+def _shared_row(record: Record) -> tuple[str, ...]:
+    weights, found = record["conditions"]["weights"], record["figures"]
+    bare = found["tensor_bytes"] if weights == "fp16" else None
+    larger = found["weight_bytes"] / (bare or found["single_weight_bytes"]) - 1
+    return (
+        weights, f"{found['weight_bytes']:,} B", f"{found['single_weight_bytes']:,} B", f"{bare:,} B" if bare else "",
+        in_percent(larger, 2), f"{found['package_bytes']:,} B",
+    )  # fmt: skip
 
 
 def _rows(record: Record) -> Iterator[tuple[str, ...]]:

@@ -34,7 +34,7 @@ from kind_edge.model.sampling import denoiser, step_span
 from kind_edge.model.spec import ModelSpec, Ranks
 from kind_edge.model.truncation import FoldedMatrix, fold_matrix
 from kind_edge.training.evaluate import Judge
-from kind_edge.training.sampled import draw, draw_noise, judged_labels, sampling_of, spread
+from kind_edge.training.sampled import Sampling, draw, draw_noise, judged_labels, sampling_of, spread
 from studies.anysize import Matrices, deployed_flops, timesteps_of, uniform
 from studies.statistics import in_percent, markdown, paragraph
 from studies.steps import teacher_of
@@ -63,8 +63,12 @@ TARGETS = {"spearman": 0.95, "spearman_within": 0.8, "plain_over_whitened": 3.0,
 
 def run(subject: Subject, output: Path) -> list[Record]:
     """Of the model and, if it is distilled, of its teacher."""
-    family = [subject] if subject.teacher_sha256 is None else [subject, teacher_of(subject.teacher_sha256)]
-    return [record for each in family for record in Prediction(each, output).run()]
+    return [record for each in family(subject) for record in Prediction(each, output).run()]
+
+
+def family(subject: Subject) -> list[Subject]:
+    """The model and, if it is distilled, its teacher."""
+    return [subject] if subject.teacher_sha256 is None else [subject, teacher_of(subject.teacher_sha256)]
 
 
 class Prediction:
@@ -338,10 +342,10 @@ def _spearman(a: FloatArray, b: FloatArray) -> float:
     return float(spearmanr(a, b).statistic)
 
 
-def frechet(study: Prediction, judge: Judge, network: DiT, images: int) -> float:
-    """Of images of all classes from noise that is the same for every plan."""
+def frechet(study: Prediction, judge: Judge, network: DiT, images: int, sampling: Sampling | None = None) -> float:
+    """Of images of all classes from noise that is the same for every plan; drawn as recommended unless told."""
     checkpoint = study.model.checkpoint
-    sampling, index = sampling_of(checkpoint), spread(images, checkpoint.spec.num_classes)
+    sampling, index = sampling or sampling_of(checkpoint), spread(images, checkpoint.spec.num_classes)
     denoise = denoiser(network, sampling.steps, sampling.guidance)
     noise = draw_noise(checkpoint.spec, images, 0)
     labels = np.array(judged_labels(checkpoint.class_names))[index]

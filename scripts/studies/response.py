@@ -6,8 +6,8 @@ Random plans from light to deep cuts; every third is kept out of the fit.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,11 @@ from scipy.optimize import least_squares
 from kind_edge.budget.response import Judged, Response
 from kind_edge.deploy.sensitivity_file import SENSITIVITY
 from kind_edge.errors import UsageError
+from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.training.evaluate import Judge
-from kind_edge.training.sampled import sampling_of
+from kind_edge.training.sampled import Sampling, sampling_of
 from studies.anysize import Matrices
-from studies.prediction import Prediction, cut_model, frechet, random_plans
+from studies.prediction import Prediction, cut_model, family, frechet, random_plans
 from studies.statistics import in_percent, markdown, paragraph
 from studies.store import Record, Store, Subject, write_whole
 
@@ -29,44 +30,91 @@ IMAGES = 500
 SHARES = tuple(float(share) for share in np.linspace(0.62, 0.28, 18).round(3))
 """FLOPs of the plans, as shares of the dense model's."""
 HELD_OUT_EVERY = 3
+STEPS = 10
+"""Of pictures of plans with a guided branch: what is compared is a growth, and twice as many take twice as long."""
+
+SWEEP_STEPS, SWEEP_GUIDANCE = (5, 10, 20), (1.0, 1.25, 1.5, 1.75, 2.0)
+"""At which a model with a guided branch is judged whole: what its planner then chooses from."""
 
 
 def run(subject: Subject, output: Path) -> list[Record]:
-    """Judge the uncut model and every plan."""
-    plans = Prediction(subject, output)
-    store, judge, sampling = Store(output, NAME, subject), Judge.load(), sampling_of(plans.model.checkpoint)
-    conditions = {"images": IMAGES, "seed": 0, **dataclasses.asdict(sampling), "judge_sha256": judge.judge_sha256}
+    """Judge the uncut model and every plan; of a distilled model, its teacher likewise."""
+    return [record for each in family(subject) for record in _run(Prediction(each, output))]
 
-    def judged(matrices: Matrices | None) -> dict[str, Any]:
-        whole = plans.model.checkpoint
-        network = whole.model() if matrices is None else cut_model(whole, plans.folded, matrices)
-        figures = {"frechet": frechet(plans, judge, network, IMAGES)}
-        return figures if matrices is None else figures | {"predicted": plans.predicted.increase(matrices)}
 
-    records = [store.run("whole", {"kind": "whole", **conditions}, lambda: judged(None))]
+def _run(plans: Prediction) -> list[Record]:
+    store, judge = Store(plans.store.folder.parent, NAME, plans.subject), Judge.load()
+    own = {"images": IMAGES, "seed": 0, "judge_sha256": judge.judge_sha256}
+
+    def judged(name: str, kind: str, sampling: Sampling, matrices: Matrices | None, **more: Any) -> Record:
+        def figures() -> dict[str, Any]:
+            whole = plans.model.checkpoint
+            network = whole.model() if matrices is None else cut_model(whole, plans.folded, matrices)
+            found = {"frechet": frechet(plans, judge, network, IMAGES, sampling)}
+            return found if matrices is None else found | {"predicted": plans.predicted.increase(matrices)}
+
+        conditions = {"kind": kind, **dataclasses.asdict(sampling), **own, **more}
+        return store.run(f"{plans.subject.name}-{name}", conditions, figures)
+
+    sampling = plans_sampling(plans.model.checkpoint)
+    records = [judged("whole", "whole", sampling, None)]
     for number, share in enumerate(SHARES):
         target = share * plans.base.dense["flops"]
         (matrices,) = random_plans(plans.spec, plans.flops, target, 1, 100 + number)
-        own = {"kind": "held out" if number % HELD_OUT_EVERY == 1 else "fitted", "share": share, **conditions}
-        records.append(store.run(f"plan-{number:02}", own, partial(judged, matrices)))
+        kind = "held out" if number % HELD_OUT_EVERY == 1 else "fitted"
+        records.append(judged(f"plan-{number:02}", kind, sampling, matrices, share=share))
+    for each in choices(plans.model.checkpoint):
+        name = f"{each.steps}-steps-guidance-{each.guidance:g}"
+        records.append(judged(name, "choice", each, None))
     return records
+
+
+def plans_sampling(checkpoint: Checkpoint) -> Sampling:
+    """How pictures of cut plans are drawn: as recommended, with a guided branch in STEPS steps."""
+    sampling = sampling_of(checkpoint)
+    return sampling if checkpoint.spec.distilled else dataclasses.replace(sampling, steps=STEPS)
+
+
+def choices(checkpoint: Checkpoint) -> Iterator[Sampling]:
+    """What else the uncut model is judged at. How good a distilled one is at its step counts, its config.json says."""
+    own = plans_sampling(checkpoint)
+    if not checkpoint.spec.distilled:
+        pairs = itertools.product(SWEEP_STEPS, SWEEP_GUIDANCE)
+        every = (dataclasses.replace(own, steps=steps, guidance=guidance) for steps, guidance in pairs)
+        yield from (each for each in every if each != own)
 
 
 def publish(subject: Subject, output: Path) -> list[Record]:
-    """Judge, fit, and write the response into the checkpoint's sensitivity table."""
-    plans = Prediction(subject, output)
-    table, counts = plans.model.sensitivity, plans.model.checkpoint.provenance.get("quality_by_steps")
+    """Judge, fit, and write the response into the sensitivity tables of the model and, if it is distilled, its teacher.
+
+    Raises `UsageError` for a distilled model that does not state its quality.
+    """
+    found = []
+    for each in family(subject):
+        plans = Prediction(each, output)
+        records = _run(plans)
+        whole = dataclasses.replace(plans.model.sensitivity, response=fitted(records, table_of(plans, records)))
+        write_whole(each.folder / SENSITIVITY, whole.to_json())
+        found += records
+    return found
+
+
+def table_of(plans: Prediction, records: Sequence[Record]) -> tuple[Judged, ...]:
+    """Distances of the uncut model at everything that a user can choose."""
+    checkpoint = plans.model.checkpoint
+    if not checkpoint.spec.distilled:
+        own = [record for record in records if record["conditions"]["kind"] in ("whole", "choice")]
+        rows = ((record["conditions"], record["figures"]["frechet"]) for record in own)
+        judged = (Judged(chosen["steps"], chosen["guidance"], distance) for chosen, distance in rows)
+        return tuple(sorted(judged, key=lambda row: (row.steps, row.guidance)))
+    counts = checkpoint.provenance.get("quality_by_steps")
     if not counts:
         raise UsageError(
-            f"{subject.name}: its config.json states no quality_by_steps, which the response would be a multiple of; "
-            "that of a distilled model does"
+            f"{plans.subject.name}: its config.json states no quality_by_steps, which the response would be a multiple "
+            "of; kind-edge distill writes it"
         )
-    records = run(subject, output)
-    guidance = sampling_of(plans.model.checkpoint).guidance
-    judged = tuple(Judged(int(steps), guidance, row["frechet"]) for steps, row in counts.items())
-    whole = dataclasses.replace(table, response=fitted(records, judged))
-    write_whole(subject.folder / SENSITIVITY, whole.to_json())
-    return records
+    guidance = sampling_of(checkpoint).guidance
+    return tuple(Judged(int(steps), guidance, row["frechet"]) for steps, row in counts.items())
 
 
 def fitted(records: Sequence[Record], table: tuple[Judged, ...] = ()) -> Response:

@@ -17,10 +17,12 @@ from kind_edge.budget.cost import (
     fixed_latency_s,
     matrix_cost,
     matrix_latency_s,
+    runs_on_one_thread,
 )
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.loss import LossModel, MatrixLoss
-from kind_edge.budget.operator_table import Grid, OperatorTable
+from kind_edge.budget.operator_table import KINDS, Grid, Key, OperatorTable
+from kind_edge.budget.plan import MatrixPlan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile, Figure, load_profile
@@ -40,16 +42,22 @@ def us(precision: str, rows: int, m: int, n: int) -> float:
     return start + rows * m * n / rate + (rows * m / 4e3 if precision == "int8" else 0)
 
 
-def make_table() -> OperatorTable:
+def make_table(slower: float = 1.0) -> OperatorTable:
     precisions = ("fp32", "int8")
     places = list(itertools.product((1, 2), (49, 256), (64, 128)))
-    tailors = itertools.product(precisions, (1, 2), (49, 256), (128, 512), (128, 512), (2, 8))
+    layers: dict[str, dict[Key, float]] = {}
+    for role, times in (("square", 1), ("wide", 4)):
+        for precision, (batch, tokens, width), rank in itertools.product(precisions, places, (2, 8, 32, 64)):
+            key, rows, outputs = (precision, batch, tokens, width), batch * tokens, times * width
+            thin = us(precision, rows, width, rank) + us(precision, rows, rank, outputs)
+            layers.setdefault(f"{role}_dense", {})[key] = us(precision, rows, width, outputs) * slower
+            layers.setdefault(f"{role}_factored", {})[(*key, rank)] = thin * slower
+            layers.setdefault(f"{role}_tailor", {})[(*key, rank)] = (5.0 + batch * rank) * slower
     return OperatorTable(
-        product={key: us(*key) for key in itertools.product(precisions, ROWS, SIZES, SIZES)},
-        tailor={key: 5.0 + key[1] * key[5] for key in tailors},
-        attention={(p, *place): 40.0 * place[0] for p in precisions for place in places},
-        mlp={(p, *place): 20.0 * place[0] for p in precisions for place in places},
-        ends={place: 30.0 * place[0] for place in places},
+        **layers,
+        attention={place: 40.0 * slower * place[0] for place in places},
+        mlp={place: 20.0 * slower * place[0] for place in places},
+        ends={place: 30.0 * slower * place[0] for place in places},
         source="measured: a test",
     )
 
@@ -77,7 +85,13 @@ def test_a_power_law_is_met_everywhere(rows: int, m: int, n: int) -> None:
 @given(m=sizes, more=st.integers(0, 5000))
 def test_more_work_takes_no_less(m: int, more: int) -> None:
     table = make_table()
-    assert table.product_us("int8", 70, m + more, 64) >= table.product_us("int8", 70, m, 64) * (1 - 1e-9)
+
+    def dense_us(size: int) -> float:
+        return table.layer_us("dense", "int8", 1, 70, size, size)
+
+    assert dense_us(m + more) >= dense_us(m) * (1 - 1e-9)
+    thin = [table.layer_us("factored", "fp32", 2, 49, 128, 512, rank) for rank in (m, m + more)]
+    assert thin[1] >= thin[0] * (1 - 1e-9)
 
 
 def test_measured_points_are_kept_and_missing_corners_follow() -> None:
@@ -101,6 +115,24 @@ def test_latency_adds_the_table_up(device: DeviceProfile) -> None:
     assert matrix_latency_s(tailors, device, "cpu", "fp32", sustained=False, batch=2) == pytest.approx(21e-6)
     branch = branch_fixed_cost(SPEC, "attn", "int8", 2, 4)
     assert fixed_latency_s(branch, device, "cpu", sustained=False) == pytest.approx(40e-6)
+
+
+def test_a_small_model_runs_on_one_thread_and_a_large_one_on_all(device: DeviceProfile) -> None:
+    slow = dataclasses.replace(device.unit("cpu"), one_thread=make_table(slower=3.0))
+    both = dataclasses.replace(device, units={**device.units, "cpu": slow})
+    large = dataclasses.replace(SPEC, image_size=64, width=768, depth=12, heads=12)
+    latent = dataclasses.replace(SPEC, pixels_per_latent=8)
+    for spec, factor in ((SPEC, 3.0), (large, 1.0), (latent, 1.0)):
+        one = {shape.name: MatrixPlan("dense", "fp32", rank=48) for shape in spec.matrices()}
+        seconds = [
+            Deployment(
+                spec, Request(each, ("a",), Sampling("euler", 4, 1.0, 4)), Candidate("single", "fp32", "cpu")
+            ).evaluation_latency_s(one, sustained=False)
+            for each in (device, both)
+        ]  # fmt: skip
+        assert seconds[1] == pytest.approx(factor * seconds[0])
+        assert runs_on_one_thread(spec) == (factor > 1)
+        assert runs_on_one_thread(spec.without_branches(["blocks.0.attn"])) == runs_on_one_thread(spec)
 
 
 def test_what_lasts_is_slower_and_other_units_are_estimated(device: DeviceProfile) -> None:
@@ -151,24 +183,25 @@ def test_the_solver_takes_dense_int8_where_rank_does_not_pay(
 
 
 def test_a_profile_with_a_table_is_read_as_it_was_written(device: DeviceProfile) -> None:
-    odd = dataclasses.replace(device, title='the "odd" one \x7f \\ µ', units={"cpu": device.unit("cpu")})
+    two = dataclasses.replace(device.unit("cpu"), one_thread=make_table(2.0))
+    odd = dataclasses.replace(device, title='the "odd" one \x7f \\ µ', units={"cpu": two})
     again = parse_profile(profile_text(odd), odd.name, "written")
     assert again.title == odd.title
-    table, wanted = again.unit("cpu").table, make_table()
-    assert table is not None
-    assert table.source == wanted.source
-    for kind in ("product", "tailor", "attention", "mlp", "ends"):
-        assert getattr(table, kind) == pytest.approx(getattr(wanted, kind), rel=1e-5)
+    for table, wanted in ((again.unit("cpu").table, make_table()), (again.unit("cpu").one_thread, make_table(2.0))):
+        assert table is not None
+        assert table.source == wanted.source
+        for kind in KINDS:
+            assert getattr(table, kind) == pytest.approx(getattr(wanted, kind), rel=1e-5)
     assert again.ram_bytes == Figure(pytest.approx(odd.ram_bytes.value, rel=1e-5), "G", odd.ram_bytes.source)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("product = [", "products = [", "nearest known: product"),
-        ('["fp32", 49, 8, 8,', '["fp64", 49, 8, 8,', "product.0.: got 'fp64'"),
-        ('["fp32", 49, 8, 8,', '["fp32", 49, 8,', "want 3 sizes"),
-        ('["fp32", 49, 8, 8,', '["fp32", 49, 8, 0,', "sizes of at least 1"),
+        ("square_dense = [", "squares_dense = [", "nearest known: square_dense"),
+        ('["fp32", 1, 49, 64,', '["fp64", 1, 49, 64,', "square_dense.0.: got 'fp64'"),
+        ('["fp32", 1, 49, 64,', '["fp32", 1, 49,', "want 3 sizes"),
+        ('["fp32", 1, 49, 64,', '["fp32", 1, 49, 0,', "sizes of at least 1"),
         ("[1, 49, 64, 30]", "[1, 49, 64, nan]", "ends.0..us: got nan"),
         ("[1, 49, 64, 30]", '"fast"', "ends.0.: got 'fast'"),
     ],

@@ -23,6 +23,13 @@ def test_a_time_without_a_unit_is_refused_before_anything_is_read(call: Callable
     assert "--heal '5': a bare number says no unit; write for example 90s, 5m or 1h" in answer.err
 
 
+def test_only_one_plan_is_resized(call: Callable[..., Any]) -> None:
+    answer = call("plan", "--profile", "raspberry-pi-5", "--allow-resize", "10m", "--pareto")
+    assert answer.code == 2
+    assert "--allow-resize goes with one plan" in answer.err
+    assert call("plan", "--profile", "raspberry-pi-5", "--allow-resize", "10").code == 2
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1.5 m", 90), ("5min", 300), ("1h", 3600)])
 def test_times(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds

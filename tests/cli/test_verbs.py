@@ -145,6 +145,15 @@ def test_inspect_a_bundle_and_a_model(call: Callable[..., Any], bundle: Path) ->
     assert "float [batch, 1, 6, 5]" in shown  # not taken for markup
 
 
+def test_inspect_the_shipped_model_on_one_screen(call: Callable[..., Any]) -> None:
+    lines = call("inspect").out.splitlines()
+    assert len(lines) <= 50
+    assert max(map(len, lines)) <= 100
+    words = " ".join(" ".join(lines).split())
+    for wanted in ("licence Apache-2.0", "Fashion-MNIST (licence MIT", "then kind-edge distill", "a class", "(exact)"):
+        assert wanted in words
+
+
 def test_generate_draws_a_row_per_class(call: Callable[..., Any], bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "both.png"
     answer = call("-q", "generate", bundle, "--class", "sneaker,bag", "-n", 3, "-o", path)
@@ -184,7 +193,9 @@ def test_the_whole_way(call: Callable[..., Any], checkpoint: Path, tmp_path: Pat
     assert call("-q", "verify", out, "--checkpoint", checkpoint).code == 0
     benched = call("bench", out, "--runs", 2)
     assert "one image" in benched.out
-    assert call("inspect", out, "--json").json()["flops"] == {"exact": values["plan"]["flops"]}
+    inspected = call("inspect", out, "--json").json()
+    assert inspected["flops"]["exact"] == values["plan"]["flops"] > inspected["flops"]["paper"] > 0
+    assert inspected["class_bytes"] * 2 == inspected["graphs"]["onnx/denoiser.onnx"]["part_bytes"]["tailors"]
     assert call("generate", out, "--class", "bag", "-n", 2, "-o", tmp_path / "bag.png").code == 0
     judged = call("-q", "eval", out, "--images", 4, "--json").json()
     assert (judged["kind"], judged["images"], judged["steps"]) == ("bundle", 4, 2)

@@ -19,7 +19,6 @@ from onnx import TensorProto, helper, numpy_helper
 from kind_edge.deploy.bundle import write_manifest, writing_bundle
 
 ROOT = Path(__file__).resolve().parents[2]
-NODE = ROOT / "tests" / "node"
 
 ROWS, CLASSES, SHAPE = 4, ("sneaker", "bag"), (1, 6, 5)
 SCALES = np.array([0.9, -0.4, 0.7, 0.2], np.float32)
@@ -180,24 +179,36 @@ def packaged(tiny_folder: Path, made_once: Callable[[str, Callable[[Path], objec
 
 @pytest.fixture(scope="session")
 def node_folder() -> Path:
-    """The packages of tests/node, installed once for each lock file under build/node."""
+    """The packages of tests/node."""
+    return npm_packages("node", "onnxruntime-node is not tested")
+
+
+@pytest.fixture(scope="session")
+def typescript_folder() -> Path:
+    """The packages of tests/typescript."""
+    return npm_packages("typescript", "kind-edge.d.ts is not compiled")
+
+
+def npm_packages(name: str, untested: str) -> Path:
+    """The packages of a folder of tests, installed once for each lock file under build/."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node is None or npm is None:
-        pytest.skip("node and npm are not on this machine: onnxruntime-node is not tested")
-    digest = hashlib.sha256((NODE / "package-lock.json").read_bytes()).hexdigest()[:16]
-    folder = ROOT / "build" / "node" / digest
+        pytest.skip(f"node and npm are not on this machine: {untested}")
+    source = ROOT / "tests" / name
+    digest = hashlib.sha256((source / "package-lock.json").read_bytes()).hexdigest()[:16]
+    folder = ROOT / "build" / name / digest
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / ".ready").exists():
-            for name in ("package.json", "package-lock.json"):
-                shutil.copy(NODE / name, folder)
+            for file in ("package.json", "package-lock.json"):
+                shutil.copy(source / file, folder)
             command = [npm, "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error"]
             environment = {**os.environ, "ONNXRUNTIME_NODE_INSTALL": "skip"}  # no CUDA libraries
             done = subprocess.run(
                 command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
             )
-            assert done.returncode == 0, f"npm could not install onnxruntime-node: {done.stderr[-2000:]}"
+            assert done.returncode == 0, f"npm could not install {name}: {done.stderr[-2000:]}"
             (folder / ".ready").touch()
     return folder
 

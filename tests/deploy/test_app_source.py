@@ -1,4 +1,4 @@
-"""Every name, shape, type and number in the Kotlin and Swift classes is the model's own."""
+"""Every name, shape, type and number in the Kotlin class is the model's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 
 from kind_edge.deploy.android import PACKAGER
 from kind_edge.deploy.session import open_session
-from kind_edge.deploy.swift import SWIFT_FILE, write_swift
 
 TYPES = {"FloatBuffer": "tensor(float)", "IntBuffer": "tensor(int32)", "LongBuffer": "tensor(int64)"}
 INPUT = re.compile(r'inputs\["(\w+)"\] = OnnxTensor.createTensor\(environment, (\w+)\.wrap')
@@ -73,33 +72,3 @@ def test_follows_another_model(packaged: Path, tmp_path: Path) -> None:
     PACKAGER.write(tmp_path / "again", values)
     assert "onnx/decoder.int8-weights.onnx" in (tmp_path / "again" / "android" / "KindEdge.kt").read_text()
     assert kotlin.count("{") == kotlin.count("}")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["step_index", "timestep"])
-def test_swift_agrees_with_its_package(step: str, packaged: Path, tmp_path: Path) -> None:
-    values: dict[str, Any] = json.loads((packaged / "manifest.json").read_text())
-    types = {"sample": "float32", step: "int32" if step == "step_index" else "float32", "class_index": "int32"}
-    inputs = [{"name": name, "dtype": dtype, "shape": ["batch"]} for name, dtype in types.items()]
-    outputs = [{"name": "prediction", "dtype": "float32", "shape": ["batch", 1, 8, 8]}]
-    entry = {"role": "denoiser", "precision": "fp16", "inputs": inputs, "outputs": outputs, "weight_bytes": 1000}
-    write_swift(tmp_path, values)
-    assert not (tmp_path / SWIFT_FILE).exists(), "without a package there is nothing to write"
-    (tmp_path / "coreml").mkdir()
-    write_swift(tmp_path, {**values, "models": {**values["models"], "coreml/Denoiser.mlpackage": entry}})
-    swift = (tmp_path / SWIFT_FILE).read_text()
-    found = dict(re.findall(r'inputs\["(\w+)"\] = try MLMultiArray\(.*dataType: \.(\w+)\)', swift))
-    assert found == types
-    assert '["shirt", "bag"]' in swift
-    assert "channels = 1, height = 8, width = 8" in swift
-    for column in ("p", "q", "a", "b", "c", *(["timestep"] if step == "timestep" else [])):
-        listed = re.search(rf"static let {column}: \[Float\] = \[(.*)\]", swift)
-        assert listed
-        np.testing.assert_array_equal(
-            np.float32(listed[1].split(", ")), np.float32(values["sampler"]["tables"][column])
-        )
-    assert "guided(sample, row, classIndex)" in swift
-    assert "[classIndex, 2]" in swift
-    assert 'run(denoiser, inputs, "prediction")' in swift
-    for opening, closing in ("{}", "()", "[]"):
-        assert swift.count(opening) == swift.count(closing)

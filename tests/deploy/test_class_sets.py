@@ -53,5 +53,5 @@ def test_anything_else_is_refused(tmp_path: Path, text: str, kind: type[KindEdge
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="No such file"):
         read_class_sets(tmp_path / "none.yaml")

@@ -37,7 +37,7 @@ DEVICE = "raspberry-pi-5"
 FP32, INT8 = "onnx/denoiser.onnx", "onnx/denoiser.int8.onnx"
 SAMPLER = "onnx/sampler.onnx"
 CORE = "packs/core.json"
-FILES = {"manifest.json", "plan.json", "README.md", "preview.png", "report.html", "verify/full.png"}
+FILES = {"manifest.json", "plan.json", "README.md", "NOTICE", "preview.png", "report.html", "verify/full.png"}
 FILES |= {"verify/reference.npz", FP32, INT8, SAMPLER, CORE}
 
 

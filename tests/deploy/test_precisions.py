@@ -21,7 +21,7 @@ from kind_edge.errors import InputError, UsageError
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 PHONE, CLASSES = "snapdragon8g3", ["shirt", "bag"]
-OTHERS = {"manifest.json", "plan.json", "README.md", "preview.png", "report.html", "verify/full.png"}
+OTHERS = {"manifest.json", "plan.json", "README.md", "NOTICE", "preview.png", "report.html", "verify/full.png"}
 OTHERS |= {"verify/reference.npz"}
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+import kind_edge.deploy
 
 Array = NDArray[Any]
 SaveProgram = Callable[[Path, Callable[..., Mapping[str, Any]], Mapping[str, Array], int], Path]
@@ -45,3 +50,16 @@ def save_ml_program(
 @pytest.fixture(scope="session")
 def save_program() -> SaveProgram:
     return save_ml_program
+
+
+@pytest.fixture(scope="session")
+def mac_program() -> ModuleType:
+    """The stand-alone program that checks packages on a Mac."""
+    path = Path(kind_edge.deploy.__file__).parent / "templates/coreml/verify_on_mac.py"
+    spec = importlib.util.spec_from_file_location("verify_on_mac", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for it
+    spec.loader.exec_module(module)
+    return module

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kind_edge.budget.coreml import Packaging, coreml_estimate
+from kind_edge.budget.coreml_weights import SMALLEST, WEIGHTS, palette_bytes, palette_group, weights_for
 from kind_edge.budget.plan import MatrixPlan, Plan
+from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling
+from kind_edge.budget.profile import load_profile
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.manifest import ModelEntry, TensorInfo, read_manifest
 from kind_edge.deploy.merge import fold, truncate
@@ -28,14 +32,14 @@ from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import verify_images, verify_model
 from kind_edge.errors import UsageError
-from kind_edge.exporters import coreml_convert, coreml_export
-from kind_edge.exporters.coreml_choices import LARGEST_BATCH, WEIGHTS, check_weights, weights_for
-from kind_edge.exporters.coreml_compress import clusters, compress, palette_bytes, palette_group, palettized
+from kind_edge.exporters import coreml_convert
+from kind_edge.exporters.coreml_choices import LARGEST_BATCH, check_weights
+from kind_edge.exporters.coreml_compress import PREFIXES, clusters, compress, palettized
 from kind_edge.exporters.coreml_graph import Denoiser, Sampler
 from kind_edge.exporters.coreml_mixed import mixed_bits
 from kind_edge.exporters.coreml_package import Description, package_bytes, save_package, weight_bytes
 from kind_edge.exporters.coreml_tools import require_coremltools
-from kind_edge.exporters.mil_reference import open_package
+from kind_edge.exporters.mil_reference import open_package, package_weights
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.spec import branch_of
 from kind_edge.registry import exporter
@@ -206,6 +210,8 @@ def test_the_oldest_target_in_the_neural_engines_layout(labelled: PlainDiT, chan
              for op in block.operations}  # fmt: skip
     assert {"conv", "constexpr_lut_to_dense", "layer_norm"} <= kinds
     assert not kinds & {"transpose", "rsqrt"}
+    weights = package_weights(channels / DENOISER)
+    assert all(name.startswith(PREFIXES) for name, array in weights.items() if np.size(array) >= SMALLEST), "not fused"
 
 
 @pytest.mark.slow
@@ -248,6 +254,29 @@ def test_compression_keeps_gates_and_tables(program: Any, distilled: PlainDiT, t
     assert sizes["palette4"] < sizes["palette6"] < sizes["palette8"] < sizes["fp16"]
     assert sizes["int4"] < sizes["int8"] < sizes["fp16"]
     assert sizes["mixed"] <= sizes["fp16"]
+
+
+@pytest.mark.parametrize("layout", ["tokens", "channels"])
+def test_sizes_are_as_predicted(layout: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    """Of a model whose weights are most of its package, as those of real ones are."""
+    plain = plain_model(make_checkpoint(width=192, depth=1, learngene_rank=12, num_classes=3), unit="cpu")
+    denoiser, plan = Denoiser(plain, layout), plain.origin.plan
+    interface = coreml_convert.interface_of(denoiser)
+    request = Request(load_profile("apple-a18"), CLASSES, Sampling("euler", 2, 2.0, 2), "switch")
+    candidate = Candidate("switch", "fp32", "cpu", "baked")
+    deployment = Deployment(
+        make_checkpoint(width=192, depth=1, learngene_rank=12, num_classes=3).spec, request, candidate
+    )
+    targets: dict[Any, tuple[Any, ...]] = {"iOS18": ("fp16", "int8", "palette4"), "iOS16": ("int8",)}
+    for target, ways in targets.items() if layout == "tokens" else [("iOS18", ("fp16", "int4"))]:
+        program = coreml_convert.convert(denoiser, interface, target, (2,))
+        for weights in ways:
+            save_package(compress(program, weights, target), tmp_path / PACKAGE, Description("", "", "", "", {}))
+            found = coreml_estimate(deployment, plan.matrices, Packaging(target, weights, layout))
+            assert package_bytes(tmp_path / PACKAGE) == pytest.approx(found["denoiser_bytes"], rel=0.03), (
+                target,
+                weights,
+            )
 
 
 def test_any_batch_and_the_whole_loop_without_a_switch(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -325,47 +354,10 @@ def test_a_failed_conversion_names_module_and_operator(distilled: PlainDiT) -> N
         coreml_convert.convert(broken, coreml_convert.interface_of(broken), "iOS18", (1,))
 
 
-@pytest.mark.parametrize(("kind", "weights"), [("AutoencoderKL", "fp16"), ("AutoencoderTiny", "int8")])
-def test_decoders_keep_their_gate(kind: str, weights: Any, make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
-    import diffusers
-
-    small: dict[str, Any] = {
-        "AutoencoderKL": {
-            "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-            "block_out_channels": (16,) * 4, "layers_per_block": 1, "norm_num_groups": 8,
-        },
-        "AutoencoderTiny": {
-            "encoder_block_out_channels": (16,) * 4, "decoder_block_out_channels": (16,) * 4,
-            "num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4,
-        },
-    }[kind]  # fmt: skip
-    torch.manual_seed(0)
-    autoencoder = getattr(diffusers, kind)(latent_channels=4, **small).eval().requires_grad_(False)
-
-    class Decoder(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.decoder = autoencoder.decoder
-
-        def forward(self, latent: torch.Tensor) -> torch.Tensor:
-            return (self.decoder(latent) * 0.5 + 0.5).clamp(0, 1)
-
-    shape = {**WIDE, **LABELLED, "pixels_per_latent": 8}
-    model = plain_model(make_checkpoint(**shape))
-    decoder = Decoder()
-    known = SimpleNamespace(decoder=decoder, image_channels=3)
-    model.origin = dataclasses.replace(model.origin, autoencoder=known)
-    made = coreml_export.CoreMLExporter()._decoder(model)
-    assert made is not None
-    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    save_package(compress(made.program, weights, "iOS18"), tmp_path / PACKAGE, Description("", "", "", "", {}))
-    image = exporter("coreml").open(tmp_path / PACKAGE)({"latent": latent.numpy()})
-    assert image.shape == (1, 3, 64, 64)
-    assert psnr_db(decoder(latent).numpy(), image) >= COREML_GATES_DB[weights]
-
-
 @pytest.mark.slow
-def test_a_bundle_with_packages_proves_itself(tiny_folder: Path, tmp_path: Path) -> None:
+def test_a_bundle_with_packages_proves_itself(
+    tiny_folder: Path, tmp_path: Path, parse_swift: Callable[[str], Any]
+) -> None:
     asked: dict[str, Any] = {"profile": "apple-a18", "classes": ["shirt", "bag"], "precision": "int8"}
     choices = {"coreml": {"target": "iOS17", "layout": "channels"}}
     bundle = pipeline.export(tiny_folder, **asked, output=tmp_path / "b", formats=["coreml"], format_choices=choices)
@@ -375,4 +367,17 @@ def test_a_bundle_with_packages_proves_itself(tiny_folder: Path, tmp_path: Path)
     assert (entry["precision"], entry["target"], entry["layout"]) == ("int8", "iOS17", "channels")
     size = sum(size for name, size in bundle.files.items() if name.startswith(DENOISER))
     assert size == entry["package_bytes"]
+    assert (bundle.plan.coreml["weights"], bundle.plan.coreml["target"]) == ("int8", "iOS17")
     assert pipeline.verify(bundle.path).parity == bundle.parity
+    report = (bundle.path / "report.html").read_text()
+    assert "Core ML packages" in report
+    assert "int8, iOS17, channels" in report
+    assert "target membership" in (bundle.path / "README.md").read_text()
+
+    swift = (bundle.path / "coreml/KindEdge.swift").read_text()
+    parse_swift(swift)
+    made = re.findall(r'inputs\["(\w+)"\] = MLMultiArray\(MLShapedArray<(\w+)>\(.*shape: \[batch(.*)\]\)\)', swift)
+    found = {name: (kind, [int(size) for size in shape.split(",")[1:]]) for name, kind, shape in made}
+    kinds = {65568: "Float", 131104: "Int32"}
+    arrays = {each.name: each.type.multiArrayType for each in specification(bundle.path / DENOISER).description.input}
+    assert found == {name: (kinds[array.dataType], list(array.shape)[1:]) for name, array in arrays.items()}

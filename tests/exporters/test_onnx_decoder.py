@@ -15,8 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kind_edge.deploy.parity import IMAGE_GATES_DB, psnr_db
 from kind_edge.exporters.onnx_decoder import PREFIX, tiled, to_fp16, to_onnx_decoder, weights_in_int8
-from kind_edge.model.autoencoder import Autoencoder, decode_tiled, open_autoencoder, tiles_of
+from kind_edge.model.autoencoder import Autoencoder, decode_tiled, open_autoencoder
 from kind_edge.model.spec import ModelSpec
+from kind_edge.model.tiles import tiles_of
 from kind_edge.registry import exporter
 
 STORED = {"fp32": lambda model: model, "fp16": to_fp16, "int8-weights": weights_in_int8}

@@ -15,8 +15,8 @@ from kind_edge.deploy.graph_facts import graph_facts
 from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
 from kind_edge.exporters.onnx_decoder import tiled
 from kind_edge.exporters.onnx_sampler import to_sampler
-from kind_edge.model.autoencoder import tiles_of
 from kind_edge.model.sampling import guided, sample
+from kind_edge.model.tiles import tiles_of
 from kind_edge.registry import exporter
 
 SAMPLERS = [("euler", "flow"), ("heun", "flow"), ("ddim", "epsilon"), ("dpmsolver++", "epsilon")]

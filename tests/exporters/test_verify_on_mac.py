@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -52,15 +51,9 @@ def points() -> dict[str, Array]:
     return {"sample": sample, "step_index": steps.astype(np.int32), "class_index": classes.astype(np.int64)}
 
 
-@pytest.fixture(scope="module")
-def program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("verify_on_mac", PROGRAM)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def program(mac_program: ModuleType) -> ModuleType:
+    return mac_program
 
 
 @pytest.fixture

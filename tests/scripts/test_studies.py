@@ -243,3 +243,31 @@ def test_every_training_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {record["conditions"].get("method") for record in first["smoke"]} >= {"whitened", "healed", "dense"}
     trainings.draw(first, tmp_path)
     assert (tmp_path / "smoke-sizes.png").stat().st_size > 5_000
+
+
+def test_files_are_compared_where_their_curves_have_the_same_distance() -> None:
+    from studies import fine
+
+    curve = [(1000.0, 16.0), (4000.0, 4.0)]  # halving the distance doubles the file
+    assert fine.size_at(curve, 8.0) == pytest.approx(2000)
+    assert fine.size_at(curve, 4.0) == pytest.approx(4000)
+    assert fine.size_at(curve, 3.9) is None
+    assert fine.size_at(curve, 17.0) is None
+
+    def record(model: str, size: int, frechet: float, classes: str = "10") -> dict[str, Any]:
+        loss = f"{frechet:g}%"
+        conditions = {"model": model, "classes": classes, "max_quality_loss": loss, "seed": 0, "images": 5}
+        conditions |= {"sampler": "euler", "steps": 2, "guidance": 1.5, "judge_sha256": "ab"}
+        figures = {"file_bytes": size, "frechet": frechet}
+        return {"conditions": conditions, "figures": figures, "checkpoint": {"model": model, "weights_sha256": "cd"}}
+
+    ordinary = [record("study", size, distance) for size, distance in ((2000, 16.0), (3000, 20.0), (4000, 8.0))]
+    ours = [record("fine-48", size, distance) for size, distance in ((1000, 16.0), (4000, 4.0))]
+    told = fine._compared([*ordinary, *ours], "10", "fine-48")
+    # At 16 half the bytes, at 8 half: 2000 of 4000; the ordinary file that a smaller one is better than is no point.
+    assert told is not None
+    assert "0.50 times the bytes of the ordinary one (2 comparisons)" in told
+    apart = fine._compared([*ordinary, record("fine-48", 1000, 30.0)], "10", "fine-48")
+    assert apart == "fine-48, 10 classes: no equal Fréchet distance; at its best it has 30.00, the ordinary model 8.00."
+    assert fine._compared(ordinary, "10", "fine-48") is None
+    assert fine.text([]) == ""

@@ -38,8 +38,9 @@ from kind_edge.training.train import train_stages
 torch.set_default_dtype(torch.float64)  # Adam turns the rounding of a tiny gradient into a whole step
 folder = pathlib.Path(sys.argv[1])
 
-def configured(classes):
-    spec = ModelSpec(8, 1, 4, 16, 1, 2, classes, learngene_rank=4, tailor_rank=2)
+def configured(classes, shared):
+    depth = 2 if shared else 1
+    spec = ModelSpec(8, 1, 4, 16, depth, 2, classes, learngene_rank=4, tailor_rank=2, shared_factors=shared)
     config = TrainConfig(spec, images=12 * 4, batch_size=12, warmup_steps=2, accumulation=2, nested_share=0.75)
     labels = torch.arange(max(60, classes)) % classes
     images = torch.randint(256, (len(labels), 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -48,8 +49,8 @@ def configured(classes):
 def sent_values(profile):
     return sum(math.prod(event.input_shapes[0]) for event in profile.events() if event.name.startswith("gloo:"))
 
-def learn(classes, processes):
-    config, data = configured(classes)
+def learn(classes, processes, shared=False):
+    config, data = configured(classes, shared)
     batches = ClassBatches(data.labels, classes, 12, 0)
     state = start(config, processes)
     losses = [train_step(config, state, data, batches) for _ in range(2)]
@@ -68,7 +69,7 @@ def learn(classes, processes):
     }
 
 def learn_in_stages(name, processes):
-    config, data = configured(3)
+    config, data = configured(3, False)
     train_stages(config, DataSplit(data, data.of_classes(())), folder / name, processes)
 
 together, results = join(torch.device("cpu")), {}
@@ -82,6 +83,10 @@ for classes in (10, 1000):
     for how in ("ddp", "fsdp"):
         together.sharded = how == "fsdp"
         results[how, classes] = learn(classes, together)
+results["alone", "shared"] = learn(10, Alone(torch.device("cpu")), shared=True)
+for how in ("ddp", "fsdp"):
+    together.sharded = how == "fsdp"
+    results[how, "shared"] = learn(10, together, shared=True)
 if together.rank == 0:
     torch.save(results, folder / "results.pt")
 together.wait()
@@ -95,7 +100,7 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def results(folder: Path, world: int) -> dict[tuple[str, int], dict[str, Any]]:
+def results(folder: Path, world: int) -> dict[tuple[str, int | str], dict[str, Any]]:
     """What the script learned on `world` processes, which find each other as those of torchrun do."""
     common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -123,7 +128,7 @@ def test_two_processes_learn_what_one_learns(tmp_path: Path) -> None:
     names = {how: run[how, 10]["network"] for how in ("alone", "ddp", "fsdp")}
     assert names == {"alone": "DiT", "ddp": "DistributedDataParallel", "fsdp": "FSDPDiT"}
     for how in ("ddp", "fsdp"):
-        for classes in (10, 1000):
+        for classes in (10, 1000, "shared"):
             got = run[how, classes]
             for what in ("losses", "average", "rows"):
                 torch.testing.assert_close(got[what], run["alone", classes][what], rtol=1e-9, atol=1e-9)

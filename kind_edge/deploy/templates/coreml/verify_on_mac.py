@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -85,6 +86,7 @@ class Case:
     inputs: Arrays
     wanted: Array
     labels: tuple[Mapping[str, Any], ...]
+    tiles: int = 1
 
     @property
     def name(self) -> str:
@@ -119,7 +121,8 @@ def cases_of(manifest: Mapping[str, Any], reference: Arrays) -> Iterator[Case]:
             if entry["role"] == "denoiser":
                 yield _of_denoiser(path, function, gate, entry, reference, manifest["classes"], classes)
             elif "image" in reference:
-                yield _of_images(path, function, gate, entry, reference, manifest["classes"], classes)
+                tiles = int(manifest.get("decoder", {}).get("tiles", 1)) if entry["role"] == "decoder" else 1
+                yield _of_images(path, function, gate, entry, reference, manifest["classes"], classes, tiles)
 
 
 def _renumbered(index: Array, known: Sequence[str], classes: Sequence[str]) -> tuple[Array, Array]:
@@ -144,14 +147,21 @@ def _of_denoiser(
 
 
 def _of_images(
-    path: str, function: str | None, gate: float, entry: Any, reference: Arrays, known: list[str], classes: list[str]
+    path: str,
+    function: str | None,
+    gate: float,
+    entry: Any,
+    reference: Arrays,
+    known: list[str],
+    classes: list[str],
+    tiles: int,
 ) -> Case:
-    """Of a sampler or a decoder."""
+    """Of a sampler or a decoder; a decoder may make pictures in `tiles` x `tiles` pieces."""
     kept, index = _renumbered(reference["image_class"], known, classes)
     given = {name: reference[name][kept] for name in ("noise", "latent", "image") if name in reference}
     given["class_index"] = index
     labels = tuple({"class": classes[c]} for c in index.tolist())
-    return Case(path, function, "image", "psnr", gate, _inputs(path, entry, given), given["image"], labels)
+    return Case(path, function, "image", "psnr", gate, _inputs(path, entry, given), given["image"], labels, tiles)
 
 
 def _inputs(path: str, entry: Any, given: Arrays) -> dict[str, Array]:
@@ -184,6 +194,29 @@ def run_all(case: Case, opened: Opened) -> Array:
     return np.concatenate(parts)
 
 
+def run_tiles(case: Case, opened: Opened) -> Array:
+    """Pictures decoded in overlapping tiles that fade into one another, as the app decodes them.
+
+    A tile is as long as its share of a side, plus a quarter of it that overlaps; the first and the last meet the ends.
+    """
+    latents, side, count = case.inputs["latent"], case.inputs["latent"].shape[-1], case.tiles
+    size, f = math.ceil(side / (count - 0.25 * (count - 1))), case.wanted.shape[-1] // side
+    starts = np.linspace(0, side - size, count).round().astype(int)
+    weights = np.ones((count, size * f), np.float32)
+    for i in range(count - 1):
+        both = int(starts[i] + size - starts[i + 1]) * f
+        ramp = (np.arange(both, dtype=np.float32) + np.float32(0.5)) / np.float32(max(both, 1))
+        weights[i, size * f - both :] *= 1 - ramp
+        weights[i + 1, :both] *= ramp
+    images = np.zeros_like(case.wanted)
+    for (i, top), (j, left) in itertools.product(enumerate(starts), repeat=2):
+        piece = latents[:, :, top : top + size, left : left + size]
+        parts = [np.asarray(opened.predict({"latent": one[None]})[case.output]) for one in piece]
+        place = images[:, :, top * f : (top + size) * f, left * f : (left + size) * f]
+        place += np.concatenate(parts) * weights[i][:, None] * weights[j]
+    return images
+
+
 def points_of(case: Case, got: Array) -> list[dict[str, Any]]:
     """The distance of every class and timestep, over all its points together; of an image, of every class."""
     if got.shape != case.wanted.shape:
@@ -200,6 +233,9 @@ def points_of(case: Case, got: Array) -> list[dict[str, Any]]:
 def time_ms(case: Case, opened: Opened, runs: int) -> dict[str, float]:
     """Percentiles of one prediction at the package's batch, after a few that do not count."""
     inputs = {name: np.resize(array, (opened.batch, *array.shape[1:])) for name, array in case.inputs.items()}
+    if case.tiles > 1:  # one tile, as the app asks for it
+        size = math.ceil(inputs["latent"].shape[-1] / (case.tiles - 0.25 * (case.tiles - 1)))
+        inputs = {"latent": inputs["latent"][:, :, :size, :size]}
     taken = []
     for _ in range(WARM_UPS + runs):
         start = time.perf_counter()
@@ -218,7 +254,7 @@ def measure(case: Case, folder: Path, unit: str, runs: int, open_package: Open) 
             opened = open_package(folder / case.package, unit, case.function)
             loads.append(round(time.perf_counter() - start, 3))
         result |= {"cold_load_s": loads[0], "warm_load_s": loads[1], "batch": opened.batch}
-        points = points_of(case, run_all(case, opened))
+        points = points_of(case, (run_all if case.tiles == 1 else run_tiles)(case, opened))
         worst = min(points, key=lambda point: point[f"{case.metric}_db"])
         result |= {f"worst_{case.metric}_db": worst[f"{case.metric}_db"], "points": points}
         if worst[f"{case.metric}_db"] < case.gate_db:

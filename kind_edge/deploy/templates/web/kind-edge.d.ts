@@ -36,7 +36,7 @@ export class Picture {
   /** float32 in [-1, 1], channels x height x width. */
   readonly values: Float32Array;
   /** uint8, height x width x 4, as `ImageData` takes it. */
-  rgba(): Uint8ClampedArray;
+  rgba(): Uint8ClampedArray<ArrayBuffer>;
 }
 
 export interface Model {

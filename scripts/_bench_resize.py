@@ -1,0 +1,91 @@
+"""Is another depth or width better than ranks and precision alone? Plans of equal latency, healed alike, measured.
+
+On `host`, all classes in *switch*, at the steps that the model recommends. For every limit of latency there are two
+plans, with other sizes among the choices and without; where they differ, both are healed for the same time, exported,
+measured, and drawn from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+HEAL = "10m"
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+"""Limits of latency, as shares of that of the plan without one."""
+IMAGES = 1000
+
+
+def resize(model: str = "fashion-mnist", heal: str = HEAL, images: int = IMAGES) -> dict[str, Any]:
+    """Measures the sizes first, where that was not done (three times the healing)."""
+    from kind_edge.deploy.pipeline import plan
+    from kind_edge.errors import NoPlanError
+    from kind_edge.training.sampled import sampling_of
+
+    opened = _opened(model)
+    asked: dict[str, Any] = {"profile": "host", "form": "switch", "steps": sampling_of(opened.checkpoint).steps}
+    whole = plan(opened, **asked)
+    rows: list[dict[str, Any]] = []
+    for share in SHARES:
+        limit = f"{1e3 * share * whole.sustained_image_latency_s:.4f}ms"
+        pair = []
+        for allowed in (None, heal):
+            try:
+                pair.append(plan(opened, **asked, max_latency=limit, allow_resize=allowed))
+            except NoPlanError:
+                pair.append(None)
+        same, sized = pair
+        differ = sized is not None and bool(sized.resize)
+        for name, each in (("ranks and precision", same), ("sizes, too", sized if differ else None)):
+            rows.append({"limit_ms": float(limit[:-2]), "choices": name, **_planned(each)})
+            rows[-1] |= _measured(opened, each, heal, images) if each is not None and differ else _NOTHING
+            print(rows[-1], file=sys.stderr, flush=True)
+    return {"plans": rows, "better": [_verdict(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]}
+
+
+def _opened(model: str) -> Any:
+    from kind_edge.deploy.request import open_model
+
+    return open_model(model)
+
+
+def _planned(plan: Any) -> dict[str, Any]:
+    if plan is None:
+        return {"size": "none", "precision": "", "predicted_ms": None, "predicted_frechet": None}
+    size = f"depth {plan.resize['depth']}, width {plan.resize['width']}" if plan.resize else "its own"
+    predicted_ms = 1e3 * plan.sustained_image_latency_s
+    return {
+        "size": size, "precision": plan.precision, "predicted_ms": predicted_ms,
+        "predicted_frechet": plan.predicted_frechet,
+    }  # fmt: skip
+
+
+_NOTHING: dict[str, Any] = {"measured_ms": None, "frechet": None, "class_accuracy": None}
+
+
+def _measured(opened: Any, plan: Any, heal: str, images: int) -> dict[str, Any]:
+    """The bundle's own latency of an image (median), and what its healed gated model draws."""
+    from kind_edge.deploy.making import HEALED
+    from kind_edge.deploy.pipeline import export
+    from kind_edge.model.checkpoint import load_checkpoint
+    from kind_edge.training.sampled import sample_checkpoint, score
+
+    with tempfile.TemporaryDirectory() as folder:
+        free = dataclasses.replace(plan, limits={})  # what is measured is no gate here
+        bundle = export(opened, plan=free, heal=heal, output=Path(folder, "b"))
+        healed = load_checkpoint(bundle.path / HEALED)
+        report = score(sample_checkpoint(healed, images, 0, plan.steps, plan.strength, sampler=plan.sampler))
+    found = {"measured_ms": bundle.image_latency.p50_ms, "frechet": report.frechet}
+    return {**found, "class_accuracy": report.class_accuracy}
+
+
+def _verdict(alone: dict[str, Any], sized: dict[str, Any]) -> dict[str, Any]:
+    """Whether the other size is faster and no worse in Fréchet distance, as measured."""
+    both = alone["measured_ms"] is not None and sized["measured_ms"] is not None
+    better = both and sized["measured_ms"] < alone["measured_ms"] and sized["frechet"] <= alone["frechet"]
+    only = sized["measured_ms"] is not None and alone["measured_ms"] is None
+    told = "better" if better else "the only plan" if only else "not better" if both else "not chosen"
+    return {"limit_ms": alone["limit_ms"], "other size": told}
