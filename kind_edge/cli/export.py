@@ -119,7 +119,7 @@ def export(
     options.check_writable(output or Path("bundle"))
     key = options.signing_key(sign)
     if many:
-        rest = {"formats": wanted, "heal": heal, "keep_failed": keep_failed, "sign": key, **choices}
+        rest: dict[str, object] = {"formats": wanted, "heal": heal, "keep_failed": keep_failed, "sign": key, **choices}
         rest |= {"format_choices": {"coreml": coreml} if "coreml" in wanted else {}}
         names = options.split_names(profiles or profile) or []
         export_many.run(terminal, checkpoint, names, classes_file, output, rest, as_json)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +64,10 @@ def _indented() -> str:
     return "\n".join(f"    {line}" for line in EXAMPLE.splitlines())
 
 
-class _Strict(yaml.SafeLoader):
+class _Strict(yaml.SafeLoader):  # type: ignore[misc]  # its types are not known
     """Of two keys that are the same PyYAML would take the last one, without a word."""
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> Mapping[Any, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
         for key, _ in node.value:
             if str(key.value) in seen:
