@@ -12,7 +12,7 @@ import typer
 from kind_edge.cli import options, tables
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal
-from kind_edge.errors import UsageError
+from kind_edge.errors import KindEdgeError, UsageError
 from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
@@ -129,6 +129,9 @@ def print_fleet(terminal: Terminal, fleet: Fleet) -> None:
         out.print()
     for message, names in _reasons(fleet).items():
         terminal.say_error(f"{', '.join(names)}: {message}")
+    if terminal.verbose:
+        for details in {each.failure.details for each in fleet.bundles if each.failure}:
+            terminal.err.print(details, markup=False, soft_wrap=True)
 
 
 def _row(bundle: FleetBundle) -> tuple[Cell, ...]:
@@ -172,5 +175,8 @@ def _reasons(fleet: Fleet) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for each in fleet.bundles:
         if each.failure is not None:
-            found.setdefault(each.failure.message, []).append(each.job.name)
+            message = each.failure.message
+            if each.failure.exit_code == KindEdgeError.exit_code:
+                message = f"a bug in kind-edge: {each.failure.kind}: {message}; please report it with what -v prints"
+            found.setdefault(message, []).append(each.job.name)
     return found

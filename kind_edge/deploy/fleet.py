@@ -201,7 +201,7 @@ def _work(crew: Crew, schedule: Schedule, now: _Now, complete: Callable[[Job], N
                 return
             while schedule.measuring:
                 group = schedule.measuring[0]
-                now.begins(0, MeasureSensitivity(), "measuring")
+                now.alone("measuring")
                 schedule.measured(group, _measured(group))
             continue
         for task, answer in crew.answers():
@@ -230,10 +230,15 @@ class _Now:
         self._names: dict[int, str] = {}
         self._stages: dict[int, str] = {}
 
-    def begins(self, number: int, task: Task, what: str = "") -> None:
+    def begins(self, number: int, task: Task) -> None:
         name = task.job.name if isinstance(task, Finish) else task.name if isinstance(task, MakeFiles) else ""
         self._names[number] = name
-        self.stage(number, what)
+        self.stage(number, "")
+
+    def alone(self, what: str) -> None:
+        self._names.clear()
+        self._stages = {0: what}
+        self._say()
 
     def stage(self, number: int, what: str) -> None:
         name = self._names.get(number, "")
@@ -272,22 +277,27 @@ def _jobs(place: Path, profiles: Sequence[str], sets: Mapping[str | None, Any]) 
 
 def _opened(crew: Crew) -> Opened:
     """The model, read by every worker at once; where nobody has measured what cuts cost, one does it for all."""
-    answers: list[Any] = []
     for number in crew.idle():
         crew.start(number, Open())
-    while not answers:
-        answers += [answer for _, answer in crew.answers()]
-    if isinstance(answers[0], Failure):
-        raise answers[0].error()
-    opened: Opened = answers[0]
-    if not opened.measured:
-        number = crew.idle()[0]
-        crew.start(number, MeasureSensitivity())
-        while any(isinstance(crew.task(each), MeasureSensitivity) for each in range(number + 1)):
-            answers += [answer for _, answer in crew.answers() if isinstance(answer, Failure)]
-        if failures := [answer for answer in answers if isinstance(answer, Failure)]:
-            raise failures[0].error()
-    return opened
+    opened: Opened = _first_answer(crew, Open)
+    if opened.measured:
+        return opened
+    number = crew.idle()[0]
+    for task in (MeasureSensitivity(), Open()):
+        crew.start(number, task)
+        answer = _first_answer(crew, type(task), number)
+    return answer  # type: ignore[no-any-return]  # of the last task
+
+
+def _first_answer(crew: Crew, kind: type[Task], number: int | None = None) -> Any:
+    """Of a task of that kind (to that worker); a Failure is raised as the error that it was."""
+    while True:
+        before = None if number is None else crew.task(number)
+        for task, answer in crew.answers():
+            if isinstance(task, kind) and (number is None or task is before):
+                if isinstance(answer, Failure):
+                    raise answer.error()
+                return answer
 
 
 def _check_classes(jobs: Sequence[Job], opened: Opened) -> None:

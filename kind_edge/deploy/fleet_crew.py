@@ -113,7 +113,7 @@ class _Process:
         context = multiprocessing.get_context("spawn")
         self.events, theirs = context.Pipe()
         self.task: Task | None = None
-        self._process = context.Process(target=_serve, args=(theirs, order, threads), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, order, threads))
         self._process.start()
         theirs.close()
 

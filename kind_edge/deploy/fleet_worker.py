@@ -88,7 +88,7 @@ class Worker:
         model = self.model
         self.formats.check(model.checkpoint.spec)
         beside = (model.checkpoint.path or Path()) / CALIBRATION
-        table = model.stored_sensitivity
+        table = model.stored_sensitivity or vars(model).get("sensitivity")
         fingerprint = {
             "checkpoint": model.sha256,
             "calibration": hash_file(beside) if beside.is_file() else None,
