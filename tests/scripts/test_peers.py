@@ -229,3 +229,14 @@ def test_the_twin_is_the_teacher_but_for_what_makes_it_dense() -> None:
     assert dense.provenance["data_sha256"] == teacher.provenance["data_sha256"]
     assert dense.provenance["config"]["images"] == teacher.provenance["config"]["images"]
     assert subject_of("fashion-mnist").twin_sha256 == subject_of(TWIN).sha256
+
+
+def test_whatever_others_are_better_at_is_said() -> None:
+    from peers.brief import _ahead
+
+    def one(ms: float, file_bytes: int) -> dict[str, Any]:
+        return {"evaluation_ms": {"1": [ms]}, "file_bytes": file_bytes, "peak_bytes": 10**6, "load_ms": 5.0}
+
+    told = _ahead({"litert int8": one(1, 10**6), "openvino int8": one(2, 10**7), "ours": one(3, 10**6)}, "ours")
+    assert "- one evaluation of one row: LiteRT int8 1.00 ms, OpenVINO int8 2.00 ms; ours 3.00 ms" in told
+    assert "- file: none of them; ours 1.0 MB" in told
