@@ -183,7 +183,7 @@ def made_by(command: Command, values: dict[str, Any], model: Path, bundle: Path)
 
 def is_ready(values: dict[str, Any]) -> bool:
     """Whether all that it reads is there: examples about other people's files are not run."""
-    own = [values.get(name) for name in ("bundle", "checkpoint", "target", "autoencoder", "plan_file")]
+    own = [values.get(name) for name in ("bundle", "checkpoint", "target", "autoencoder", "plan_file", "key")]
     files = [*own, *(values.get("packs") or ())]
     return all(name is None or Path(str(name)).exists() for name in files)
 

@@ -269,12 +269,15 @@ def _on_mac(found: MacResults) -> Iterator[Row]:
 
 def _conditions(here: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row]:
     image = values["latency"]["image"]
-    threads = "all physical cores" if here["threads"] is None else f"{here['threads']} thread{'s' * (here['threads'] != 1)}"
+    threads = (
+        "all physical cores" if here["threads"] is None else f"{here['threads']} thread{'s' * (here['threads'] != 1)}"
+    )
     yield "image here", f"{format_seconds(image['p50_ms'] / 1e3)} (p50 of {image['runs']})"
     yield "measured on", f"{here['cpu']} ({', '.join(here['instruction_sets'])}), {threads}, {here['system']}"
     yield "runtime", f"{here['runtime']}, {here['provider']}"
     yield "checkpoint", f"{values['source']['model']}, {values['source']['checkpoint_sha256']}"
-    yield "made by", ", ".join(f"{name} {version}" for name, version in values["tools"].items())
+    made_by = {**values["tools"], **{name: values[name] for name in ("revision",) if name in values}}
+    yield "made by", ", ".join(f"{name} {version}" for name, version in made_by.items())
     yield from lineage_words(values.get("provenance", {"licence": values["licence"]})).items()
 
 
