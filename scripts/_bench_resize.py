@@ -1,8 +1,8 @@
 """Is another depth or width better than ranks and precision alone? Plans of equal latency, healed alike, measured.
 
-On `host`, all classes in *switch*, at the steps that the model recommends. For every limit of latency there are two
-plans, with other sizes among the choices and without. At the loosest and at the tightest limit where they differ, both
-are healed for the same time, exported, measured, and drawn from.
+On `host`, all classes in *switch*; steps are a choice in both. For every limit of latency there are two plans, with
+other sizes among the choices and without. At the loosest and at the tightest limit where they differ, both are healed
+for the same time, exported, measured, and drawn from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HEAL = "5m"
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SHARES = (0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
 """Limits of latency, as shares of that of the plan without one."""
 IMAGES = 1000
 
@@ -22,10 +22,9 @@ IMAGES = 1000
 def resize(model: str = "fashion-mnist", heal: str = HEAL, images: int = IMAGES) -> dict[str, Any]:
     """Measures the sizes first, where that was not done (three times the healing)."""
     from kind_edge.deploy.pipeline import plan
-    from kind_edge.training.sampled import sampling_of
 
     opened = _opened(model)
-    asked: dict[str, Any] = {"profile": "host", "form": "switch", "steps": sampling_of(opened.checkpoint).steps}
+    asked: dict[str, Any] = {"profile": "host", "form": "switch"}
     whole = plan(opened, **asked)
     pairs = {}
     for share in SHARES:
@@ -60,11 +59,11 @@ def _opened(model: str) -> Any:
 
 def _planned(plan: Any) -> dict[str, Any]:
     if plan is None:
-        return {"size": "none", "precision": "", "predicted_ms": None, "predicted_frechet": None}
+        return {"size": "none", "steps": 0, "precision": "", "predicted_ms": None, "predicted_frechet": None}
     size = f"depth {plan.resize['depth']}, width {plan.resize['width']}" if plan.resize else "its own"
     predicted_ms = 1e3 * plan.sustained_image_latency_s
     return {
-        "size": size, "precision": plan.precision, "predicted_ms": predicted_ms,
+        "size": size, "steps": plan.steps, "precision": plan.precision, "predicted_ms": predicted_ms,
         "predicted_frechet": plan.predicted_frechet,
     }  # fmt: skip
 

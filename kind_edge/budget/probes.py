@@ -142,7 +142,7 @@ def operator_table(all_us: Latencies, shapes: Shapes = ALL_CORES) -> OperatorTab
     for width, batch, tokens in itertools.product(shapes.widths, BATCHES, _IMAGES):
         for kind, found in _Place(latency_us, shapes, width, batch, tokens).times():
             times[kind] |= found
-    return OperatorTable(**times)
+    return OperatorTable(**times, source="measured")
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,12 @@ def sized_source(whole: Source, size: Size, spec: ModelSpec) -> Source:
     def losses(form: Form, classes: Sequence[str]) -> LossModel:
         return full_rank_losses(spec, size, form, len(classes))
 
-    resize = {"depth": size.depth, "width": size.width, "method": size.method, "heal_s": size.heal_s}
+    resize: dict[str, float | str] = {
+        "depth": size.depth,
+        "width": size.width,
+        "method": size.method,
+        "heal_s": size.heal_s,
+    }
     return dataclasses.replace(
         whole, spec=spec, losses=losses, calibration="none: no rank is cut", teacher=None, resize=resize
     )

@@ -36,7 +36,8 @@ class Packages:
         """
         if self.choices is None:
             return plan
-        packaging = Packaging(**{name: self.choices[name] for name in _CHOICES if name in self.choices})
+        asked = {name: self.choices[name] for name in _CHOICES if name in self.choices}
+        packaging = Packaging(**asked, functions=len(self.choices.get("functions", ())))
         rows = len(sampler_table(plan.sampler, self.source.spec.objective, plan.steps).timestep)
         deployment = deployment_of(plan, self.source, self.device, rows, planned_decoder(self.source.decoders, plan))
         found = coreml_estimate(deployment, plan.matrices, packaging)

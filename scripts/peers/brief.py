@@ -53,7 +53,9 @@ def readme_text(records: Sequence[Record]) -> str:
     if found is None:
         return ""
     peers = [peer.name for peer in PEERS if peer.int8]
-    return f"{_table(found, peers, SHORT)}\n\n{paragraph(_equal_words(found))}"
+    run = found.run["conditions"]
+    told = f"A lower distance is better; measured on {run['cpu']}, {run['cores']} cores. {_equal_words(found)}"
+    return f"{_table(found, peers, SHORT)}\n\n{paragraph(told)}"
 
 
 def compare_text(records: Sequence[Record]) -> str:
