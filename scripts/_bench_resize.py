@@ -1,8 +1,8 @@
 """Is another depth or width better than ranks and precision alone? Plans of equal latency, healed alike, measured.
 
 On `host`, all classes in *switch*, at the steps that the model recommends. For every limit of latency there are two
-plans, with other sizes among the choices and without; where they differ, both are healed for the same time, exported,
-measured, and drawn from.
+plans, with other sizes among the choices and without. At the loosest and at the tightest limit where they differ, both
+are healed for the same time, exported, measured, and drawn from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HEAL = "10m"
+HEAL = "5m"
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 """Limits of latency, as shares of that of the plan without one."""
 IMAGES = 1000
@@ -22,28 +22,34 @@ IMAGES = 1000
 def resize(model: str = "fashion-mnist", heal: str = HEAL, images: int = IMAGES) -> dict[str, Any]:
     """Measures the sizes first, where that was not done (three times the healing)."""
     from kind_edge.deploy.pipeline import plan
-    from kind_edge.errors import NoPlanError
     from kind_edge.training.sampled import sampling_of
 
     opened = _opened(model)
     asked: dict[str, Any] = {"profile": "host", "form": "switch", "steps": sampling_of(opened.checkpoint).steps}
     whole = plan(opened, **asked)
-    rows: list[dict[str, Any]] = []
+    pairs = {}
     for share in SHARES:
         limit = f"{1e3 * share * whole.sustained_image_latency_s:.4f}ms"
-        pair = []
-        for allowed in (None, heal):
-            try:
-                pair.append(plan(opened, **asked, max_latency=limit, allow_resize=allowed))
-            except NoPlanError:
-                pair.append(None)
-        same, sized = pair
-        differ = sized is not None and bool(sized.resize)
-        for name, each in (("ranks and precision", same), ("sizes, too", sized if differ else None)):
-            rows.append({"limit_ms": float(limit[:-2]), "choices": name, **_planned(each)})
-            rows[-1] |= _measured(opened, each, heal, images) if each is not None and differ else _NOTHING
+        pairs[limit] = tuple(_plan_or_none(opened, asked, limit, allowed) for allowed in (None, heal))
+    differ = [limit for limit, (_, sized) in pairs.items() if sized is not None and sized.resize]
+    rows: list[dict[str, Any]] = []
+    for limit, pair in pairs.items():
+        for name, each in zip(("ranks and precision", "sizes, too"), pair, strict=True):
+            rows.append({"limit": limit, "choices": name, **_planned(each), **_NOTHING})
+            if each is not None and limit in {*differ[:1], *differ[-1:]}:
+                rows[-1] |= _measured(opened, each, heal, images)
             print(rows[-1], file=sys.stderr, flush=True)
-    return {"plans": rows, "better": [_verdict(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]}
+    return {"plans": rows, "other sizes": [_verdict(a, b) for a, b in zip(rows[::2], rows[1::2], strict=True)]}
+
+
+def _plan_or_none(opened: Any, asked: dict[str, Any], limit: str, allowed: str | None) -> Any:
+    from kind_edge.deploy.pipeline import plan
+    from kind_edge.errors import NoPlanError
+
+    try:
+        return plan(opened, **asked, max_latency=limit, allow_resize=allowed)
+    except NoPlanError:
+        return None
 
 
 def _opened(model: str) -> Any:
@@ -85,7 +91,8 @@ def _measured(opened: Any, plan: Any, heal: str, images: int) -> dict[str, Any]:
 def _verdict(alone: dict[str, Any], sized: dict[str, Any]) -> dict[str, Any]:
     """Whether the other size is faster and no worse in Fréchet distance, as measured."""
     both = alone["measured_ms"] is not None and sized["measured_ms"] is not None
-    better = both and sized["measured_ms"] < alone["measured_ms"] and sized["frechet"] <= alone["frechet"]
-    only = sized["measured_ms"] is not None and alone["measured_ms"] is None
-    told = "better" if better else "the only plan" if only else "not better" if both else "not chosen"
-    return {"limit_ms": alone["limit_ms"], "other size": told}
+    if both:
+        better = sized["measured_ms"] <= alone["measured_ms"] and sized["frechet"] <= alone["frechet"]
+        return {"limit": alone["limit"], "verdict": "better" if better else "not better in both"}
+    chosen = sized["size"] not in ("none", "its own")
+    return {"limit": alone["limit"], "verdict": "chosen, not measured" if chosen else "not chosen"}

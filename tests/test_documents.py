@@ -36,7 +36,7 @@ MADE_FROM_THE_CODE = ROOT / "docs" / "cli.md"
 SHELLS = ("console", "sh")
 CHEAP = ("generate", "inspect", "pack", "plan", "report", "verify")
 """But for a whole front, which is many plans."""
-CHECKPOINTS, BUNDLES = ("adapt", "distill", "import", "train"), ("export",)
+CHECKPOINTS, BUNDLES = ("adapt", "distill", "import", "resize", "train"), ("export",)
 SHIPPED = ("fashion-mnist", "fashion-mnist-teacher")
 OTHERS_OPTIONS = {"--json", "--help", "--threads", "--units", "--runs", "--checkpoint", "--into", "--images"}
 """Of the scripts and of files that are run elsewhere."""
@@ -183,7 +183,7 @@ def made_by(command: Command, values: dict[str, Any], model: Path, bundle: Path)
 
 def is_ready(values: dict[str, Any]) -> bool:
     """Whether all that it reads is there: examples about other people's files are not run."""
-    own = [values.get(name) for name in ("bundle", "checkpoint", "target", "autoencoder", "plan_file")]
+    own = [values.get(name) for name in ("bundle", "checkpoint", "target", "autoencoder", "plan_file", "key")]
     files = [*own, *(values.get("packs") or ())]
     return all(name is None or Path(str(name)).exists() for name in files)
 

@@ -32,7 +32,7 @@ APP_ROLES = ("denoiser", "decoder")
 _PROVIDERS: Mapping[Unit, str] = {"npu": "coreml-ane", "gpu": "coreml-gpu"}
 """By unit, the execution provider through which Core ML reaches it."""
 
-_PACKAGE_BYTES = 6_000
+_PACKAGE_BYTES = 10_000
 """Descriptions, Manifest.json, first and last layer; measured on our own packages, as all of the following."""
 _COMPRESSED_BYTES = 135
 """What the program has more of a weight that is compressed."""
@@ -50,11 +50,12 @@ class _Program:
     mlp: int
     product: int
     tailor: int
+    mask: int
 
 
 _PROGRAMS: Mapping[Layout, _Program] = {
-    "tokens": _Program(attention=5_100, head=0, mlp=2_500, product=570, tailor=2_940),
-    "channels": _Program(attention=6_000, head=1_700, mlp=3_300, product=1_120, tailor=250),
+    "tokens": _Program(attention=4_450, head=0, mlp=2_500, product=570, tailor=2_940, mask=0),
+    "channels": _Program(attention=5_000, head=1_700, mlp=3_300, product=1_120, tailor=250, mask=1_300),
 }
 
 
@@ -147,7 +148,6 @@ def _stored(
     else:
         yield (deployment.request.sampling.evaluations * max(labels, 1), row), False
     common = spec.shared_factors and switches and layout == "tokens"
-    masks: set[tuple[int, int]] = set()
     for matrix in spec.matrices():
         plan = matrices[matrix.name]
         tailor = (plan.tailor_rank or 0) if switches else 0
@@ -157,9 +157,14 @@ def _stored(
         if common and plan.storage == "factored" and plan.shared_rank and not first:
             del shapes[1]  # equal constants are stored once; the other factor has its block's scale in it
         yield from ((shape, True) for shape in shapes)
-        if tailor and layout == "channels":
-            masks.add((plan.shared_rank if plan.storage == "factored" else 0, tailor))
+    masks = _masks(spec, matrices) if switches and layout == "channels" else ()
     yield from (((kept + (not spec.distilled), shared + kept * rank), False) for shared, rank in masks)
+
+
+def _masks(spec: ModelSpec, matrices: Mapping[str, MatrixPlan]) -> set[tuple[int, int]]:
+    """Tables of which components a class has, in *channels*: by the shared rank beside tailors, and theirs."""
+    plans = [matrices[matrix.name] for matrix in spec.matrices()]
+    return {(p.shared_rank if p.storage == "factored" else 0, p.tailor_rank) for p in plans if p.tailor_rank}
 
 
 def _matrix_shapes(matrix: MatrixShape, plan: MatrixPlan, tailor: int, kept: int, layout: Layout) -> Iterator[Shape]:
@@ -187,6 +192,7 @@ def _program_bytes(spec: ModelSpec, matrices: Mapping[str, MatrixPlan], layout: 
         + len(spec.branches("mlp")) * each.mlp
         + (products - gathered) * each.product
         + tailored * each.tailor
+        + len(_masks(spec, matrices)) * each.mask
     )
 
 

@@ -44,10 +44,10 @@ def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...
     """A curve over the cost `axis` for each number of classes. Raises `NoPlanError` where not even one point fits."""
     counts = [count for count in CLASS_COUNTS if count < len(request.classes)]
     kept = [request.classes[:count] for count in (*counts, len(request.classes))]
-    curves, failures = [], []
+    problems, curves, failures = Problems(source), [], []
     for classes in kept:
         try:
-            points = curve_points(source, dataclasses.replace(request, classes=classes), axis)
+            points = curve_points(problems, dataclasses.replace(request, classes=classes), axis)
             curves.append(Curve(classes, tuple(points)))
         except NoPlanError as error:
             failures.append(error)
@@ -57,12 +57,11 @@ def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...
 
 
 def curve_points(
-    source: Source, request: Request, axis: Objective, count: int = POINTS, gap: float = GAP
+    problems: Problems, request: Request, axis: Objective, count: int = POINTS, gap: float = GAP
 ) -> Iterator[Mapping[str, float | None]]:
     """Plans of the request's classes with the least predicted loss, by rising `axis`, each proven to the
     relative `gap`; `NoPlanError` if not one fits."""
     request = dataclasses.replace(request, max_loss=None, minimise=LOSS)
-    problems = Problems(source)  # its points differ in a limit alone
     low = _smallest(problems, request, axis, MOST_LOSS)
     high = max(low, _smallest(problems, request, axis, LEAST_LOSS, low))
     best = float("inf")
@@ -72,7 +71,7 @@ def curve_points(
         answer = best_answer(problems, dataclasses.replace(request, limits=limits), gap=gap)
         if answer.score < best:
             best = answer.score
-            yield price_figures(source, answer)
+            yield price_figures(problems.source, answer)
 
 
 def _smallest(

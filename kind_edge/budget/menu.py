@@ -101,8 +101,8 @@ class _Menu:
                 yield Option("tailors", rank, _loss(loss.tailor[rank]), cost)
 
     def _key(self, matrix: MatrixShape) -> MatrixShape:
-        """Equal where costs are: whose matrix it is matters only for what blocks have in common."""
-        return matrix if self._deployment.in_common else matrix._replace(name="")
+        """Equal where costs are: whose matrix it is matters only where the file holds something for others with it."""
+        return matrix if matrix.name in self._deployment.first_of_types else matrix._replace(name="")
 
     def _cost_of(self, matrix: MatrixShape, storage: Storage | None, rank: int, precision: Precision) -> dict[str, int]:
         if storage is None:

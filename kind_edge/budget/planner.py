@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
 from kind_edge.budget.coreml import coreml_estimate, reached_units
-from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.latency import latency_source
 from kind_edge.budget.menu import build_problem
 from kind_edge.budget.plan import MatrixPlan, Plan, file_precision
@@ -20,7 +19,6 @@ from kind_edge.budget.problem import (
     Candidate,
     Deployment,
     Request,
-    Sampling,
     Source,
     limit_name,
 )
@@ -53,24 +51,21 @@ class Answer:
 
 @dataclass(frozen=True)
 class Problems:
-    """The problems of a source, built once for each way: for requests that differ in limits and goal alone."""
+    """The problems of a source, for one device: what may be chosen is built once, however its limits vary."""
 
     source: Source
-    _built: dict[tuple[Sampling, Candidate, DecoderCost | None], Problem] = field(default_factory=dict)
+    _built: dict[tuple[Hashable, ...], Problem] = field(default_factory=dict)
 
     def of(self, way: Way, more: Mapping[str, float]) -> Problem:
         """The problem of a way with limits that are `more` (cost -> factor) times as large."""
-        key = (way.request.sampling, way.candidate, way.request.decoder)
+        request, candidate = way.request, way.candidate
+        chosen = (candidate, request.sampling, request.decoder, request.classes, request.precision, request.burst)
+        limited = (request.spare_bytes, request.minimise, request.max_loss is None, frozenset(request.limits))
+        key = (*chosen, *limited)
         if key not in self._built:
-            self._built[key] = build_problem(self.source, way.request, way.candidate)
-        return with_more(within(self._built[key], self.source, way), more)
-
-
-def within(problem: Problem, source: Source, way: Way) -> Problem:
-    """The problem with the limits and the goal of a way's own request."""
-    request = way.request
-    limits = Deployment(source.spec, request, way.candidate).limits()
-    return problem.within(limits, request.minimise, request.max_loss)
+            self._built[key] = build_problem(self.source, request, candidate)
+        limits = Deployment(self.source.spec, request, candidate).limits()
+        return with_more(self._built[key].within(limits, request.max_loss), more)
 
 
 def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
@@ -78,8 +73,7 @@ def with_more(problem: Problem, more: Mapping[str, float]) -> Problem:
     if not more:
         return problem
     limits = {name: int(limit * more.get(name, 1.0)) for name, limit in problem.limits.items()}
-    max_loss = None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0)
-    return problem.within(limits, problem.minimise, max_loss)
+    return problem.within(limits, None if problem.max_loss is None else problem.max_loss * more.get(LOSS, 1.0))
 
 
 def make_plan(source: Source, request: Request) -> Plan:

@@ -37,7 +37,6 @@ from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.response import Response
 from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
-from kind_edge.model.names import weight_type
 from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
 
@@ -186,19 +185,19 @@ class Deployment:
         mixed = self.candidate.precision == "int8" and self.request.precision == "auto"
         return ("fp32", "int8") if mixed else (self.candidate.precision,)
 
-    @property
-    def in_common(self) -> bool:
-        """Whether blocks have weights in common: where the model shares factors, unless a form folds tailors into
-        them, or the graph is an NPU's, in which every product has a constant of its own."""
-        static = PRECISIONS[self.candidate.precision].static
-        return self.spec.shared_factors and self.candidate.form == "switch" and not static
+    @cached_property
+    def first_of_types(self) -> frozenset[str]:
+        """The matrices with which the file holds what blocks have in common, one of each weight type; none where they
+        have nothing so: forms that fold tailors in, and an NPU's graph, in which every product has its own constant."""
+        own = PRECISIONS[self.candidate.precision].static or self.candidate.form != "switch"
+        shared = self.spec.shared_factors and not own
+        return frozenset(matrix.name for matrix in self.spec.weight_types().values()) if shared else frozenset()
 
     def shared(self, matrix: MatrixShape, storage: Storage, rank: int, precision: Precision) -> MatrixCost:
-        """The part of a matrix that every image sees. What blocks have in common lies with the first of them."""
+        """The part of a matrix that every image sees."""
         cost = matrix_cost(self.spec, matrix, storage, rank, 0, 0, precision)
-        if not self.in_common or storage != "factored" or not rank:
-            return cost
-        return in_common(cost, matrix == self.spec.weight_types()[weight_type(matrix.name)])
+        common = self.first_of_types and storage == "factored" and rank
+        return in_common(cost, matrix.name in self.first_of_types) if common else cost
 
     def tailors(self, matrix: MatrixShape, rank: int, precision: Precision) -> MatrixCost:
         """The tailors of all kept classes, of which an image sees one."""

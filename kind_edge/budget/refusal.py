@@ -245,7 +245,7 @@ def _first_that_fits(problems: Problems, asked: list[tuple[Request, str, float]]
 def _tried(problems: Problems, request: Request, change: str, given_up: float) -> Iterator[Relaxation]:
     """The relaxation, if there really is a plan."""
     try:
-        answer = best_answer(Problems(problems.source), request)
+        answer = best_answer(problems, request)
     except (NoPlanError, UsageError):
         return
     yield Relaxation(change, given_up, price_figures(problems.source, answer))

@@ -8,7 +8,7 @@ end; the search is `kind_edge.budget.knapsack`, and `recheck` adds its answer up
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -93,16 +93,11 @@ class Problem:
                     raise KindEdgeError(f"Problem.options[{group!r}]: cannot open {opened!r}, which is opened already")
                 seen.add(opened)
 
-    def within(self, limits: Mapping[str, int], minimise: str, max_loss: float | None) -> Problem:
-        """The same choices with other limits and another goal; where only amounts differ, nothing is computed anew."""
-        asked, own = (limits, minimise, max_loss), (self.limits, self.minimise, self.max_loss)
-        if asked == own:
-            return self
-        if (set(limits), minimise, max_loss is None) != (set(self.limits), self.minimise, self.max_loss is None):
-            return Problem(self.options, self.fixed, limits, minimise, max_loss)
-        own_columns = self.columns  # they do not depend on amounts
-        other = copy.copy(self)
-        other.__dict__.update(limits=limits, max_loss=max_loss, columns=own_columns)
+    def within(self, limits: Mapping[str, int], max_loss: float | None) -> Problem:
+        """The same choices within other limits; what is known of them holds where the same costs are limited."""
+        other = dataclasses.replace(self, limits=limits, max_loss=max_loss)
+        if self.limits.keys() == limits.keys() and (self.max_loss is None) == (max_loss is None):
+            vars(other)["columns"] = self.columns  # where `cached_property` keeps it
         return other
 
     def cost_names(self) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -137,8 +137,9 @@ def _source(begin: str | None) -> Checkpoint | None:
 
 
 def _changed(config: TrainConfig, images: int | None, spectral_penalty: float | None) -> TrainConfig:
-    given = {"images": images, "spectral_penalty": spectral_penalty}
-    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    asked = {"images": images, "spectral_penalty": spectral_penalty}
+    given: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    return dataclasses.replace(config, **given)
 
 
 def _result(folder: Path) -> Iterator[tuple[str, str]]:

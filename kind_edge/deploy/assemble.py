@@ -84,6 +84,7 @@ def describe(
         "plan": plan.to_dict(),
         **({"threads": 1} if runs_on_one_thread(spec) else {}),
         "tools": tool_versions(),
+        **({"revision": revision} if (revision := code_revision()) else {}),
     }
 
 
@@ -92,9 +93,7 @@ def bundle_name(plan: Plan) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    revision = code_revision()
-    versions = {"kind_edge": __version__, **({"revision": revision} if revision else {})}
-    versions["python"] = platform.python_version()
+    versions = {"kind_edge": __version__, "python": platform.python_version()}
     for name in _TOOLS:
         try:
             versions[name] = importlib.metadata.version(name)

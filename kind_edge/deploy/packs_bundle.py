@@ -275,7 +275,8 @@ def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str,
             for name, content in bare.models.items():
                 _write(new / name, content)
             assemble.save_reference(new, bare.reference)
-            write_manifest(new, {key: value for key, value in bare.values.items() if key != "quality"})  # measured
+            # Not what was measured, nor by which commit: the same weights give the same core.
+            write_manifest(new, {key: each for key, each in bare.values.items() if key not in ("quality", "revision")})
         zip_bundle(Path(temporary, "core"), folder / CORE_BUNDLE)
 
 

@@ -1,7 +1,8 @@
 """Latency of a model file on an Android device: ONNX Runtime's own `onnxruntime_perf_test`, through `adb shell`.
 
 The program and `libonnxruntime.so` come from a build of ONNX Runtime for Android (`build.sh --android
---build_shared_lib`) and lie in FOLDER on the device. It takes a model and, in `test_data_set_0` beside it, an input each as a TensorProto.
+--build_shared_lib`) and lie in FOLDER on the device. It takes a model and, in `test_data_set_0` beside it, a tensor
+(TensorProto) for each of its inputs.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.sizes_file import find_sizes, healing_file, keep_sizes
 from kind_edge.errors import GateError, UsageError
 from kind_edge.model.checkpoint import as_stored
-from kind_edge.model.resize import resized, target_spec
+from kind_edge.model.resize import FIT, resized, target_spec
 from kind_edge.model.spec import ModelSpec, recommended
 from kind_edge.units import format_seconds
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 SHARES = ((0.5, 1.0), (1.0, 0.5), (0.75, 0.75))
 """Of depth and width, of the sizes that are offered."""
-METHOD = "front"
 
 Resize = Mapping[str, float | str]
 
@@ -54,6 +53,11 @@ def offered(spec: ModelSpec) -> Iterator[ModelSpec]:
         if (depth, width) not in found | {(spec.depth, spec.width)}:
             found.add((depth, width))
             yield target_spec(spec, depth=depth, width=width)
+
+
+def method_for(spec: ModelSpec) -> str:
+    """The one that begins nearest to the model; factors that blocks have in common it would take apart."""
+    return "front" if spec.shared_factors else FIT
 
 
 def at_planned_size(model: OpenedModel, plan: Plan) -> OpenedModel:
@@ -105,7 +109,7 @@ def sized_sources(
     found = []
     for spec in offered(model.checkpoint.spec):
         table = find_sizes(model)
-        size = table.find(spec.depth, spec.width, METHOD, heal_s)
+        size = table.find(spec.depth, spec.width, method_for(spec), heal_s)
         if size is None:
             size = measured_size(model, spec, heal_s, on_healing, clock)
             keep_sizes(dataclasses.replace(table, sizes=(*table.sizes, size)), model.checkpoint.path)
@@ -126,11 +130,12 @@ def measured_size(
 
     whole, advice = model.checkpoint, recommended(model.checkpoint.spec, model.checkpoint.provenance)
     kept, null_branch = list(range(whole.spec.num_classes)), not whole.spec.distilled
-    begun = resized(whole, spec, METHOD, to_heal=True)
+    method = method_for(spec)
+    begun = resized(whole, spec, method, to_heal=True)
     table = sampler_table(advice.sampler, whole.spec.objective, advice.steps)
     guidance = advice.guidance if null_branch else 1.0
     lesson = Lesson(whole, begun, tuple(kept), "switch", sampler_rows(table), guidance, null_branch, whole=True)
-    key = f"{model.sha256} {METHOD} {spec.depth} {spec.width} {advice}"
+    key = f"{model.sha256} {method} {spec.depth} {spec.width} {advice}"
     state = healing_file(model.sha256, spec)
     done = heal(lesson, heal_s, state, key, on_healing or (lambda _: None), clock)
     healed = as_stored(done.checkpoint, whole)
@@ -140,7 +145,7 @@ def measured_size(
     if not math.isfinite(increase):
         raise GateError(f"healing at depth {spec.depth} and width {spec.width} came to numbers that are none")
     size = Size(
-        spec.depth, spec.width, METHOD, heal_s, max(0.0, increase), int8_losses(healed), done.steps,
+        spec.depth, spec.width, method, heal_s, max(0.0, increase), int8_losses(healed), done.steps,
         hardware(torch.device("cpu")),
     )  # fmt: skip
     state.unlink(missing_ok=True)

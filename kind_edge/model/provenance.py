@@ -19,6 +19,7 @@ from kind_edge.errors import InputError, nearest
 NOT_STATED = "not stated"
 _MAX_CHARACTERS = 300
 _REVISION_TIMEOUT_S = 5
+_MOST_TRAININGS = 100
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,11 @@ _KNOWN_DATA = {
 def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = "provenance") -> dict[str, Any]:
     """What a bundle says of the checkpoint it was cut from: plain values, without what nobody knows.
 
-    `data` and `trained` are lists, in the order of the trainings (train, adapt, distill). Paths on the machine of the
-    training are left out. Raises `InputError` for provenance that is not what a training writes.
+    `data` and `trained` are lists, in the order of the trainings (train, adapt, distill, train --from). Paths on the
+    machine of the training are left out. Raises `InputError` for provenance that is not what a training writes.
     """
     stated = Stated.from_dict(provenance.get("stated", {}), f"{where}: stated")
-    trainings = [provenance, *_adapted(provenance), provenance.get("distilled")]
-    noted = [each for each in trainings if isinstance(each, Mapping)]
+    noted = _trainings(provenance)
     found: dict[str, Any] = {
         "model": name,
         "checkpoint_sha256": sha256,
@@ -75,7 +75,7 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
         ],
         "trained": [_training(each) for each in noted if isinstance(each.get("command"), str)],
         "teacher_sha256": _text(noted[-1].get("teacher_sha256")),
-        "imported_from": _text(provenance.get("imported_from")),
+        "imported_from": next(filter(None, (_text(each.get("imported_from")) for each in noted)), ""),
     }
     if not found["data"] and (stated.data_source or stated.data_licence):
         found["data"] = [_data({}, stated)]
@@ -129,11 +129,19 @@ def code_revision() -> str:
     return commit + ("+" if changed else "")
 
 
+def _trainings(provenance: Mapping[str, Any], before: int = 0) -> list[Mapping[str, Any]]:
+    """The first one first: those of the checkpoint that a run began from, the run, and what came after it."""
+    begun = provenance.get("begun_from")
+    earlier = _trainings(begun, before + 1) if isinstance(begun, Mapping) and before < _MOST_TRAININGS else []
+    own = [provenance, *_adapted(provenance), provenance.get("distilled")]
+    return [*earlier, *(each for each in own if isinstance(each, Mapping))]
+
+
 def _adapted(provenance: Mapping[str, Any]) -> list[Any]:
     """Trainings of further classes, the first one first; each notes the one before it."""
     found: list[Any] = []
     each = provenance.get("adapted")
-    while isinstance(each, Mapping) and len(found) < 100:
+    while isinstance(each, Mapping) and len(found) < _MOST_TRAININGS:
         found.insert(0, each)
         each = each.get("before")
     return found

@@ -99,7 +99,8 @@ def target_spec(
     if not spec.factored and (learngene_rank is not None or tailor_rank is not None):
         raise InputError("learngene_rank, tailor_rank: the model is dense, it has no ranks; leave them out")
     heads = width // spec.head_width
-    return dataclasses.replace(spec, depth=depth, width=width, heads=heads, matrix_ranks={}, **ranks)
+    sizes: dict[str, Any] = {"depth": depth, "width": width, "heads": heads, **ranks}
+    return dataclasses.replace(spec, matrix_ranks={}, **sizes)
 
 
 def _scaled(rank: int, scale: float) -> int:

@@ -31,7 +31,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kind_edge.model.calibration import Inputs
-from kind_edge.model.dit import Attention, DiT, ModulatedBlock, modulate, patchify, timestep_features
+from kind_edge.model.dit import (
+    Attention,
+    DiT,
+    ModulatedBlock,
+    TimestepEmbedder,
+    modulate,
+    patchify,
+    timestep_features,
+)
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
 from kind_edge.model.spec import ModelSpec, Ranks
 
@@ -49,6 +57,7 @@ class _Kept:
     channels: Tensor  # [D']
     condition: Tensor  # [D'], what adaLN reads
     timestep: Tensor  # [D'], the hidden units of the timestep network
+    span: Tensor | None  # [D'], of that of the span, which a distilled model has
     heads: tuple[Tensor, ...]
     hidden: tuple[Tensor, ...]
 
@@ -78,14 +87,14 @@ class _Reading:
 @torch.no_grad()
 def fitted(source: DiT, target: ModelSpec, seen: Sequence[Inputs]) -> DiT:
     """A model of the target's sizes, with the ranks of the source, from what the source is asked in `seen`."""
-    x, timestep, classes = _some(source.spec, seen)
-    kept = _choose(source, target, (x, timestep, classes))
+    x, timestep, classes, *span = inputs = _some(source.spec, seen)
+    kept = _choose(source, target, inputs)
     ranks = {
         shape.name: _ranks_of(source.spec, shape.name, kept.blocks) for shape in target.matrices() if target.factored
     }
     new = DiT(dataclasses.replace(target, matrix_ranks=ranks)).eval().requires_grad_(False)
     gate = ClassGate.of(classes, source.spec.num_classes)
-    condition = _fit_embedders(source, new, kept, timestep, classes)
+    condition = _fit_embedders(source, new, kept, timestep, classes, *span)
     at, old = 0, patchify(source.patch_embed, source.pos_embed, x)
     now = patchify(new.patch_embed, new.pos_embed, x)
     for place, number in enumerate(kept.blocks):
@@ -101,11 +110,11 @@ def fitted(source: DiT, target: ModelSpec, seen: Sequence[Inputs]) -> DiT:
 
 def _some(spec: ModelSpec, seen: Sequence[Inputs]) -> Inputs:
     """At most `TOKENS` tokens' worth of inputs, evenly from all; every other one without its class."""
-    x, timestep, classes = (torch.cat(parts) for parts in zip(*(inputs[:3] for inputs in seen), strict=True))
+    x, timestep, classes, *span = (torch.cat(parts) for parts in zip(*seen, strict=True))
     count = min(len(x), max(2, TOKENS // spec.tokens))
     some = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[:count]
     classes = torch.where(torch.arange(count) % 2 == 0, classes[some], spec.num_classes)
-    return x[some], timestep[some], classes
+    return x[some], timestep[some], classes, *(each[some] for each in span)
 
 
 def _ranks_of(spec: ModelSpec, name: str, blocks: Sequence[int]) -> Ranks:
@@ -132,6 +141,7 @@ def _choose(source: DiT, target: ModelSpec, inputs: Inputs) -> _Kept:
         _telling(stream, target.width),
         _telling(covariance["condition"], target.width),
         _telling(covariance["timestep"], target.width),
+        _telling(covariance["span"], target.width) if "span" in covariance else None,
         tuple(heads),
         tuple(hidden),
     )
@@ -141,7 +151,12 @@ def _covariances(source: DiT, inputs: Inputs) -> dict[str, Tensor]:
     """E[a a^T] of what every layer of the blocks and the final one sees, and of what adaLN and the timestep's do."""
     found: dict[str, Tensor] = {}
     hooks = []
-    alias = {"final.adaln": "condition", "t_embed.fc2": "timestep", "final.linear": "final.linear"}
+    alias = {
+        "final.adaln": "condition",
+        "t_embed.fc2": "timestep",
+        "span_embed.fc2": "span",
+        "final.linear": "final.linear",
+    }
     for name, module in source.named_modules():
         if name not in alias and not (name.startswith("blocks.") and name.endswith((".q", ".o", ".fc1", ".fc2"))):
             continue
@@ -205,19 +220,27 @@ def _set(old: nn.Module, new: nn.Module, outputs: Tensor, reading: _Reading | No
     new.weight.copy_(weight), new.bias.copy_(bias)
 
 
-def _fit_embedders(source: DiT, new: DiT, kept: _Kept, timestep: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+def _fit_embedders(
+    source: DiT, new: DiT, kept: _Kept, timestep: Tensor, classes: Tensor, span: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """All before the blocks; the condition [B, D] of old and new."""
     new.patch_embed.weight.copy_(source.patch_embed.weight[kept.channels])
     new.patch_embed.bias.copy_(source.patch_embed.bias[kept.channels])
     new.pos_embed.copy_(source.pos_embed[:, kept.channels])
-    old_embed, embed = source.t_embed, new.t_embed
-    _set(old_embed.fc1, embed.fc1, kept.timestep, None)
-    features = timestep_features(timestep, old_embed.frequencies)
-    hidden, new_hidden = F.silu(old_embed.fc1(features)), F.silu(embed.fc1(features))
-    _set(old_embed.fc2, embed.fc2, kept.condition, _Reading(hidden, new_hidden, kept.timestep))
+    _fit_embedder(source.t_embed, new.t_embed, kept.timestep, kept.condition, timestep)
+    if source.span_embed is not None and new.span_embed is not None and span is not None and kept.span is not None:
+        _fit_embedder(source.span_embed, new.span_embed, kept.span, kept.condition, span)
     if source.y_embed is not None and new.y_embed is not None:
         new.y_embed.weight.copy_(source.y_embed.weight[:, kept.condition])
-    return source.condition(timestep, classes), new.condition(timestep, classes)
+    return source.condition(timestep, classes, span), new.condition(timestep, classes, span)
+
+
+def _fit_embedder(old: TimestepEmbedder, new: TimestepEmbedder, hidden: Tensor, outputs: Tensor, time: Tensor) -> None:
+    """`time` [B]: timesteps or spans."""
+    _set(old.fc1, new.fc1, hidden, None)
+    features = timestep_features(time, old.frequencies)
+    was, now = F.silu(old.fc1(features)), F.silu(new.fc1(features))
+    _set(old.fc2, new.fc2, outputs, _Reading(was, now, hidden))
 
 
 def _chunks(channels: Tensor, count: int, width: int) -> Tensor:
@@ -236,20 +259,25 @@ def _fit_block(
     gate: ClassGate,
 ) -> Tensor:
     """One block; `x` [B, N, D] and `new_x` [B, N, D'] come in, what leaves the new one is returned."""
+    assert old.attn is not None
+    assert old.mlp is not None
+    assert new.attn is not None
+    assert new.mlp is not None
     width = x.shape[-1]
     _set(old.adaln, new.adaln, _chunks(kept.channels, 6, width), _Reading(*condition, kept.condition))
     parts = old.adaln(condition[0]).unsqueeze(1).chunk(6, -1)
     new_parts = new.adaln(condition[1]).unsqueeze(1).chunk(6, -1)
     head_width = width // old.attn.heads
     rows = (kept.heads[place][:, None] * head_width + torch.arange(head_width)).flatten()
-    a, new_a = _normed(x, *parts[:2]), _normed(new_x, *new_parts[:2])
+    a, new_a = _normed(x, parts[0], parts[1]), _normed(new_x, new_parts[0], new_parts[1])
     reading = _Reading(a, new_a, kept.channels)
     for name in "qkv":
         _set(getattr(old.attn, name), getattr(new.attn, name), rows, reading)
     y, new_y = _attended(old.attn, a, gate), _attended(new.attn, new_a, gate)
     _set(old.attn.o, new.attn.o, kept.channels, _Reading(y, new_y, rows))
     x, new_x = x + parts[2] * old.attn.o(y, gate), new_x + new_parts[2] * new.attn.o(new_y, gate)
-    a, new_a = _normed(x, *parts[3:5], old.mlp_norm_eps), _normed(new_x, *new_parts[3:5], old.mlp_norm_eps)
+    a = _normed(x, parts[3], parts[4], old.mlp_norm_eps)
+    new_a = _normed(new_x, new_parts[3], new_parts[4], old.mlp_norm_eps)
     _set(old.mlp.fc1, new.mlp.fc1, kept.hidden[place], _Reading(a, new_a, kept.channels))
     hidden, new_hidden = (F.gelu(mlp.fc1(b, gate), approximate="tanh") for mlp, b in ((old.mlp, a), (new.mlp, new_a)))
     _set(old.mlp.fc2, new.mlp.fc2, kept.channels, _Reading(hidden, new_hidden, kept.hidden[place]))

@@ -13,11 +13,14 @@ from kind_edge.training.config import TrainConfig
 
 
 def origin_of(begin: Checkpoint | None) -> dict[str, object]:
-    """What a run that begins with a checkpoint's weights notes of it; of a run that begins at random, nothing."""
+    """What a run that begins with a checkpoint's weights notes of it: where that came from, and its hash.
+
+    Nothing of a run that begins at random.
+    """
     if begin is None:
         return {}
-    sha256 = None if begin.path is None else checkpoint_hash(begin.path)
-    return {"begun_from": {"sha256": sha256, "resized": begin.provenance.get("resized")}}
+    noted = {key: value for key, value in begin.provenance.items() if key != "recommended"}
+    return {"begun_from": {**noted, "sha256": None if begin.path is None else checkpoint_hash(begin.path)}}
 
 
 def begin_with(begin: Checkpoint, config: TrainConfig) -> DiT:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint
+from kind_edge.model.provenance import Stated
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.distributed import join
 from kind_edge.training.loop import Progress
@@ -40,7 +41,10 @@ def heal_config(checkpoint: Checkpoint, steps: int = HEAL_STEPS, seed: int = 0) 
 
 def _original(checkpoint: Checkpoint) -> TrainConfig:
     given = checkpoint.provenance.get("config")
-    return TrainConfig(checkpoint.spec) if given is None else TrainConfig.from_dict(given, "provenance: config")
+    if given is not None:
+        return TrainConfig.from_dict(given, "provenance: config")
+    stated = Stated.from_dict(checkpoint.provenance.get("stated", {}), "provenance: stated")
+    return TrainConfig(checkpoint.spec, stated=stated)
 
 
 def same_config(checkpoint: Checkpoint, images: int | None = None) -> TrainConfig:

@@ -120,7 +120,9 @@ def train(
     if begin is not None:
         check_same_classes(begin, split.training.class_names)
     output.mkdir(parents=True, exist_ok=True)
-    return train_stages(config, split, output, processes, resume=resume, begin=begin, on_progress=on_progress)
+    return train_stages(
+        config, split, output, processes, resume=resume, begin=begin, on_progress=on_progress, on_note=on_note
+    )
 
 
 def check_begun(
@@ -154,6 +156,7 @@ def train_stages(
     resume: bool = False,
     begin: Checkpoint | None = None,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """`train` with data that is open already. Every process calls this."""
     nested, origin = nested_config(config), origin_of(begin)
@@ -171,6 +174,7 @@ def train_stages(
             return train_to_end(config, first, split, output, on_progress, origin=origin)
         run(config, first, split.training, lambda s: save_state(output, config, s, choices), on_progress)
         done = Checkpoint(config.spec, split.training.class_names, averaged_tensors(config, first), {})
+        on_note("second stage: the learngene is put in order, and each cut of it learns what the whole predicts")
         state = start_nested(nested, done, split.training, first.processes)
         state.seconds, state.saved = first.seconds, "the first stage"
     loss = NestedLoss(config.spec.objective, config.seed)

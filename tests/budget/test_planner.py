@@ -382,6 +382,28 @@ def test_steps_are_chosen_by_the_predicted_distance(plan: MakePlan) -> None:
     assert plan(others=STEPS, max_latency=f"{0.2 * latency_s:.9f}s").steps < 4
 
 
+def test_guidance_is_chosen_with_the_steps_within_one_and_the_same_limit(plan: MakePlan) -> None:
+    distances = {(4, 1.5): 5.0, (4, 1.0): 6.0, (2, 1.5): 7.0, (2, 1.0): 9.0}
+    response = Response(tuple(Judged(*key, frechet) for key, frechet in distances.items()), 20, 1, {})
+    others = tuple(Sampling("euler", steps, guidance, steps) for steps, guidance in distances)[1:]
+    choice: dict[str, Any] = {"response": response, "others": others}
+    free = plan(**choice)
+    assert (free.steps, free.guidance, free.evaluations_per_step) == (4, 1.5, 2)
+    unguided = plan(sampling=UNGUIDED, response=response)
+    limit = f"{unguided.sustained_image_latency_s * 1.001:.9f}s"
+    tight = plan(**choice, max_latency=limit)
+    assert (tight.steps, tight.guidance, tight.evaluations_per_step) == (4, 1.0, 1)
+    assert tight.predicted_frechet < plan(response=response, max_latency=limit).predicted_frechet
+    alone = plan(**choice, classes=ONE, max_latency=f"{unguided.sustained_image_latency_s * 0.6:.9f}s")
+    assert (alone.guidance, alone.form) == (1.0, "single")  # only without guidance there is such a form
+    # A share is one of the request's own sampling: what takes half the time has no smaller limit.
+    request = Request(PHONE, TWO, GUIDED, unit="cpu", others=others, limits={"max_latency": Quantity(0.5, "share")})
+    uncut = synthetic(1.0)
+    found = [(way.request.sampling, Deployment(uncut.spec, way.request, way.candidate)) for way in ways(uncut, request)]
+    assert {sampling for sampling, _ in found} == {GUIDED, *others}
+    assert len({deployment.limits()["latency_ns"] for _, deployment in found}) == 1
+
+
 def test_a_refusal_shows_the_closest_plan_and_what_would_help(plan: MakePlan) -> None:
     small = plan(minimise="weight_bytes", max_loss=100.0)
     fast = plan(minimise="latency_ns", max_loss=100.0)

@@ -16,7 +16,7 @@ def small(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from kind_edge.cli import main
 
     folder = tmp_path_factory.mktemp("resized") / "small"
-    command = ["resize", tiny_folder, "--depth", "3", "--width", "24", "--method", "front", "-o", folder]
+    command = ["resize", tiny_folder, "--depth", "1", "--width", "8", "--method", "front", "-o", folder]
     assert main([str(word) for word in command]) == 0
     return folder
 
@@ -34,7 +34,7 @@ def test_it_says_what_it_made(call: Callable[..., Any], tiny_folder: Path, tmp_p
 
 
 def test_the_result_plans_and_exports(call: Callable[..., Any], small: Path, tmp_path: Path) -> None:
-    assert (load_checkpoint(small).spec.depth, load_checkpoint(small).spec.width) == (3, 24)
+    assert (load_checkpoint(small).spec.depth, load_checkpoint(small).spec.width) == (1, 8)
     command = ("export", small, "--profile", "raspberry-pi-5", "--classes", "bag", "--steps", 2, "-o", tmp_path / "b")
     parity = call(*command, "--precision", "fp32", "--json").json()["parity"]
     assert min(parity.values()) > 100

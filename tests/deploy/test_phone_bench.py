@@ -17,7 +17,7 @@ PRINTED = """Session creation time cost: 0.0312 s
 First inference time cost: 3 ms
 Total inference time cost: 0.123 s
 Total inference requests: 20
-Average inference time cost: 2.46 ms
+Average inference time cost total: 2.46 ms
 Avg CPU usage: 50 %
 Peak working set size: 25165824 bytes
 Runs:20

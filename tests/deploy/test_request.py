@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from kind_edge.budget.influence import Sensitivity
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Request
 from kind_edge.budget.profile import load_profile
-from kind_edge.deploy.request import as_replayed, make_request, make_source, open_model
+from kind_edge.budget.response import Judged, Response
+from kind_edge.deploy.request import as_replayed, ask, make_request, make_source, open_model
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import (
     CALIBRATION,
@@ -51,6 +53,23 @@ def test_defaults_are_all_classes_and_what_the_checkpoint_recommends(checkpoint:
 def test_folded_forms_are_unguided_unless_asked(form: str, guidance: float, checkpoint: Checkpoint) -> None:
     assert request_with(checkpoint, form=form).sampling.guidance == guidance
     assert request_with(checkpoint, form=form, guidance=3.0).sampling.guidance == 3.0
+
+
+def test_steps_and_guidance_that_are_left_open_are_those_that_were_judged(tiny_folder: Path) -> None:
+    response = Response(tuple(Judged(s, g, 5.0) for s in (2, 4) for g in (1.0, 1.5, 2.0)), 1.0, 1.0, {})
+    opened = open_model(tiny_folder)
+    opened = dataclasses.replace(opened, stored_sensitivity=Sensitivity(opened.sha256, {}, {}, {}, response))
+
+    def others(**choices: Any) -> set[tuple[int, float]]:
+        _, request = ask(opened, PHONE, **choices)
+        assert request.sampling not in request.others
+        return {(each.steps, each.guidance) for each in request.others}
+
+    assert others() == {(2, 1.0), (2, 1.5), (2, 2.0), (4, 1.0), (4, 2.0)}
+    assert others(steps=2) == {(2, 1.0), (2, 2.0)}
+    assert others(guidance=1.5) == {(2, 1.5)}
+    assert others(form="single", classes=["bag"]) == {(2, 1.0)}
+    assert others(steps=2, guidance=1.5) == others(sampler="heun") == others(steps=3) == set()
 
 
 def test_limits_are_parsed_with_their_units(checkpoint: Checkpoint) -> None:

@@ -16,11 +16,11 @@ from kind_edge.budget.sizes import Size, SizeTable, full_rank_losses, read_sizes
 from kind_edge.deploy import pipeline, resizing
 from kind_edge.deploy.cut import healing_key, make_cut
 from kind_edge.deploy.request import make_source, open_model
-from kind_edge.deploy.resizing import METHOD, offered, size_spec, sized_sources
+from kind_edge.deploy.resizing import method_for, offered, size_spec, sized_sources
 from kind_edge.deploy.sizes_file import SIZES, find_sizes, healing_file, keep_sizes
 from kind_edge.errors import InputError, NoPlanError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint
-from kind_edge.model.spec import FORMS
+from kind_edge.model.spec import FORMS, ModelSpec
 
 DEVICE = "raspberry-pi-5"
 HEAL_S = 0.2
@@ -36,14 +36,18 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+def names(spec: ModelSpec) -> list[str]:
+    return [shape.name for shape in spec.matrices()]
+
+
 def table_of(folder: Path, increase: float) -> SizeTable:
     """What measuring would have left: every offered size loses so much, and nothing by int8."""
     model = open_model(folder)
-    sizes = [
-        Size(spec.depth, spec.width, METHOD, HEAL_S, increase, {m.name: 0.0 for m in spec.matrices()}, 9, "a CPU")
-        for spec in offered(model.checkpoint.spec)
-    ]
-    return SizeTable(model.sha256, tuple(sizes))
+    sizes = tuple(
+        Size(each.depth, each.width, method_for(each), HEAL_S, increase, dict.fromkeys(names(each), 0.0), 9, "a CPU")
+        for each in offered(model.checkpoint.spec)
+    )
+    return SizeTable(model.sha256, sizes)
 
 
 @pytest.fixture
@@ -66,7 +70,7 @@ def test_the_sizes_offered_are_smaller_and_whole(measured: Path) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_full_rank_loses_what_was_measured_and_nothing_else_is_known(form: Any, measured: Path) -> None:
     spec = next(offered(open_model(measured).checkpoint.spec))
-    size = dataclasses.replace(table_of(measured, 0.03).sizes[0], int8={m.name: 0.001 for m in spec.matrices()})
+    size = dataclasses.replace(table_of(measured, 0.03).sizes[0], int8=dict.fromkeys(names(spec), 0.001))
     losses = full_rank_losses(spec, size, form, 2)
     assert sum(own.shared[-1] + own.tailor[-1] for own in losses.matrices.values()) == pytest.approx(0.03)
     assert all(not any(own.shared[:-1] < 1e9) and not any(own.tailor[:-1] < 1e9) for own in losses.matrices.values())

@@ -155,10 +155,10 @@ def test_packages_keep_their_gates(distilled: PlainDiT, packed: Path) -> None:
     assert_parity(distilled, packed)
 
 
-def test_xcode_is_told_what_a_package_is(packed: Path) -> None:
+def test_xcode_is_told_what_a_package_is(distilled: PlainDiT, packed: Path) -> None:
     for path, inputs in ((DENOISER, ["sample", "step_index", "class_index"]), (SAMPLER, ["noise", "class_index"])):
         described = specification(packed / path).description
-        assert described.metadata.license == "Apache-2.0"
+        assert described.metadata.license == distilled.origin.lineage()["licence"]
         assert described.metadata.author.startswith("kind-edge")
         assert described.metadata.versionString == "ab" * 6
         assert json.loads(described.metadata.userDefined["classes"]) == list(CLASSES)

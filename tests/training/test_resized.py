@@ -13,6 +13,7 @@ import torch
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from kind_edge.model.diffusion import add_noise
+from kind_edge.model.provenance import lineage
 from kind_edge.model.resize import resized, target_spec
 from kind_edge.model.spec import ModelSpec
 from kind_edge.training.beginning import begin_with, check_same_classes
@@ -25,7 +26,7 @@ from kind_edge.training.train import train_stages
 
 SPEC = ModelSpec(8, 1, 4, 24, 3, 3, 3, learngene_rank=8, tailor_rank=4)
 CONFIG = TrainConfig(
-    SPEC, images=24 * 200, batch_size=24, learning_rate=5e-3, warmup_steps=10, ema_decay=0.97, nested_share=0.0
+    SPEC, images=24 * 150, batch_size=24, learning_rate=5e-3, warmup_steps=10, ema_decay=0.97, nested_share=0.0
 )
 LABELS = torch.arange(96) % 3
 NAMES = ("bar", "box", "cross")
@@ -99,7 +100,9 @@ def test_a_fit_is_the_nearest_start(trained: Checkpoint) -> None:
 
 
 def test_a_run_from_a_checkpoint_says_so_and_is_no_other_run(trained: Checkpoint, tmp_path: Path) -> None:
-    save_checkpoint(tmp_path / "trained", trained)
+    save_checkpoint(
+        tmp_path / "trained", dataclasses.replace(trained, provenance={"imported_from": "dit.pt", **trained.provenance})
+    )
     source = load_checkpoint(tmp_path / "trained")
     save_checkpoint(tmp_path / "small", resized(source, target_spec(SPEC, 2), "selection"))
     small = load_checkpoint(tmp_path / "small")
@@ -117,6 +120,7 @@ def test_a_run_from_a_checkpoint_says_so_and_is_no_other_run(trained: Checkpoint
     train_stages(config, split, tmp_path / "out", begin=small)
     done = load_checkpoint(tmp_path / "out")
     assert done.spec == dataclasses.replace(small.spec, nested=True)
+    assert lineage("small", "0", done.provenance)["imported_from"] == "dit.pt"
     assert done.provenance["begun_from"]["resized"] == json.loads(json.dumps(small.provenance["resized"]))
     with pytest.raises(UsageError, match="begun_from"):
         train_stages(config, split, tmp_path / "out", resume=True)

@@ -74,16 +74,16 @@ def test_training_with_it_leaves_less_in_high_frequencies() -> None:
     data = in_memory(images.to(torch.uint8).numpy(), labels, ("a", "b", "c"), "0")
 
     def trained(weight: float) -> tuple[float, float]:
-        config = TrainConfig(SPEC, images=12 * 40, batch_size=12, warmup_steps=2, learning_rate=5e-3,
+        config = TrainConfig(SPEC, images=12 * 25, batch_size=12, warmup_steps=2, learning_rate=5e-3,
             spectral_penalty=weight)  # fmt: skip
         state = start(config)
         batches = ClassBatches(labels, 3, 12, 0)
-        losses = [train_step(config, state, data, batches) for _ in range(40)]
+        losses = [train_step(config, state, data, batches) for _ in range(25)]
         return losses[0], float(penalty(state.model))
 
     (first, without), (same_first, with_it) = trained(0.0), trained(1.0)
     assert same_first == first  # what is reported is the diffusion loss alone
-    assert with_it < 0.7 * without
+    assert with_it < 0.8 * without
 
 
 def test_where_it_can_be_asked_for() -> None:
