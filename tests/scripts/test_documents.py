@@ -183,9 +183,13 @@ def test_a_block_is_put_in_the_place_of_the_last_one(tmp_path: Path) -> None:
 
 def test_publishing_drops_the_runs_of_another_model(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from studies import __main__ as studies
-    from studies.store import Record, Store
+    from studies.documents import runs_of
+    from studies.store import Record, Store, read_record
 
     def finished(name: str, job: studies.Job) -> list[Record]:
+        block = studies.block_of(name)
+        if not block.of_shipped:
+            return [read_record(path) for path in runs_of(copied, block)]
         return Store(job.output, name, job.subject).finished()
 
     another_model(copied)
