@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from kind_edge._version import __version__
 
 if TYPE_CHECKING:
+    from kind_edge.deploy.fleet import export_many
     from kind_edge.deploy.pipeline import export, plan
     from kind_edge.deploy.runtime import load_bundle
 
-__all__ = ["__version__", "export", "load_bundle", "plan"]
+__all__ = ["__version__", "export", "export_many", "load_bundle", "plan"]
 
-_HOMES = {"plan": "pipeline", "export": "pipeline", "load_bundle": "runtime"}
+_HOMES = {"plan": "pipeline", "export": "pipeline", "export_many": "fleet", "load_bundle": "runtime"}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,11 +2,12 @@
 
 coreml   seconds and memory of converting the shipped model and a DiT-B/2 with random weights to Core ML, and how close
          the saved packages stay for one class; five minutes
-costs    calibrates this machine, then: latency, memory and file size of plans, predicted against measured; sizes of a
-         DiT-B/2; ten minutes
+costs    latency of exported plans in the same rounds as a calibration of this machine, memory and file size, predicted
+         against measured; sizes of a DiT-B/2; the tables of docs/costs.md; ten minutes
 peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
          docs/benchmarks.md; environments of 5 GB and Frechet distances are made once; then ten minutes
 export   how long the main command takes, stage by stage
+fleet    10 devices x 4 sets of classes in one export, over the time of one export; interleaved, ten minutes
 graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
 packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
 resize   other depths and widths against ranks and precision alone, at equal latency, healed alike: latency and Frechet
@@ -91,6 +92,13 @@ def costs() -> dict[str, Any]:
     return compared()
 
 
+def fleet() -> dict[str, Any]:
+    sys.path.append(str(Path(__file__).parent))
+    from _bench_fleet import fleet as compared
+
+    return compared()
+
+
 def graph() -> dict[str, Any]:
     sys.path.append(str(Path(__file__).parent))
     from _bench_graph import graph as compared
@@ -136,6 +144,7 @@ BENCHES = {
     "coreml": coreml,
     "costs": costs,
     "export": export_time,
+    "fleet": fleet,
     "graph": graph,
     "packs": packs,
     "peers": peers,
@@ -152,6 +161,9 @@ def show(result: dict[str, Any]) -> None:
         if isinstance(value, dict):
             told = (f"{name} {'none' if number is None else format(number, '.4g')}" for name, number in value.items())
             console.print(f"{key}: " + ", ".join(told))
+            continue
+        if isinstance(value, str):
+            console.print(value, markup=False, highlight=False, soft_wrap=True)
             continue
         if not isinstance(value, list):
             console.print(f"{key}: {value:.4g}")

@@ -171,8 +171,8 @@ def test_help_takes_half_a_second_of_cpu_time() -> None:
 
 
 def test_the_public_surface() -> None:
-    assert sorted(kind_edge.__all__) == ["__version__", "export", "load_bundle", "plan"]
-    assert all(callable(getattr(kind_edge, name)) for name in ("export", "load_bundle", "plan"))
+    assert sorted(kind_edge.__all__) == ["__version__", "export", "export_many", "load_bundle", "plan"]
+    assert all(callable(getattr(kind_edge, name)) for name in ("export", "export_many", "load_bundle", "plan"))
     assert kind_edge.__version__ == importlib.metadata.version("kind-edge")
 
 

@@ -12,9 +12,11 @@ from kind_edge.budget.plan import MatrixPlan, Plan, dropped_branches
 from kind_edge.budget.planner import Problems
 from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling, Source
 from kind_edge.budget.profile import DeviceProfile
+from kind_edge.budget.solver import GAP
 from kind_edge.errors import NoPlanError
 
-FRONT_POINTS = 6
+FRONT_POINTS, FRONT_GAP = 6, 5 * GAP
+"""It is drawn, so its points need not be proven as closely as a plan."""
 
 
 def deployment_of(
@@ -50,6 +52,7 @@ def front_around(plan: Plan, source: Source, request: Request) -> list[dict[str,
     limits = {name: limit for name, limit in request.limits.items() if name != "max_size"}
     asked = dataclasses.replace(request, form=plan.form, limits=limits)
     try:
-        return [dict(point) for point in curve_points(Problems(source), asked, "weight_bytes", FRONT_POINTS)]
+        points = curve_points(Problems(source), asked, "weight_bytes", FRONT_POINTS, FRONT_GAP)
+        return [dict(point) for point in points]
     except NoPlanError:
         return []

@@ -14,7 +14,7 @@ import numpy as np
 
 from kind_edge.budget.planner import Answer, Problems, best_answer, price_figures
 from kind_edge.budget.problem import Objective, Request, Source, limit_name
-from kind_edge.budget.solver import LOSS
+from kind_edge.budget.solver import GAP, LOSS
 from kind_edge.errors import NoPlanError
 from kind_edge.units import Quantity
 
@@ -57,9 +57,10 @@ def front(source: Source, request: Request, axis: Objective) -> tuple[Curve, ...
 
 
 def curve_points(
-    problems: Problems, request: Request, axis: Objective, count: int = POINTS
+    problems: Problems, request: Request, axis: Objective, count: int = POINTS, gap: float = GAP
 ) -> Iterator[Mapping[str, float | None]]:
-    """Plans of the request's classes with the least predicted loss, by rising `axis`; `NoPlanError` if not one fits."""
+    """Plans of the request's classes with the least predicted loss, by rising `axis`, each proven to the
+    relative `gap`; `NoPlanError` if not one fits."""
     request = dataclasses.replace(request, max_loss=None, minimise=LOSS)
     low = _smallest(problems, request, axis, MOST_LOSS)
     high = max(low, _smallest(problems, request, axis, LEAST_LOSS, low))
@@ -67,7 +68,7 @@ def curve_points(
     for amount in np.unique(np.geomspace(low, high, count).round()).tolist():
         quantity = Quantity(amount / _PER_UNIT.get(axis, 1), _KINDS.get(axis, "bytes"))  # type: ignore[arg-type]
         limits = {**request.limits, limit_name(axis): quantity}
-        answer = best_answer(problems, dataclasses.replace(request, limits=limits))
+        answer = best_answer(problems, dataclasses.replace(request, limits=limits), gap=gap)
         if answer.score < best:
             best = answer.score
             yield price_figures(problems.source, answer)

@@ -339,7 +339,8 @@ class Deployment:
         """The request's limits in the solver's units. Memory is always limited by what the system allows an app, the
         model files by what its store takes, where they could be larger than that."""
         asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
-        dense = dataclasses.replace(self, request=asked).dense()
+        guided = dataclasses.replace(self.candidate, form="switch")  # if guidance was asked for
+        dense = dataclasses.replace(self, request=asked, candidate=guided).dense()
         limits = self._of_device()
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]

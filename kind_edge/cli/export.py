@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, quality_view, refusal_view, tables
+from kind_edge.cli import export_many, options, quality_view, refusal_view, tables
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kind_edge.deploy.making import Bundle
     from kind_edge.training.healing import HealingProgress
 
+MANY = "Many bundles in one go"
+
 
 def export(
     context: typer.Context,
@@ -29,7 +31,10 @@ def export(
     profile: options.ProfileOption = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="The bundle.", show_default="./<model>-<profile>"),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The bundle, or the folder of many.",
+            show_default="./<model>-<profile>",
+        ),
     ] = None,
     formats: Annotated[
         str,
@@ -65,6 +70,16 @@ def export(
             show_default="off",
         ),
     ] = None,
+    profiles: Annotated[
+        str | None,
+        typer.Option("--profiles", metavar="A,B", help="A bundle for each device, in DIR/PROFILE.",
+                     rich_help_panel=MANY),
+    ] = None,
+    classes_file: Annotated[
+        Path | None,
+        typer.Option("--classes-file", metavar="SETS.yaml", help="A bundle for each set of classes too, in "
+                     "DIR/PROFILE/SET; the file has a list of classes for each set.", rich_help_panel=MANY),
+    ] = None,
     coreml_target: options.CoreMLTarget = "iOS18",
     coreml_weights: options.CoreMLWeights = "auto",
     coreml_layout: options.CoreMLLayout = "auto",
@@ -75,14 +90,18 @@ def export(
         bool, typer.Option("--keep-failed", help="Keep what was made of a bundle that failed a gate, as DIR.failed.")
     ] = False,
     as_json: options.Json = False,
-) -> None:
-    """Make the best bundle that a device affords.
+) -> None:  # fmt: skip
+    """Make the best bundle that a device affords, or one for each of many devices and sets of classes.
 
     Plans, merges, exports, compares every file with the gated model, measures it on this machine, and writes one folder
     with a manifest. A check that fails ends with exit code 1, and no bundle is left behind.
+    Of many bundles, what they have in common is made once; interrupted, the same command goes on.
     """
     terminal = terminal_of(context)
-    if profile is None and plan_file is None:
+    many = profiles is not None or classes_file is not None
+    if many:
+        export_many.check(profile, profiles, classes, classes_file, plan_file)
+    elif profile is None and plan_file is None:
         raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
     wanted = _known_formats(formats)
     choices = {
@@ -99,6 +118,12 @@ def export(
         raise UsageError("--coreml-...: no Core ML packages are written; add coreml to --formats, or leave that out")
     options.check_writable(output or Path("bundle"))
     key = options.signing_key(sign)
+    if many:
+        rest: dict[str, object] = {"formats": wanted, "heal": heal, "keep_failed": keep_failed, "sign": key, **choices}
+        rest |= {"format_choices": {"coreml": coreml} if "coreml" in wanted else {}}
+        names = options.split_names(profiles or profile) or []
+        export_many.run(terminal, checkpoint, names, classes_file, output, rest, as_json)
+        return
     with (
         _healing_kept(terminal, heal),
         refusal_view.shown(terminal, as_json),

@@ -31,11 +31,13 @@ from kind_edge.deploy.verify import REFERENCE_FILE
 from kind_edge.errors import GateError
 from kind_edge.model.provenance import code_revision
 from kind_edge.model.spec import ModelSpec
-from kind_edge.units import format_seconds
+from kind_edge.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from kind_edge.deploy.sampler_table import SamplerTable
 
+SIZE_ATTEMPTS = 3
+"""So often at most a plan is solved whose file misses --max-size."""
 MAC_PROGRAM = "coreml/verify_on_mac.py"
 PREVIEW_IMAGES, PICTURE_CHANNELS = 8, (1, 3)
 _TOOLS = ("torch", "onnx", "onnxruntime", "coremltools", "diffusers", "numpy", "safetensors")
@@ -61,7 +63,7 @@ def describe(
         image = {"image": pixels, "latent": drawn, "decoder": dict(decoder)}
     return {
         "schema_version": SCHEMA_VERSION,
-        "name": f"{plan.model}-{plan.profile}",
+        "name": bundle_name(plan),
         "source": {"model": plan.model, "checkpoint_sha256": plan.checkpoint_sha256},
         "licence": told["licence"],
         "provenance": dict(told),
@@ -84,6 +86,10 @@ def describe(
         "tools": tool_versions(),
         **({"revision": revision} if (revision := code_revision()) else {}),
     }
+
+
+def bundle_name(plan: Plan) -> str:
+    return f"{plan.model}-{plan.profile}"
 
 
 def tool_versions() -> dict[str, str]:
@@ -172,6 +178,22 @@ def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> Non
             f"predicted {format_seconds(plan.sustained_image_latency_s)}, limit {format_seconds(limit_ns / 1e9)}; "
             "allow more time, fewer --steps, or a smaller --max-flops"
         )
+
+
+def missing_bytes(plan: Plan, model_bytes: int, last: bool) -> int:
+    """By how much prediction fell short of a file that misses --max-size, 0 for one that keeps it.
+
+    Raises `GateError` where it must have fitted at `last`.
+    """
+    excess = model_bytes - plan.limits.get("max_size", float("inf"))
+    if excess <= 0:
+        return 0
+    if last:
+        raise GateError(
+            f"--max-size: the model file takes {format_bytes(model_bytes)}, "
+            f"{format_bytes(excess)} over the limit; solve again with a smaller limit"
+        )
+    return max(0, model_bytes - plan.weight_bytes)
 
 
 def draw_preview(folder: Path, manifest: Manifest) -> None:

@@ -1,4 +1,7 @@
-"""The two stages of an export: model files made and proven; then measured, drawn, packaged and told about."""
+"""The stages of an export: model files made and proven; measured; drawn; then told about and packaged.
+
+All but the last depend on the model and on what a plan makes of it, not on the device that it is for.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +23,17 @@ from kind_edge.deploy.bench import LatencyReport
 from kind_edge.deploy.bundle import write_manifest
 from kind_edge.deploy.cut import Cut
 from kind_edge.deploy.decoder import decoder_facts, planned_decoder
+from kind_edge.deploy.made import Made, Measured, runnable
 from kind_edge.deploy.merge import class_indices, fold
 from kind_edge.deploy.model_files import recorded
 from kind_edge.deploy.packs_bundle import write_core
-from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.report import REPORT, write_report
 from kind_edge.deploy.report_facts import draw_whole_model, report_facts
 from kind_edge.deploy.request import OpenedModel
 from kind_edge.deploy.resizing import size_spec
-from kind_edge.deploy.sampler_table import SamplerTable, sampler_table
+from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import verify_models
 from kind_edge.model.checkpoint import save_checkpoint, stored_dtype
 from kind_edge.model.one_thread import one_thread
@@ -93,19 +96,6 @@ class Formats:
             each.check(spec)
 
 
-@dataclass(frozen=True)
-class Made:
-    """The model files in the temporary folder, proven, before they are measured. `values` are those of the manifest,
-    `model_bytes` what an app loads, `core` the manifest's section of class packs, where classes can be changed."""
-
-    cut: Cut
-    values: Mapping[str, Any]
-    model_bytes: int
-    table: SamplerTable
-    verification: VerifyReport
-    core: Mapping[str, Any] | None
-
-
 def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, stage: OnStage, cut: Cut) -> Made:
     """Export and verify into `folder`; healed weights are in no other checkpoint, so they are kept there."""
     table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
@@ -130,66 +120,61 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
         reference = make_reference(truncated, plan.form, timesteps, own) | images
     assemble.save_reference(folder, reference)
     wanted = {"role": "denoiser", "precision": plan.precision}
-    default_model = next(path for path, entry in _runnable(entries).items() if wanted.items() <= entry.items())
+    default_model = next(path for path, entry in runnable(entries).items() if wanted.items() <= entry.items())
     decoder = decoder_facts(model.autoencoder, plan, reference["latent"]) if model.autoencoder else None
     spec = size_spec(model.checkpoint.spec, plan.resize)
     values = assemble.describe(plan, spec, entries, default_model, table, plain.origin.lineage(), decoder)
     verification = verify_models(folder, assemble.manifest_of(values, folder), reference).require()
     loaded = [default_model, *([decoder_path(str(plan.decoder["precision"]))] if plan.decoder else [])]
     size = sum((folder / file).stat().st_size for file in loaded)
-    return Made(cut, values, size, table, verification, core)
+    values |= {
+        "verification": {**verification.to_dict(), "merge_db": cut.merge_db},
+        "quality": {each.name: each.to_dict() for each in cut.quality},
+        **({"packs": dict(core)} if core else {}),
+        **({"healing": {**cut.healing.to_dict(), "told": cut.healing.told()}} if cut.healing else {}),
+    }
+    return Made(values, size, len(table.timestep), verification.parity)
 
 
-def _runnable(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """The files that ONNX Runtime opens: what an app loads, and what can be measured here."""
-    return {path: entry for path, entry in entries.items() if path.endswith((".onnx", ".ort"))}
+def draw(model: OpenedModel, plan: Plan, folder: Path, made: Made) -> None:
+    """What the model files draw, and the whole model from the same noise."""
+    assemble.draw_preview(folder, assemble.manifest_of(made.values, folder))
+    draw_whole_model(folder, model.checkpoint, plan)
 
 
-def finish(
+def tell(
     model: OpenedModel,
     plan: Plan,
     device: DeviceProfile,
     folder: Path,
-    destination: Path,
     made: Made,
+    measured: Measured,
     formats: Formats,
     asked: tuple[Source, Request | None],
     stage: OnStage,
-) -> Bundle:
-    """Measure, draw the preview and write what the bundle says about itself."""
-    spec = size_spec(model.checkpoint.spec, plan.resize)
-    values, cut = dict(made.values), made.cut
-    values["verification"] = {**made.verification.to_dict(), "merge_db": cut.merge_db}
-    values["quality"] = {each.name: each.to_dict() for each in cut.quality}
-    if made.core:
-        values["packs"] = dict(made.core)
-    if cut.healing:
-        values["healing"] = {**cut.healing.to_dict(), "told": cut.healing.told()}
-    stage("measuring")
-    measured = _runnable(values["models"])
-    latency, image = assemble.measure(folder, values, measured)
-    rows, decoder = len(made.table.timestep), planned_decoder(model.decoders, plan)
-    predicted = assemble.predict_here_ms(plan, spec, measured, rows, decoder)
-    assemble.latency_gate(plan, device, image)
+) -> dict[str, float]:
+    """Write what a bundle of proven, measured files says about itself. The files may be those of another device's plan
+    that makes the same of the model: whatever names the device is written here.
+    Returns what is predicted for this machine, in milliseconds by file.
+    """
+    values = {**made.values, "name": assemble.bundle_name(plan), "plan": plan.to_dict()}
+    decoder = planned_decoder(model.decoders, plan)
+    spec, entries = size_spec(model.checkpoint.spec, plan.resize), runnable(made.values["models"])
+    predicted = assemble.predict_here_ms(plan, spec, entries, made.rows, decoder)
     values["latency"] = {
-        "models": {name: report.to_dict() for name, report in latency.items()},
-        "image": image.to_dict(),
+        "models": {name: report.to_dict() for name, report in measured.models.items()},
+        "image": measured.image.to_dict(),
         "predicted_here_ms": predicted,
     }
-    stage("drawing the preview")
-    assemble.draw_preview(folder, assemble.manifest_of(values, folder))
-    draw_whole_model(folder, model.checkpoint, plan)
     assemble.write_texts(folder, plan, values)
     for each in formats.packagers:
         stage("packaging for apps")
         each.write(folder, values)
     stage("writing the report")
-    values["report"] = report_facts(plan, *asked, device, folder / values["default_model"], rows)
+    values["report"] = report_facts(plan, *asked, device, folder / values["default_model"], made.rows)
     write_report(folder, values, folder / REPORT)
     write_manifest(folder, values)
-    sizes, parity = sizes_below(folder), made.verification.parity
-    known = (cut.quality, cut.merge_db, cut.healing)
-    return Bundle(destination, sizes, parity, latency, image, predicted, plan, *known)
+    return predicted
 
 
 def sizes_below(folder: Path) -> dict[str, int]:

@@ -15,13 +15,24 @@ import torch
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
-from kind_edge.budget.problem import Request
-from kind_edge.budget.profile import load_profile, profile_names
+from kind_edge.budget.problem import Request, Source
+from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.budget.sizes import make_plan_of_any_size
+from kind_edge.deploy.assemble import SIZE_ATTEMPTS, latency_gate, missing_bytes
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
 from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
-from kind_edge.deploy.making import HEALED, Bundle, Formats, Made, OnStage, finish, make_models, sizes_below
+from kind_edge.deploy.made import Made, measure
+from kind_edge.deploy.making import (
+    HEALED,
+    Bundle,
+    Formats,
+    OnStage,
+    draw,
+    make_models,
+    sizes_below,
+    tell,
+)
 from kind_edge.deploy.merge import class_indices, truncate
 from kind_edge.deploy.packs_bundle import check_packable
 from kind_edge.deploy.parity import VerifyReport
@@ -41,17 +52,15 @@ from kind_edge.deploy.resizing import at_planned_size, check_heal, planned_sourc
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
-from kind_edge.errors import GateError, UsageError
+from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import load_checkpoint
 from kind_edge.model.shipped import DEFAULT_MODEL
-from kind_edge.units import format_bytes, parse_duration
+from kind_edge.units import parse_duration
 
 if TYPE_CHECKING:
     from kind_edge.training.healing import HealingProgress
 
     OnHealing = Callable[[HealingProgress], None]
-
-_SIZE_ATTEMPTS = 3
 
 
 def plan(
@@ -134,40 +143,54 @@ def export(
         check_replaceable(Path(output))  # before any work
     stage("reading the model")
     opened = open_model(model, on_measure, autoencoder)
-    request = None
     wanted.check(opened.checkpoint.spec)
+    request = None
     if plan is None:
         if profile is None:
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
         device = load_profile(profile)
-        if wanted.packs and choices.get("form", "auto") == "auto":
-            choices["form"] = "switch"
-        source, request = ask(opened, device, **choices)
+        source, request = ask(opened, device, **for_formats(choices, wanted))
         plan = make_plan(source, request)
     else:
-        if profile is None and plan.profile not in profile_names():
-            raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
-        device = load_profile(profile or plan.profile)
-        check_replay(plan, opened, device.name, choices)
-        check_heal(plan, heal_s)
-        source = planned_source(opened, make_source(opened), plan)
-        plan = as_replayed(plan, source, device, opened.checkpoint.spec)
+        device, source, plan = _replayed(opened, plan, profile, heal_s, choices)
     if wanted.packs:
         check_packable(plan)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
     packages = Packages(source, device, (format_choices or {}).get("coreml", {}) if "coreml" in formats else None)
     with writing_bundle(destination, keep_failed, sign) as folder:
-        plan, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
+        plan, cut, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
-            cut = heal_cut(opened, plan, made.cut, heal_s, healing_state(destination), on_healing)
+            cut = heal_cut(opened, plan, cut, heal_s, healing_state(destination), on_healing)
             made = make_models(opened, plan, folder, wanted, stage, cut)
-        bundle = finish(opened, plan, device, folder, destination, made, wanted, (source, request), stage)
+        stage("measuring")
+        measured = measure(folder, made)
+        latency_gate(plan, device, measured.image)
+        stage("drawing the preview")
+        draw(opened, plan, folder, made)
+        predicted = tell(opened, plan, device, folder, made, measured, wanted, (source, request), stage)
     shutil.rmtree(healing_state(destination).parent, ignore_errors=True)
-    return dataclasses.replace(
-        bundle, files=sizes_below(destination)
-    )  # the manifest grew when the bundle was completed
+    known = (predicted, plan, cut.quality, cut.merge_db, cut.healing)
+    return Bundle(destination, sizes_below(destination), made.parity, measured.models, measured.image, *known)
+
+
+def _replayed(
+    model: OpenedModel, plan: Plan, profile: str | None, heal_s: float | None, choices: Choices
+) -> tuple[DeviceProfile, Source, Plan]:
+    """A stored plan, checked against the model and what else is asked."""
+    if profile is None and plan.profile not in profile_names():
+        raise UsageError(f"the plan was made for profile {plan.profile!r}, which is not ours: add --profile FILE")
+    device = load_profile(profile or plan.profile)
+    check_replay(plan, model, device.name, choices)
+    check_heal(plan, heal_s)
+    source = planned_source(model, make_source(model), plan)
+    return device, source, as_replayed(plan, source, device, model.checkpoint.spec)
+
+
+def for_formats(choices: Choices, formats: Formats) -> Choices:
+    """Class packs need the form that keeps classes apart, where another one is not asked for."""
+    return {**choices, "form": "switch"} if formats.packs and choices.get("form", "auto") == "auto" else choices
 
 
 def _fitted(
@@ -178,24 +201,19 @@ def _fitted(
     folder: Path,
     formats: Formats,
     stage: OnStage,
-) -> tuple[Plan, Made]:
+) -> tuple[Plan, Cut, Made]:
     """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
-    for attempt in range(_SIZE_ATTEMPTS):
+    for attempt in range(SIZE_ATTEMPTS):
         stage("merging")
-        made = make_models(model, plan, folder, formats, stage, make_cut(model, plan))
-        excess = made.model_bytes - plan.limits.get("max_size", float("inf"))
-        if excess <= 0:
+        cut = make_cut(model, plan)
+        made = make_models(model, plan, folder, formats, stage, cut)
+        spare_bytes = missing_bytes(plan, made.model_bytes, last=request is None or attempt == SIZE_ATTEMPTS - 1)
+        if request is None or not spare_bytes:
             break
-        if request is None or attempt == _SIZE_ATTEMPTS - 1:
-            raise GateError(
-                f"--max-size: the model file takes {format_bytes(made.model_bytes)}, "
-                f"{format_bytes(excess)} over the limit; solve again with a smaller limit"
-            )
-        spare_bytes = request.spare_bytes + max(0, made.model_bytes - plan.weight_bytes)
-        request = dataclasses.replace(request, spare_bytes=spare_bytes)
+        request = dataclasses.replace(request, spare_bytes=request.spare_bytes + spare_bytes)
         plan = packages.settled(make_plan(packages.source, request))
     packages.check(made.values["models"], plan)
-    return plan, made
+    return plan, cut, made
 
 
 def heal_cut(

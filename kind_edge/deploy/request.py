@@ -208,14 +208,16 @@ def _other_counts(checkpoint: Checkpoint, sampling: Sampling) -> tuple[Sampling,
     return tuple(_at(checkpoint, sampling, count) for count in counts)
 
 
-def ask(model: OpenedModel, device: DeviceProfile, **choices: Unpack[Choices]) -> tuple[Source, Request]:
+def ask(
+    model: OpenedModel, device: DeviceProfile, source: Source | None = None, **choices: Unpack[Choices]
+) -> tuple[Source, Request]:
     """What is planned for, and the checked request; a mistake in it is told before anything is measured.
 
     Of a model that is not distilled, the steps and the guidance that the user left open are those at which it was
-    judged, as many as there are: 1 is without a guidance branch.
+    judged, as many as there are: 1 is without a guidance branch. `source`: the model's, where it is there already.
     """
     request = make_request(model.checkpoint, device, **choices)
-    source, sampling = make_source(model), request.sampling
+    source, sampling = source or make_source(model), request.sampling
     spec, advice = model.checkpoint.spec, recommended(model.checkpoint.spec, model.checkpoint.provenance)
     if spec.distilled or source.response is None or sampling.sampler != advice.sampler:
         return source, request
