@@ -54,6 +54,7 @@ class _Kept:
     """Which of the source's channels the new model's are. `heads` and `hidden` are per new block."""
 
     blocks: tuple[int, ...]
+    gates: float  # L / L', as fewer blocks add to the residual stream, each of them more
     channels: Tensor  # [D']
     condition: Tensor  # [D'], what adaLN reads
     timestep: Tensor  # [D'], the hidden units of the timestep network
@@ -139,6 +140,7 @@ def _choose(source: DiT, target: ModelSpec, inputs: Inputs) -> _Kept:
         hidden.append(_telling(covariance[f"blocks.{number}.mlp.fc2"] * size * size[:, None], target.hidden_width))
     return _Kept(
         blocks,
+        spec.depth / target.depth,
         _telling(stream, target.width),
         _telling(covariance["condition"], target.width),
         _telling(covariance["timestep"], target.width),
@@ -266,6 +268,8 @@ def _fit_block(
     assert new.mlp is not None
     width = x.shape[-1]
     _set(old.adaln, new.adaln, _chunks(kept.channels, 6, width), _Reading(*condition, kept.condition))
+    for part in (new.adaln.weight, new.adaln.bias):
+        part.unflatten(0, (2, 3, -1))[:, 2] *= kept.gates
     parts = old.adaln(condition[0]).unsqueeze(1).chunk(6, -1)
     new_parts = new.adaln(condition[1]).unsqueeze(1).chunk(6, -1)
     head_width = width // old.attn.heads
