@@ -72,7 +72,8 @@ _NOTHING: dict[str, Any] = {"measured_ms": None, "frechet": None, "class_accurac
 
 
 def _measured(opened: Any, plan: Any, heal: str, images: int) -> dict[str, Any]:
-    """The bundle's own latency of an image (median), and what its healed gated model draws."""
+    """The bundle's own latency of an image (median), and what its gated model draws."""
+    from kind_edge.deploy.cut import make_cut
     from kind_edge.deploy.making import HEALED
     from kind_edge.deploy.pipeline import export
     from kind_edge.model.checkpoint import load_checkpoint
@@ -81,8 +82,9 @@ def _measured(opened: Any, plan: Any, heal: str, images: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         free = dataclasses.replace(plan, limits={})  # what is measured is no gate here
         bundle = export(opened, plan=free, heal=heal, output=Path(folder, "b"))
-        healed = load_checkpoint(bundle.path / HEALED)
-        report = score(sample_checkpoint(healed, images, 0, plan.steps, plan.strength, sampler=plan.sampler))
+        kept = bundle.healing is not None and bundle.healing.kept
+        drawn_from = load_checkpoint(bundle.path / HEALED) if kept else make_cut(opened, plan).truncated
+        report = score(sample_checkpoint(drawn_from, images, 0, plan.steps, plan.strength, sampler=plan.sampler))
     found = {"measured_ms": bundle.image_latency.p50_ms, "frechet": report.frechet}
     return {**found, "class_accuracy": report.class_accuracy}
 

@@ -149,6 +149,8 @@ def make_plan_of_any_size(sources: Sequence[Source], request: Request) -> Plan:
             failures.append(error)
     if not plans:
         raise failures[0]
+    if whole.response is None:  # losses at different steps cannot be compared
+        plans = [plan for plan in plans if plan.steps == request.sampling.steps] or plans
     score = _score_of(plans)
     best = min(map(score, plans))
     return min((plan for plan in plans if score(plan) <= best * 1.001), key=lambda plan: plan.image_latency_s)

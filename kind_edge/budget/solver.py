@@ -8,7 +8,7 @@ end; the search is `kind_edge.budget.knapsack`, and `recheck` adds its answer up
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 import time
 from collections.abc import Mapping
@@ -94,10 +94,12 @@ class Problem:
                 seen.add(opened)
 
     def within(self, limits: Mapping[str, int], max_loss: float | None) -> Problem:
-        """The same choices within other limits; what is known of them holds where the same costs are limited."""
-        other = dataclasses.replace(self, limits=limits, max_loss=max_loss)
-        if self.limits.keys() == limits.keys() and (self.max_loss is None) == (max_loss is None):
-            vars(other)["columns"] = self.columns  # where `cached_property` keeps it
+        """The same choices, which are checked already, within other limits. Where the same costs are limited, what is
+        known of them holds."""
+        other = copy.copy(self)
+        if self.limits.keys() != limits.keys() or (self.max_loss is None) != (max_loss is None):
+            vars(other).pop("columns", None)
+        vars(other).update(limits=limits, max_loss=max_loss)
         return other
 
     def cost_names(self) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ class Packages:
 def _limit(plan: Plan, device: DeviceProfile) -> tuple[float, str]:
     """The most bytes, and who says so."""
     limit, who = plan.limits.get("max_size", float("inf")), "--max-size allows"
-    if device.store is not None and device.store.model_bytes.value < limit:
+    if device.store is not None and int(device.store.model_bytes.value) <= limit:
         figure = device.store.model_bytes
         limit, who = figure.value, f"{device.store.name} allows ({figure.source})"
     return limit, f"the {format_bytes(limit)} that {who}" if limit < float("inf") else ""
