@@ -93,7 +93,12 @@ class Factors(nn.Module):
 
 
 class Basis(nn.Module):
-    """U n x r and V m x r of a weight type, which the learngenes of all blocks have in common."""
+    """U n x r and V m x r of a weight type, which the learngenes of all blocks have in common.
+
+    Blocks have no further learngene of their own, as that did not pay: with the preset `study` and 18,000 images (one
+    run each) held-out loss was 0.352 ordinary at rank 24; in common 0.371 at 24, 0.358 at 48 and 64; and 0.358 with 36
+    in common and 4 of each block's own, which are as many values as 48 in common.
+    """
 
     def __init__(self, shape: MatrixShape, rank: int) -> None:
         super().__init__()
@@ -160,7 +165,8 @@ class GatedLinear(nn.Module):
 
         Each part gets its share of an ordinary (Xavier) matrix's energy, r / R of |W|_F^2, so that learngene plus one
         tailor starts with E|W x|^2 of an ordinary layer. A basis keeps what the last layer on it drew; signs of s at
-        random make the matrices of these layers as different as independent ones are.
+        random make the matrices of these layers as different as independent ones are (that made no difference in a
+        short trial of four blocks).
         """
         n, m = self.shape.outputs, self.shape.inputs
         num_classes, tailor_rank = self.tailors.s.shape
