@@ -128,7 +128,7 @@ def _through(terminal: Terminal, runner: str, name: str) -> DeviceProfile:
 
 def _show_calibrated(terminal: Terminal, device: DeviceProfile, output: Path | None, as_json: bool) -> None:
     cpu = device.unit("cpu")
-    times = 0 if cpu.table is None else len(cpu.table)
+    times = sum(len(table) for table in (cpu.table, cpu.one_thread) if table is not None)
     if as_json:
         figures = {key: figure.value for key, figure in device.figures()}
         written_to = None if output is None else str(output)
@@ -158,7 +158,7 @@ def written(key: str, value: float) -> str:
         return tables.size(value)
     if key.endswith("overhead_us"):
         return f"{value:.3g} µs"
-    if key.endswith("measured_times"):
+    if ".measured_times" in key:
         return f"{value:.0f}"
     return format_share(value)
 

@@ -39,7 +39,9 @@ def test_a_runner_makes_a_profile_to_plan_with(
     assert (made["name"], made["title"], made["file"]) == ("board", "a board", str(board))
     assert made["measured_times"] > 400
     figures = call("profiles", "show", board, "--json").json()["figures"]
-    assert figures["cpu.measured_times"]["value"] == made["measured_times"]
+    both = ("cpu.measured_times", "cpu.measured_times_on_one_thread")
+    assert sum(figures[name]["value"] for name in both) == made["measured_times"]
+    assert "%" not in call("profiles", "show", board).out.split("measured_times")[1].splitlines()[0]
     asked = ("plan", checkpoint, "--profile", board, "--steps", 2, "--unit", "cpu")
     free = call(*asked, "--json").json()
     assert free["latency_source"] == "measured table"
