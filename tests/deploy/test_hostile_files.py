@@ -274,7 +274,9 @@ def test_weights_outside_of_a_models_folder_are_not_read(tmp_path: Path, absolut
     graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
     path = tmp_path / "bundle" / "m.onnx"
     path.parent.mkdir()
-    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    )
     with pytest.raises(InputError, match="External data path validation failed"):
         open_session(path)
 
