@@ -131,8 +131,10 @@ def _root_model(path: Path) -> Path:
     """The model file that the package's list of items names."""
     manifest = path / "Manifest.json"
     try:
-        listed = read_object(manifest, "its list of items")
+        listed = read_object(manifest, "the list of items")
         item = str(listed["itemInfoEntries"][listed["rootModelIdentifier"]]["path"])
+    except InputError as error:
+        raise InputError(f"{path}: is no Core ML package ({error})") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"{manifest}: names no model file ({error!r})") from error
     if not is_safe_path(item):

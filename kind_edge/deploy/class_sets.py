@@ -26,7 +26,7 @@ def read_class_sets(path: Path) -> dict[str, tuple[str, ...]]:
     try:
         content = read_bytes(path, LARGEST_BYTES, "the sets of classes")
         values = yaml.load(content.decode("utf-8"), Loader=_Strict)
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict) or not values:
         raise InputError(f"{path}: want a list of classes for each set, such as\n{_indented()}")

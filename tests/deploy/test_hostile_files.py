@@ -29,13 +29,14 @@ from kind_edge.budget.profile import load_profile
 from kind_edge.cli.inspect import print_inspection
 from kind_edge.cli.terminal import Terminal
 from kind_edge.deploy.bundle import verify_hashes, zip_bundle
+from kind_edge.deploy.class_sets import read_class_sets
 from kind_edge.deploy.inspection import inspect
 from kind_edge.deploy.mac_results import read_mac_results
 from kind_edge.deploy.packs import read_core, take_apart
 from kind_edge.deploy.packs_file import read_pack
 from kind_edge.deploy.session import open_session
 from kind_edge.deploy.signing import read_signing_key
-from kind_edge.errors import InputError
+from kind_edge.errors import InputError, UsageError
 from kind_edge.training.config import read_config
 from kind_edge.training.data import FILE_NAMES, load_fashion_mnist
 from kind_edge.training.mapping import read_class_map
@@ -170,6 +171,7 @@ def kinds(packed: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFact
         ),
         "training": (CONFIG.encode(), of("c.toml", read_config)),
         "class map": (b'{"shoe": ["a", "b"], "hat": ["c"]}', of("m.json", read_class_map)),
+        "sets": (b"shoes: [sneaker, bag]\nday: [2001-12-14]\nall: &all [coat]\n", of("s.yaml", read_class_sets)),
         "mac": (json.dumps(mac).encode(), of("mac.json", lambda path: read_mac_results(path, bundle))),
         "tar": (shard, of("s.tar", lambda path: open_tars([path], "s.tar"))),
         "picture": (picture, lambda content: decode(content, 28, 1)),
@@ -179,7 +181,7 @@ def kinds(packed: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 NAMES = (
     "manifest", "configuration", "weights", "onnx", "zip", "npz", "plan", "sensitivity", "core", "pack", "profile",
-    "training", "class map", "mac", "tar", "picture", "key",
+    "training", "class map", "sets", "mac", "tar", "picture", "key",
 )  # fmt: skip
 
 
@@ -188,7 +190,7 @@ NAMES = (
 @given(seed=st.integers(0, 2**32))
 def test_a_damaged_file_is_refused_or_harmless(kinds: Kinds, name: str, seed: int) -> None:
     sound, read = kinds[name]
-    with contextlib.suppress(InputError, UnreadablePictureError):
+    with contextlib.suppress(InputError, UsageError, UnreadablePictureError):
         read(damaged(sound, seed))
 
 
@@ -274,7 +276,9 @@ def test_weights_outside_of_a_models_folder_are_not_read(tmp_path: Path, absolut
     graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
     path = tmp_path / "bundle" / "m.onnx"
     path.parent.mkdir()
-    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    path.write_bytes(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10).SerializeToString()
+    )
     with pytest.raises(InputError, match="External data path validation failed"):
         open_session(path)
 
