@@ -8,6 +8,7 @@ end; the search is `kind_edge.budget.knapsack`, and `recheck` adds its answer up
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
@@ -95,9 +96,11 @@ class Problem:
 
     def within(self, limits: Mapping[str, int], max_loss: float | None) -> Problem:
         """The same choices within other limits; what is known of them holds where the same costs are limited."""
-        other = dataclasses.replace(self, limits=limits, max_loss=max_loss)
-        if self.limits.keys() == limits.keys() and (self.max_loss is None) == (max_loss is None):
-            vars(other)["columns"] = self.columns  # where `cached_property` keeps it
+        if self.limits.keys() != limits.keys() or (self.max_loss is None) != (max_loss is None):
+            return dataclasses.replace(self, limits=limits, max_loss=max_loss)
+        columns = self.columns
+        other = copy.copy(self)  # its options were checked, and are many
+        vars(other).update(limits=limits, max_loss=max_loss, columns=columns)  # where `cached_property` keeps them
         return other
 
     def cost_names(self) -> tuple[str, ...]:
