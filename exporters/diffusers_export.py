@@ -135,6 +135,7 @@ def _readme(origin: Origin) -> str:
         notes.append(
             f"The timestep weights are fitted to diffusers' frequencies at {plan.steps} steps: take that number."
         )
+    notes.append(f"Licence of the weights: {origin.lineage()['licence']}.")
     notes.append(_PIXELS if spec.pixels_per_latent == 1 else _LATENTS if latent else _DECODED)
     return f"""# A DiTPipeline of diffusers
 

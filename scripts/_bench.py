@@ -2,8 +2,8 @@
 
 coreml   seconds and memory of converting the shipped model and a DiT-B/2 with random weights to Core ML, and how close
          the saved packages stay for one class; five minutes
-costs    calibrates this machine, then: latency, memory and file size of plans, predicted against measured; sizes of a
-         DiT-B/2; ten minutes
+costs    latency of exported plans in the same rounds as a calibration of this machine, memory and file size, predicted
+         against measured; sizes of a DiT-B/2; the tables of docs/costs.md; ten minutes
 peers    other engines with a dense twin of the shipped model beside our artefacts, in one interleaved run, into
          docs/benchmarks.md; environments of 5 GB and Frechet distances are made once; then ten minutes
 export   how long the main command takes, stage by stage
@@ -161,6 +161,9 @@ def show(result: dict[str, Any]) -> None:
         if isinstance(value, dict):
             told = (f"{name} {'none' if number is None else format(number, '.4g')}" for name, number in value.items())
             console.print(f"{key}: " + ", ".join(told))
+            continue
+        if isinstance(value, str):
+            console.print(value, markup=False, highlight=False, soft_wrap=True)
             continue
         if not isinstance(value, list):
             console.print(f"{key}: {value:.4g}")

@@ -80,7 +80,27 @@ def costs(model: str = "fashion-mnist") -> dict[str, Any]:
         "peak_memory_error_worst": max(abs(row["error"]) for row in memory),
         "latency_error_median_of_limited": limited["latency_error_median"],
         "size_error_worst_of_limited": limited["size_error_worst"],
+        "document": document(found.rows, memory),
     }
+
+
+def document(latency: Sequence[dict[str, Any]], memory: Sequence[dict[str, Any]]) -> str:
+    """The two tables of docs/costs.md."""
+    header = ("model", "precision", "batch 1: {} predicted / measured", "", "batch 2", "")
+    lines = []
+    for unit, scale, digits, rows, keys in (
+        ("ms", 1.0, 2, [row for row in latency if row["kind"] != "within limits"], ("predicted_ms", "measured_ms")),
+        ("MiB", 2.0**-20, 1, memory, ("predicted_bytes", "measured_bytes")),
+    ):
+        lines += [f"| {' | '.join(header).format(unit)} |", "|---|---|--:|--:|--:|--:|"]
+        for one, two in zip(rows[::2], rows[1::2], strict=True):
+            cells = [one["model"], one["precision"]]
+            for row in (one, two):
+                told = (f"{row[key] * scale:.{digits if row[key] * scale < 10 else min(digits, 1)}f}" for key in keys)
+                cells += [" / ".join(told), f"{row['error']:+.0%}".replace("%", " %")]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _memories(cases: Sequence[Case]) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Is another depth or width better than ranks and precision alone? Plans of equal latency, healed alike, measured.
 
-On `host`, all classes in *switch*, at the steps that the model recommends. For every limit of latency there are two
-plans, with other sizes among the choices and without. At the loosest and at the tightest limit where they differ, both
-are healed for the same time, exported, measured, and drawn from.
+On `host`, all classes in *switch*; steps are a choice in both. For every limit of latency there are two plans, with
+other sizes among the choices and without. At the loosest and at the tightest limit where they differ, both are healed
+for the same time, exported, measured, and drawn from.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HEAL = "5m"
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+SHARES = (0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
 """Limits of latency, as shares of that of the plan without one."""
 IMAGES = 1000
 
@@ -22,10 +22,9 @@ IMAGES = 1000
 def resize(model: str = "fashion-mnist", heal: str = HEAL, images: int = IMAGES) -> dict[str, Any]:
     """Measures the sizes first, where that was not done (three times the healing)."""
     from kind_edge.deploy.pipeline import plan
-    from kind_edge.training.sampled import sampling_of
 
     opened = _opened(model)
-    asked: dict[str, Any] = {"profile": "host", "form": "switch", "steps": sampling_of(opened.checkpoint).steps}
+    asked: dict[str, Any] = {"profile": "host", "form": "switch"}
     whole = plan(opened, **asked)
     pairs = {}
     for share in SHARES:
@@ -60,11 +59,11 @@ def _opened(model: str) -> Any:
 
 def _planned(plan: Any) -> dict[str, Any]:
     if plan is None:
-        return {"size": "none", "precision": "", "predicted_ms": None, "predicted_frechet": None}
+        return {"size": "none", "steps": 0, "precision": "", "predicted_ms": None, "predicted_frechet": None}
     size = f"depth {plan.resize['depth']}, width {plan.resize['width']}" if plan.resize else "its own"
     predicted_ms = 1e3 * plan.sustained_image_latency_s
     return {
-        "size": size, "precision": plan.precision, "predicted_ms": predicted_ms,
+        "size": size, "steps": plan.steps, "precision": plan.precision, "predicted_ms": predicted_ms,
         "predicted_frechet": plan.predicted_frechet,
     }  # fmt: skip
 
@@ -73,7 +72,8 @@ _NOTHING: dict[str, Any] = {"measured_ms": None, "frechet": None, "class_accurac
 
 
 def _measured(opened: Any, plan: Any, heal: str, images: int) -> dict[str, Any]:
-    """The bundle's own latency of an image (median), and what its healed gated model draws."""
+    """The bundle's own latency of an image (median), and what its gated model draws."""
+    from kind_edge.deploy.cut import make_cut
     from kind_edge.deploy.making import HEALED
     from kind_edge.deploy.pipeline import export
     from kind_edge.model.checkpoint import load_checkpoint
@@ -82,8 +82,9 @@ def _measured(opened: Any, plan: Any, heal: str, images: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         free = dataclasses.replace(plan, limits={})  # what is measured is no gate here
         bundle = export(opened, plan=free, heal=heal, output=Path(folder, "b"))
-        healed = load_checkpoint(bundle.path / HEALED)
-        report = score(sample_checkpoint(healed, images, 0, plan.steps, plan.strength, sampler=plan.sampler))
+        kept = bundle.healing is not None and bundle.healing.kept
+        drawn_from = load_checkpoint(bundle.path / HEALED) if kept else make_cut(opened, plan).truncated
+        report = score(sample_checkpoint(drawn_from, images, 0, plan.steps, plan.strength, sampler=plan.sampler))
     found = {"measured_ms": bundle.image_latency.p50_ms, "frechet": report.frechet}
     return {**found, "class_accuracy": report.class_accuracy}
 

@@ -57,6 +57,7 @@ def tiny_checkpoint(seed: int = 0, **overrides: Any) -> Checkpoint:
             "distilled": {"teacher_sha256": "ab" * 32, "teacher_steps": 20, "teacher_guidance": spec.inside_guidance},
             "quality_by_steps": {"4": {"frechet": 5.25, "class_accuracy": 0.985, "images": 10_000, "seed": 1}},
         }
+    provenance |= {"stated": {"licence": "CC0-1.0"}, "data": {"kind": "Fashion-MNIST"}}
     tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     return Checkpoint(spec, TINY_CLASSES[: spec.num_classes], tensors, provenance)
 

@@ -38,6 +38,8 @@ _COMPRESSED_BYTES = 135
 """What the program has more of a weight that is compressed."""
 _ROW_SHARE = 0.75
 """Of the denoiser's program, that one row of a sampler takes: of a known row less is left to be computed."""
+_GATHER_BYTES = 1_000
+"""Of what a tailor takes in *tokens*, the picking of both its factors."""
 _DECODER_OPERATOR_BYTES = 500
 
 
@@ -62,11 +64,12 @@ _PROGRAMS: Mapping[Layout, _Program] = {
 @dataclass(frozen=True)
 class Packaging:
     """How packages are made. `weights` "auto" is what the plan's precision is in Core ML, `layout` "auto" what its unit
-    likes."""
+    likes. `functions`: how many there are beside the one for all classes; each has a program of its own."""
 
     target: Target = "iOS18"
     weights: Weights | Literal["auto"] = "auto"
     layout: Layout | Literal["auto"] = "auto"
+    functions: int = 0
 
     def weights_of(self, precision: str) -> Weights:
         return weights_for(precision, self.target) if self.weights == "auto" else self.weights
@@ -95,7 +98,7 @@ def coreml_estimate(
     layout = packaging.layout_on(candidate.unit)
     found: dict[str, int | float | str] = {
         "mark": "E", "target": packaging.target, "layout": layout, "weights": weights,
-        **dict(_package_bytes(deployment, matrices, packaging.target, layout, weights)),
+        **dict(_package_bytes(deployment, matrices, packaging, layout, weights)),
     }  # fmt: skip
     found["app_bytes"] = sum(int(found.get(f"{role}_bytes", 0)) for role in APP_ROLES)
     profile = deployment.request.profile
@@ -113,18 +116,21 @@ def coreml_estimate(
 
 
 def _package_bytes(
-    deployment: Deployment, matrices: Mapping[str, MatrixPlan], target: Target, layout: Layout, weights: Weights
+    deployment: Deployment, matrices: Mapping[str, MatrixPlan], packaging: Packaging, layout: Layout, weights: Weights
 ) -> Iterator[tuple[str, int]]:
     """By package. A sampler has the denoiser's weights, and its program once for every row."""
     spec = deployment.spec.without_branches(dropped_branches(matrices))
     stored = list(_stored(deployment, spec, matrices, layout))
-    weight_bytes = sum(stored_bytes(shape, weights if narrow else "fp16", target) for shape, narrow in stored)
+    weight_bytes = sum(stored_bytes(shape, weights if narrow else "fp16", packaging.target) for shape, narrow in stored)
     rows, products = deployment.request.sampling.evaluations, sum(narrow for _, narrow in stored)
     program = _program_bytes(spec, matrices, layout, products)
-    program += products * _COMPRESSED_BYTES * (weights != "fp16")
-    yield "denoiser_bytes", _PACKAGE_BYTES + weight_bytes + program
+    compressed = products * _COMPRESSED_BYTES * (weights != "fp16")
+    once = _gathered_bytes(spec, matrices, layout)  # a sampler picks its tailors once, for all rows
+    programs = 1 + packaging.functions
+    yield "denoiser_bytes", _PACKAGE_BYTES + weight_bytes + programs * (program + compressed)
     if rows <= MOST_UNROLLED and deployment.evaluations_per_step == 1 and spec.pixels_per_latent == 1:
-        yield "sampler_bytes", _PACKAGE_BYTES + weight_bytes + round(_ROW_SHARE * rows * program)
+        unrolled = once + round(_ROW_SHARE * rows * (program - once)) + compressed
+        yield "sampler_bytes", _PACKAGE_BYTES + weight_bytes + programs * unrolled
     decoder = deployment.decoder
     if decoder.autoencoder_sha256:
         yield "decoder_bytes", _PACKAGE_BYTES + _decoder_bytes(decoder, weights)
@@ -194,6 +200,12 @@ def _program_bytes(spec: ModelSpec, matrices: Mapping[str, MatrixPlan], layout: 
         + tailored * each.tailor
         + len(_masks(spec, matrices)) * each.mask
     )
+
+
+def _gathered_bytes(spec: ModelSpec, matrices: Mapping[str, MatrixPlan], layout: Layout) -> int:
+    """Of the program: what picks the tailors of a class."""
+    tailored = sum(bool(matrices[matrix.name].tailor_rank) for matrix in spec.matrices())
+    return tailored * _GATHER_BYTES if layout == "tokens" else 0
 
 
 def _decoder_bytes(decoder: DecoderCost, weights: Weights) -> int:

@@ -22,6 +22,8 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from scipy.optimize import isotonic_regression
+
 from kind_edge.budget import probe_graph
 from kind_edge.budget.onnx_writer import Ends, Graph, Value
 from kind_edge.budget.operator_table import KINDS, OperatorTable
@@ -51,7 +53,8 @@ class Shapes:
     """What a table is measured at, beside BATCHES, tokens and LOWEST; between these it interpolates.
 
     `threads`: what the models run with; None: as many as the device has cores. `ranks` go up to where two thin matrices
-    take as long as a dense one, about.
+    take as long as a dense one, about. They lie amid blocks of 16 columns, which kernels compute whole: what lies
+    between is right in the mean then.
     """
 
     threads: int | None
@@ -62,8 +65,8 @@ class Shapes:
         return name if self.threads is None else f"{name}-threads{self.threads}"
 
 
-ALL_CORES = Shapes(None, {128: Width(4, 6), 384: Width(6, 2), 768: Width(12, 1)}, (32, 96, 256))
-ONE_THREAD = Shapes(1, {64: Width(4, 6), 128: Width(4, 6), 192: Width(6, 4)}, (16, 32, 64))
+ALL_CORES = Shapes(None, {128: Width(4, 6), 384: Width(6, 2), 768: Width(12, 1)}, (40, 104, 248))
+ONE_THREAD = Shapes(1, {64: Width(4, 6), 128: Width(4, 6), 192: Width(6, 4)}, (24, 40, 72))
 """Of models so small that they run on one: `kind_edge.budget.whole_model.ONE_THREAD_FLOPS`."""
 
 _IMAGES = {49: (28, 1, 4, 1), 256: (32, 4, 2, 8)}
@@ -142,7 +145,7 @@ def operator_table(all_us: Latencies, shapes: Shapes = ALL_CORES) -> OperatorTab
     for width, batch, tokens in itertools.product(shapes.widths, BATCHES, _IMAGES):
         for kind, found in _Place(latency_us, shapes, width, batch, tokens).times():
             times[kind] |= found
-    return OperatorTable(**times)
+    return OperatorTable(**times, source="measured")
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,9 @@ class _Place:
             tailor = {rank: self.beyond(role, Layer(precision, LOWEST, rank), low) for rank in TAILOR_RANKS}
             yield f"{role}_dense", {key: max(start + self.beyond(role, Layer(precision), low), operator)}
             for part, found in (("factored", {LOWEST: start} | thin), ("tailor", tailor)):
-                yield f"{role}_{part}", {(*key, rank): max(time, 2 * operator) for rank, time in found.items()}
+                rising = isotonic_regression(list(found.values())).x  # disturbed times may fall: their mean then
+                times = dict(zip(found, rising.tolist(), strict=True))
+                yield f"{role}_{part}", {(*key, rank): max(time, 2 * operator) for rank, time in times.items()}
 
     def beyond(self, role: str, layer: Layer, low: Layer) -> float:
         """What one layer of that role takes more than one that is stored like `low`.

@@ -341,7 +341,8 @@ class Deployment:
         of_device, dense = self._of_device(), {}
         if any(quantity.unit == "share" for quantity in self.request.limits.values()):
             asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
-            dense = dataclasses.replace(self, request=asked).dense()
+            guided = dataclasses.replace(self.candidate, form="switch")  # if guidance was asked for
+            dense = dataclasses.replace(self, request=asked, candidate=guided).dense()
         limits = dict(of_device)
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]

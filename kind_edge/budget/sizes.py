@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kind_edge.bounded import read_object
 from kind_edge.budget.loss import LossModel, MatrixLoss
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
@@ -76,8 +77,8 @@ class SizeTable:
 
 def read_sizes(path: Path) -> SizeTable:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_object(path, "the sizes")
+    except InputError as error:
         raise InputError(f"{path}: cannot be read ({error}); remove it, and measure the sizes anew") from error
     return SizeTable.from_dict(values, str(path))
 
@@ -101,7 +102,12 @@ def sized_source(whole: Source, size: Size, spec: ModelSpec) -> Source:
     def losses(form: Form, classes: Sequence[str]) -> LossModel:
         return full_rank_losses(spec, size, form, len(classes))
 
-    resize = {"depth": size.depth, "width": size.width, "method": size.method, "heal_s": size.heal_s}
+    resize: dict[str, float | str] = {
+        "depth": size.depth,
+        "width": size.width,
+        "method": size.method,
+        "heal_s": size.heal_s,
+    }
     return dataclasses.replace(
         whole, spec=spec, losses=losses, calibration="none: no rank is cut", teacher=None, resize=resize
     )
@@ -143,6 +149,8 @@ def make_plan_of_any_size(sources: Sequence[Source], request: Request) -> Plan:
             failures.append(error)
     if not plans:
         raise failures[0]
+    if whole.response is None:  # losses at different steps cannot be compared
+        plans = [plan for plan in plans if plan.steps == request.sampling.steps] or plans
     score = _score_of(plans)
     best = min(map(score, plans))
     return min((plan for plan in plans if score(plan) <= best * 1.001), key=lambda plan: plan.image_latency_s)

@@ -9,7 +9,6 @@ end; the search is `kind_edge.budget.knapsack`, and `recheck` adds its answer up
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -95,12 +94,13 @@ class Problem:
                 seen.add(opened)
 
     def within(self, limits: Mapping[str, int], max_loss: float | None) -> Problem:
-        """The same choices within other limits; what is known of them holds where the same costs are limited."""
-        if self.limits.keys() != limits.keys() or (self.max_loss is None) != (max_loss is None):
-            return dataclasses.replace(self, limits=limits, max_loss=max_loss)
-        columns = self.columns
-        other = copy.copy(self)  # its options were checked, and are many
-        vars(other).update(limits=limits, max_loss=max_loss, columns=columns)  # where `cached_property` keeps them
+        """The same choices, which are checked already, within other limits. Where the same costs are limited, what is
+        known of them holds."""
+        same = self.limits.keys() == limits.keys() and (self.max_loss is None) == (max_loss is None)
+        known = {"columns": self.columns} if same else {}  # where `cached_property` keeps them
+        other = copy.copy(self)
+        vars(other).pop("columns", None)
+        vars(other).update(limits=limits, max_loss=max_loss, **known)
         return other
 
     def cost_names(self) -> tuple[str, ...]:

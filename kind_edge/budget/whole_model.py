@@ -33,8 +33,8 @@ MODULATE_FLOPS = 2
 RESIDUAL_FLOPS = 2
 """Per element: multiply by the gate, add."""
 ONE_THREAD_FLOPS = 3e8
-"""Of the dense model. Below so much work in an evaluation one thread is quicker than several: handing operators of
-microseconds over takes as long as computing them, where idle threads sleep."""
+"""Of the dense model's block matrices. Below so much work in an evaluation one thread is quicker than several: handing
+operators of microseconds over takes as long as computing them, where idle threads sleep."""
 PAPER_EVALUATIONS = 250 * 2
 """The authors' image: 250 steps, each with a class and a null evaluation."""
 
@@ -98,7 +98,8 @@ def runs_on_one_thread(spec: ModelSpec) -> bool:
 
     It depends on the shape alone, so that a planner knows it before it chooses ranks.
     """
-    return spec.pixels_per_latent == 1 and model_flops(spec.dense(), convention="exact") < ONE_THREAD_FLOPS
+    weights = spec.depth * (4 * spec.width**2 + 2 * spec.width * spec.hidden_width)
+    return spec.pixels_per_latent == 1 and 2 * spec.tokens * weights < ONE_THREAD_FLOPS
 
 
 def _storage(spec: ModelSpec, matrix: MatrixShape, rank: int | None) -> tuple[Storage, int]:

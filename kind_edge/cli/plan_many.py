@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kind_edge.budget.words import predicted_words
+from kind_edge.budget.words import distance_words, predicted_words
 from kind_edge.cli import tables
 from kind_edge.cli.refusal_view import shown
 from kind_edge.cli.terminal import Terminal
 from kind_edge.errors import NoPlanError, UsageError
-from kind_edge.units import format_flops, format_seconds
+from kind_edge.units import format_flops, format_seconds, format_share
 
 if TYPE_CHECKING:
     from kind_edge.budget.front import Curve
@@ -89,8 +89,8 @@ def profiles(
     if as_json:
         terminal.json({"plans": values})
     else:
-        headers = ("", "runs on", "steps", "one image", "peak memory", "model file", "predicted", "binding")
-        terminal.out.print(tables.figures(headers, [_device(*each) for each in made.items()], left=(0, 1, 6, 7)))
+        headers = ("", "runs on", "steps", "one image", "peak memory", "model file", "loss", "distance", "binding")
+        terminal.out.print(tables.figures(headers, [_device(*each) for each in made.items()], left=(0, 1, 8)))
         for name, answer in made.items():
             if isinstance(answer, NoPlanError):
                 terminal.note(f"{name}: {answer}")
@@ -106,7 +106,7 @@ def _classes(curve: Curve) -> str:
 
 def _device(name: str, answer: Plan | NoPlanError) -> tuple[str, ...]:
     if isinstance(answer, NoPlanError):
-        return (name, "no plan fits", "", "", "", "", "", "")
+        return (name, "no plan fits", *[""] * 7)
     return (
         name,
         f"{answer.unit}, {answer.precision}",
@@ -114,7 +114,8 @@ def _device(name: str, answer: Plan | NoPlanError) -> tuple[str, ...]:
         format_seconds(answer.sustained_image_latency_s),
         tables.size(answer.peak_memory_bytes),
         tables.size(answer.weight_bytes),
-        predicted_words(answer.predicted_loss_increase, answer.predicted_frechet),
+        f"+{format_share(answer.predicted_loss_increase or 0.0)}",
+        "" if answer.predicted_frechet is None else distance_words(answer.predicted_frechet),
         ", ".join("--" + limit.replace("_", "-") for limit in answer.binding),
     )
 

@@ -52,7 +52,8 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     if gone := plan.dropped_branches:
         yield "dropped", ", ".join(gone)
     if plan.predicted_loss_increase is not None:
-        yield "predicted", predicted_words(plan.predicted_loss_increase, plan.predicted_frechet)
+        told = predicted_words(plan.predicted_loss_increase, plan.predicted_frechet)
+        yield "predicted", f"{told}; not what several classes at once cost" if plan.form == "union" else told
     yield "limits", _limits(plan) or "none: the most faithful plan, then the fastest"
     if plan.optimality_gap is not None:
         least = "loss" if plan.minimised == "loss" else _SMALLEST[plan.minimised]

@@ -92,9 +92,9 @@ def calibrate(
 ) -> None:
     """Measure the operators of our models through ONNX Runtime, here or on another device.
 
-    Takes about a minute. This machine's figures are kept for --profile host; -o FILE writes them as a profile too. With
-    --runner the command is given a folder of small models and prints their latencies, as kind_edge/budget/runner.py
-    tells and does; then -o FILE is needed.
+    Takes two to four minutes. This machine's figures are kept for --profile host; -o FILE writes them as a profile too.
+    With --runner the command is given a folder of small models and prints their latencies, as
+    kind_edge/budget/runner.py tells and does; then -o FILE is needed.
     """
     terminal = terminal_of(context)
     if output is not None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kind_edge.bounded import parse_json
 from kind_edge.deploy.archive import extract_zip, write_zip
 from kind_edge.deploy.manifest import (
     MANIFEST_NAME,
@@ -20,7 +21,6 @@ from kind_edge.deploy.manifest import (
     FileEntry,
     Manifest,
     manifest_bytes,
-    parse_json,
     read_manifest,
 )
 from kind_edge.deploy.signing import SIGNATURE_NAME, SigningKey, check_signature
@@ -215,8 +215,8 @@ def check_replaceable(destination: Path) -> None:
 def _own_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of an earlier bundle, of any schema version and with any damage to its files; None if not ours."""
     try:
-        values = parse_json((folder / MANIFEST_NAME).read_bytes(), MANIFEST_NAME)
-    except (OSError, InputError):
+        values = parse_json(manifest_bytes(folder), MANIFEST_NAME)
+    except InputError:
         return None
     if not isinstance(values, dict) or "schema_version" not in values or not isinstance(values.get("files"), dict):
         return None

@@ -36,7 +36,8 @@ class Packages:
         """
         if self.choices is None:
             return plan
-        packaging = Packaging(**{name: self.choices[name] for name in _CHOICES if name in self.choices})
+        asked = {name: self.choices[name] for name in _CHOICES if name in self.choices}
+        packaging = Packaging(**asked, functions=len(self.choices.get("functions", ())))
         rows = len(sampler_table(plan.sampler, self.source.spec.objective, plan.steps).timestep)
         deployment = deployment_of(plan, self.source, self.device, rows, planned_decoder(self.source.decoders, plan))
         found = coreml_estimate(deployment, plan.matrices, packaging)
@@ -62,7 +63,7 @@ class Packages:
 def _limit(plan: Plan, device: DeviceProfile) -> tuple[float, str]:
     """The most bytes, and who says so."""
     limit, who = plan.limits.get("max_size", float("inf")), "--max-size allows"
-    if device.store is not None and device.store.model_bytes.value < limit:
+    if device.store is not None and int(device.store.model_bytes.value) <= limit:
         figure = device.store.model_bytes
         limit, who = figure.value, f"{device.store.name} allows ({figure.source})"
     return limit, f"the {format_bytes(limit)} that {who}" if limit < float("inf") else ""

@@ -30,6 +30,7 @@ from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.dit import DiT
 from kind_edge.model.names import SHARED, is_factor, weight_type
 from kind_edge.model.one_thread import one_thread
+from kind_edge.model.provenance import lineage
 from kind_edge.model.sampling import step_span
 from kind_edge.model.spec import ModelSpec, Ranks, branch_of
 from kind_edge.model.truncation import SortedFactors, fold_matrix
@@ -75,7 +76,9 @@ def truncate(checkpoint: Checkpoint, plan: Plan, calibration: Calibration | None
     spec = dataclasses.replace(left, num_classes=len(kept), nested=nested, shared_factors=shared, matrix_ranks=ranks)
     tensors |= {spec.factor_name(name, part): own[part] for name, own in factors.items() for part in "UsV"}
     float_tensors = {name: t.float() for name, t in tensors.items()}
-    return Checkpoint(spec, plan.classes, float_tensors, {"truncated_from": plan.checkpoint_sha256})
+    told = lineage(plan.model, plan.checkpoint_sha256, checkpoint.provenance)
+    provenance = {"truncated_from": plan.checkpoint_sha256, "lineage": told}
+    return Checkpoint(spec, plan.classes, float_tensors, provenance)
 
 
 def _without_branches(checkpoint: Checkpoint, left: ModelSpec) -> dict[str, Tensor]:

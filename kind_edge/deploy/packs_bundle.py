@@ -30,6 +30,7 @@ from kind_edge.deploy.bundle import (
     zip_bundle,
 )
 from kind_edge.deploy.manifest import MANIFEST_NAME, Manifest
+from kind_edge.deploy.notice import NOTICE, notice
 from kind_edge.deploy.packs import CORE_FILE, Core, take_apart
 from kind_edge.deploy.packs_file import IMAGES, PACK_SUFFIX, POINTS, ClassPack, pack_bytes, pack_names, read_pack
 from kind_edge.deploy.packs_join import Joined, class_reference, core_of, join, read_packs
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
     from kind_edge.model.spec import ModelSpec
 
 PACKS_FOLDER, CORE_BUNDLE = "packs", "packs/core.zip"
-_STAY = ("packs/", "onnx/decoder", "NOTICE")
+_STAY = ("packs/", "onnx/decoder")
 """Beginnings of what does not depend on the classes; everything else of a bundle is made anew or left out."""
 _MADE_ANEW = ("android", "web")
 """Formats whose folders follow from the manifest and the model files."""
@@ -275,6 +276,7 @@ def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str,
             for name, content in bare.models.items():
                 _write(new / name, content)
             assemble.save_reference(new, bare.reference)
+            (new / NOTICE).write_text(notice(values), encoding="utf-8")
             # Not what was measured, nor by which commit: the same weights give the same core.
             write_manifest(new, {key: each for key, each in bare.values.items() if key not in ("quality", "revision")})
         zip_bundle(Path(temporary, "core"), folder / CORE_BUNDLE)

@@ -92,11 +92,21 @@ def report(answer: str, path: Path, runs: int, here: Conditions) -> LatencyRepor
         raise InputError(f"{PROGRAM}: its answer lacks {', '.join(missing)}: {answer.strip()[-300:]!r}")
     times = {name: float(match[1]) * (1 if name == "mean_ms" else 1e3) for name, match in found.items() if match}
     memory = re.search(_MEMORY, answer)
-    peak = int(memory[1]) if memory else None
     return LatencyReport(
-        subject="evaluation", file=path.name, size_bytes=path.stat().st_size, batch=1, warmups=_WARMUPS, runs=runs,
-        peak_memory_bytes=peak, conditions=here, **times,
-    )  # fmt: skip
+        subject="evaluation",
+        file=path.name,
+        size_bytes=path.stat().st_size,
+        batch=1,
+        warmups=_WARMUPS,
+        runs=runs,
+        cold_load_ms=times["cold_load_ms"],
+        mean_ms=times["mean_ms"],
+        p50_ms=times["p50_ms"],
+        p90_ms=times["p90_ms"],
+        p99_ms=times["p99_ms"],
+        peak_memory_bytes=int(memory[1]) if memory else None,
+        conditions=here,
+    )
 
 
 def _fill(folder: Path, path: Path) -> None:

@@ -170,7 +170,8 @@ class Origin:
 
     def lineage(self) -> dict[str, Any]:
         """What its files say of where they come from."""
-        told = lineage(self.plan.model, self.plan.checkpoint_sha256, self.truncated.provenance)
+        noted = self.truncated.provenance
+        told = dict(noted.get("lineage") or lineage(self.plan.model, self.plan.checkpoint_sha256, noted))
         if self.autoencoder is None:
             return told
         licence = card_licence(self.autoencoder.folder) or NOT_STATED

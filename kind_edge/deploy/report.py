@@ -149,7 +149,7 @@ def _front_drawing(points: list[Mapping[str, Any]], plan: Mapping[str, Any]) -> 
     places = list(zip(placed(across, 100), [28 - y for y in placed(up, 28)], strict=True))
     labels = [_point_label(p) for p in (*known, {**own, "predicted_frechet": plan["predicted_frechet"]})]
     rows = [_point_row(p) for p in known]
-    headers = ("model file", "predicted loss", "Fréchet distance", "steps", "one image, sustained")
+    headers: Row = ("model file", "predicted loss", "Fréchet distance", "steps", "one image, sustained")
     if not any(row[2] for row in rows):  # nobody has judged pictures of this model
         headers, rows = headers[:2] + headers[3:], [row[:2] + row[3:] for row in rows]
     drawn = {"line": places[:-1], "labels": labels[:-1], "own": places[-1], "own_label": labels[-1]}

@@ -45,7 +45,7 @@ def size_spec(spec: ModelSpec, resize: Resize) -> ModelSpec:
 
 def offered(spec: ModelSpec) -> Iterator[ModelSpec]:
     """The shapes that are offered beside the model's own: whole blocks, whole heads."""
-    found = set()
+    found: set[tuple[int, int]] = set()
     for depth_share, width_share in SHARES:
         depth, heads = max(1, round(depth_share * spec.depth)), max(1, round(width_share * spec.heads))
         unit = math.lcm(spec.head_width, 4)

@@ -61,6 +61,8 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
     `data` and `trained` are lists, in the order of the trainings (train, adapt, distill, train --from). Paths on the
     machine of the training are left out. Raises `InputError` for provenance that is not what a training writes.
     """
+    if isinstance(before := provenance.get("lineage"), Mapping):
+        return _passed_on(name, sha256, before, f"{where}: lineage")
     stated = Stated.from_dict(provenance.get("stated", {}), f"{where}: stated")
     noted = _trainings(provenance)
     found: dict[str, Any] = {
@@ -75,11 +77,22 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
         ],
         "trained": [_training(each) for each in noted if isinstance(each.get("command"), str)],
         "teacher_sha256": _text(noted[-1].get("teacher_sha256")),
+        "resized": _resized(provenance.get("resized")),
         "imported_from": next(filter(None, (_text(each.get("imported_from")) for each in noted)), ""),
     }
     if not found["data"] and (stated.data_source or stated.data_licence):
         found["data"] = [_data({}, stated)]
     return {key: value for key, value in found.items() if value}
+
+
+def _passed_on(name: str, sha256: str, before: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Of a checkpoint that was cut from another (a healed one in a bundle), which noted that one's lineage."""
+    known = {key: before[key] for key in ("author", "licence") if key in before}
+    found = {"model": name, "checkpoint_sha256": sha256, **Stated.from_dict(known, where).to_dict()}
+    data = [each for each in before.get("data") or [] if isinstance(each, Mapping)]
+    lines = [{str(key): _text(value) for key, value in each.items()} for each in data]
+    whole = [each for each in lines if {"name", "licence"} <= each.keys()]
+    return {"licence": NOT_STATED, **found, **({"data": whole} if whole else {})}
 
 
 def lineage_words(told: Mapping[str, Any]) -> dict[str, str]:
@@ -89,6 +102,7 @@ def lineage_words(told: Mapping[str, Any]) -> dict[str, str]:
         "data": "; ".join(data_words(each) for each in told.get("data", [])),
         "trained by": "; then ".join(_training_words(each) for each in told.get("trained", [])),
         "teacher": str(told.get("teacher_sha256", "")),
+        "resized": str(told.get("resized", "")),
         "imported from": str(told.get("imported_from", "")),
         "autoencoder": _autoencoder_words(told.get("autoencoder")),
     }
@@ -145,6 +159,13 @@ def _adapted(provenance: Mapping[str, Any]) -> list[Any]:
         found.insert(0, each)
         each = each.get("before")
     return found
+
+
+def _resized(noted: Any) -> str:
+    """By which method, from what; "" for a model of its first size."""
+    if not isinstance(noted, Mapping):
+        return ""
+    return f"by {_text(noted.get('method'))} from {_text(noted.get('source_sha256'))[:12] or 'another size'}"
 
 
 def _data(noted: Mapping[str, Any], stated: Stated) -> dict[str, str]:

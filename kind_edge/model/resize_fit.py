@@ -70,18 +70,19 @@ class _Reading:
 
         The ridge pulls towards reading what was kept as it was: nothing is changed where nothing was lost.
         """
-        wanted, given = wanted.flatten(0, -2).double(), given.flatten(0, -2).double()
+        wanted, given = wanted.flatten(0, -2), given.flatten(0, -2)
         share = 1 / torch.bincount(kept, minlength=wanted.shape[1])[kept].double()
         same = torch.zeros(wanted.shape[1], len(kept), dtype=torch.float64)
         same[kept, torch.arange(len(kept))] = share
-        missing = wanted - given @ same.T
+        missing = wanted - given @ same.T.float()
         middle, given_middle = missing.mean(0), given.mean(0)
+        missing -= middle
         centred = given - given_middle
-        covariance = centred.T @ centred
+        covariance = (centred.T @ centred).double()
         covariance.diagonal().add_(RIDGE * covariance.diagonal().mean() + 1e-12)
-        change = torch.linalg.solve(covariance, centred.T @ (missing - middle)).T
-        self.P = same + change  # [m, m']
-        self.p = middle - change @ given_middle
+        change = torch.linalg.solve(covariance, (centred.T @ missing).double()).T
+        self.P = same + change  # [m, m'], float64
+        self.p = middle.double() - change @ given_middle.double()
 
 
 @torch.no_grad()

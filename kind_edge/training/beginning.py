@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 from kind_edge.errors import UsageError
 from kind_edge.model.checkpoint import Checkpoint, checkpoint_hash
@@ -12,15 +13,15 @@ from kind_edge.model.dit import DiT
 from kind_edge.training.config import TrainConfig
 
 
-def origin_of(begin: Checkpoint | None) -> dict[str, object]:
+def origin_of(begin: Checkpoint | None) -> dict[str, Any]:
     """What a run that begins with a checkpoint's weights notes of it: where that came from, and its hash.
 
     Nothing of a run that begins at random.
     """
     if begin is None:
         return {}
-    noted = {key: value for key, value in begin.provenance.items() if key != "recommended"}
-    return {"begun_from": {**noted, "sha256": None if begin.path is None else checkpoint_hash(begin.path)}}
+    sha256 = None if begin.path is None else checkpoint_hash(begin.path)
+    return {"begun_from": {**begin.provenance, "sha256": sha256}}
 
 
 def begin_with(begin: Checkpoint, config: TrainConfig) -> DiT:

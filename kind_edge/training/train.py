@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def check_begun(
     config: TrainConfig,
     output: Path,
     on_note: Callable[[str], None],
-    origin: Mapping[str, object] = MappingProxyType({}),
+    origin: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuse another run's state, as far as that can be told without the data."""
     nested = nested_config(config)
@@ -194,7 +195,7 @@ def train_to_end(
     loss_of: Loss | None = None,
     whole: TrainConfig | None = None,
     seen_before: int = 0,
-    origin: Mapping[str, object] = MappingProxyType({}),
+    origin: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """Train what is left of a stage, the last one, saving into `output`, which becomes a checkpoint.
 
@@ -218,7 +219,7 @@ def finish(
     output: Path,
     split: DataSplit,
     images_seen: int,
-    origin: Mapping[str, object] = MappingProxyType({}),
+    origin: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write the checkpoint from the averaged weights, in fp16, and what planning needs beside it."""
     data = split.training
@@ -233,11 +234,7 @@ def finish(
         "images_seen": images_seen,
         "final_loss": state.loss,
         "tools": training_tools(),
-        "recommended": {
-            "steps": DEFAULT_STEPS,
-            "guidance": DEFAULT_GUIDANCE,
-            "sampler": default_sampler(config.spec.objective),
-        },
+        "recommended": _recommended(config, origin),
         **origin,
     }
     checkpoint = Checkpoint(state.model.spec, data.class_names, weights, provenance)
@@ -253,6 +250,16 @@ def training_tools() -> dict[str, str]:
     revision = code_revision()
     versions = {"kind_edge": __version__, "torch": torch.__version__}
     return versions | ({"revision": revision} if revision else {})
+
+
+def _recommended(config: TrainConfig, origin: Mapping[str, Any]) -> dict[str, Any]:
+    """How to sample: as the model that the run began from, else as most models."""
+    usual = {
+        "steps": DEFAULT_STEPS,
+        "guidance": DEFAULT_GUIDANCE,
+        "sampler": default_sampler(config.spec.objective),
+    }
+    return {**usual, **origin.get("begun_from", {}).get("recommended", {})}
 
 
 def hardware(device: torch.device) -> str:

@@ -42,6 +42,8 @@ PROFILE = "snapdragon8g3"
 """Any does: sizes are the same on all, and nothing else is limited."""
 SETS: dict[str, tuple[str, ...] | None] = {"2": ("sneaker", "bag"), "10": None}
 """Classes of a file, by how many they are; a tailor of every block for each stays its own."""
+MODULATION = "baked-fp16"
+"""As small as it gets: it is the same for all, and weighs much in so small a model."""
 LOSSES = ("1%", "5%", "20%")
 """Predicted losses within which the file is to be small."""
 IMAGES = 1000
@@ -86,8 +88,8 @@ def _files(output: Path, folder: Path, name: str, seed: int, images: int) -> lis
     for classes in SETS:
         for loss in LOSSES:
             conditions = {
-                "model": name, "classes": classes, "max_quality_loss": loss, "images": images, "seed": seed, **advice,
-                "judge_sha256": Judge.load().judge_sha256,
+                "model": name, "classes": classes, "max_quality_loss": loss, "modulation": MODULATION,
+                "images": images, "seed": seed, **advice, "judge_sha256": Judge.load().judge_sha256,
             }  # fmt: skip
             run = f"{name}-{classes}-classes-{loss.rstrip('%')}-seed{seed}"
             records.append(store.run(run, conditions, partial(_figures, folder, classes, loss, images)))
@@ -99,7 +101,7 @@ def _figures(folder: Path, classes: str, loss: str, images: int) -> dict[str, An
     with TemporaryDirectory() as place:
         bundle = export(
             folder, profile=PROFILE, classes=SETS[classes], minimize="size", max_quality_loss=loss,
-            output=Path(place, "out"),
+            modulation=MODULATION, output=Path(place, "out"),
         )  # fmt: skip
         file = read_manifest(bundle.path).default_model
         matrices = bundle.plan.matrices.values()

@@ -148,6 +148,13 @@ def errors(records: Sequence[Record], kind: str) -> np.ndarray[Any, Any]:
 
 
 def text(records: Sequence[Record]) -> str:
+    """Of every model: its plans, what was fitted, and how good it is whole at what can be chosen."""
+    models = sorted({record["checkpoint"]["model"] for record in records})
+    own = ([record for record in records if record["checkpoint"]["model"] == model] for model in models)
+    return "\n\n".join(map(_text_of_one, own))
+
+
+def _text_of_one(records: Sequence[Record]) -> str:
     curve, own = fitted(records), records[0]["conditions"]
     header = ("FLOPs", "predicted loss increase", "Fréchet distance", "response", "predicted response")
     (whole,) = (record["figures"]["frechet"] for record in records if record["conditions"]["kind"] == "whole")
@@ -160,11 +167,26 @@ def text(records: Sequence[Record]) -> str:
         f"{records[0]['checkpoint']['model']}, weights {records[0]['checkpoint']['weights_sha256'][:12]}; judge "
         f"{own['judge_sha256'][:12]}."
     )
-    return "\n\n".join([markdown(header, _plan_rows(records, curve, whole)), paragraph(said)])
+    parts = [markdown(header, _plan_rows(records, curve, whole)), paragraph(said)]
+    return "\n\n".join([*parts, *_choices_text(records)])
+
+
+def _choices_text(records: Sequence[Record]) -> Iterator[str]:
+    """Distances of the uncut model by steps and guidance, where both can be chosen."""
+    found = {
+        (record["conditions"]["steps"], record["conditions"]["guidance"]): record["figures"]["frechet"]
+        for record in records
+        if record["conditions"]["kind"] in ("whole", "choice")
+    }
+    steps, strengths = (sorted(set(values)) for values in zip(*found, strict=True))
+    if len(found) > 1:
+        header = ("uncut, steps", *(f"guidance {strength:g}" for strength in strengths))
+        cells = ([f"{found[each, w]:.2f}" if (each, w) in found else "" for w in strengths] for each in steps)
+        yield markdown(header, ((str(each), *row) for each, row in zip(steps, cells, strict=True)))
 
 
 def _plan_rows(records: Sequence[Record], curve: Response, whole: float) -> Iterator[tuple[str, ...]]:
-    plans = [record for record in records if record["conditions"]["kind"] != "whole"]
+    plans = [record for record in records if record["conditions"]["kind"] in ("fitted", "held out")]
     for record in sorted(plans, key=lambda each: -float(each["conditions"]["share"])):
         figures, own = record["figures"], record["conditions"]
         share = in_percent(own["share"], 1) + (", held out" if own["kind"] == "held out" else "")

@@ -104,6 +104,9 @@ def test_packages_that_no_app_may_hold_are_refused(plan: Callable[..., Plan]) ->
     whole = Packages(source(), APPLE, {"weights": "fp16", "target": "iOS17"}).settled(made)
     assert (whole.coreml["weights"], whole.coreml["target"]) == ("fp16", "iOS17")
     assert Packages(source(), APPLE, None).settled(made) is made
+    packs = {"weights": "fp16", "functions": (("one", ("cat",)), ("two", ("dog",)))}
+    more = Packages(source(), APPLE, packs).settled(made).coreml["app_bytes"]
+    assert whole.coreml["app_bytes"] < more < 1.2 * int(whole.coreml["app_bytes"]), "a program each, and no weights"
     size = int(whole.coreml["app_bytes"])
     small = dataclasses.replace(APPLE, store=Store("Shop", Figure(size - 1, "P", "its page")))
     asked = Packages(source(), small, {"weights": "fp16"})

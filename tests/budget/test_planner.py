@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from kind_edge.budget.deployed import deployed_fixed_cost
-from kind_edge.budget.loss import LossModel, MatrixLoss
+from kind_edge.budget.loss import LossModel
 from kind_edge.budget.menu import rank_levels
-from kind_edge.budget.plan import Plan, check_replayable
+from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.precision import PRECISIONS, Precision, check_unit
 from kind_edge.budget.problem import (
@@ -309,39 +308,6 @@ def test_rank_levels_rise_to_the_full_rank(full: int) -> None:
     assert len(levels) <= 32
 
 
-def synthetic(branch_loss: float) -> Source:
-    """A model of two blocks whose MLPs bear int8, while its attention does not."""
-    spec = ModelSpec(28, 1, 4, 128, 2, 4, 10, learngene_rank=48, tailor_rank=8, label_embedding=False)
-    matrices = {
-        shape.name: MatrixLoss(
-            np.linspace(1, 0, 49) ** 2, np.linspace(1, 0, 9) ** 2, 1.0 if "attn" in shape.name else 1e-5
-        )
-        for shape in spec.matrices()
-    }
-    losses = LossModel(matrices, dict.fromkeys(spec.branches(), branch_loss))
-    return Source("synthetic", "ab" * 32, spec, lambda *_: losses, "whitened", "")
-
-
-def test_the_solver_chooses_precision_matrix_by_matrix_and_drops_branches() -> None:
-    def made(branch_loss: float, share: float, **asked: Any) -> Plan:
-        limits = {"max_size": Quantity(share, "share")}
-        return make_plan(synthetic(branch_loss), Request(PHONE, TWO, GUIDED, unit="cpu", limits=limits, **asked))
-
-    mixed = made(1.0, 0.3)
-    assert {name.split(".")[2] for name, own in mixed.matrices.items() if own.precision == "int8"} == {"mlp"}
-    assert {name.split(".")[2] for name, own in mixed.matrices.items() if own.precision == "fp32"} == {"attn"}
-    assert (mixed.precision, mixed.dropped_branches) == ("int8", ())
-    assert mixed.predicted_loss_increase < 1e-3
-    quantized = made(1.0, 0.3, precision="int8").matrices.values()
-    assert {own.precision for own in quantized if own.storage != "dropped"} == {"int8"}
-    cut = made(1e-3, 0.1)
-    assert len(cut.dropped_branches) == 2  # half of them, no more
-    assert cut.predicted_loss_increase == pytest.approx(
-        synthetic(1e-3).losses("switch", TWO).increase(cut.matrices), rel=1e-6
-    )
-    check_replayable(cut, synthetic(1e-3).spec)
-
-
 def test_the_smallest_within_a_loss(plan: MakePlan) -> None:
     sizes = []
     for loss in (1e-6, 1e-4, 1e-2):
@@ -380,28 +346,6 @@ def test_steps_are_chosen_by_the_predicted_distance(plan: MakePlan) -> None:
     # Where distances are not known, other steps are taken only if there is no other way.
     assert plan(others=STEPS, max_latency=f"{0.9 * latency_s:.9f}s").steps == 4
     assert plan(others=STEPS, max_latency=f"{0.2 * latency_s:.9f}s").steps < 4
-
-
-def test_guidance_is_chosen_with_the_steps_within_one_and_the_same_limit(plan: MakePlan) -> None:
-    distances = {(4, 1.5): 5.0, (4, 1.0): 6.0, (2, 1.5): 7.0, (2, 1.0): 9.0}
-    response = Response(tuple(Judged(*key, frechet) for key, frechet in distances.items()), 20, 1, {})
-    others = tuple(Sampling("euler", steps, guidance, steps) for steps, guidance in distances)[1:]
-    choice: dict[str, Any] = {"response": response, "others": others}
-    free = plan(**choice)
-    assert (free.steps, free.guidance, free.evaluations_per_step) == (4, 1.5, 2)
-    unguided = plan(sampling=UNGUIDED, response=response)
-    limit = f"{unguided.sustained_image_latency_s * 1.001:.9f}s"
-    tight = plan(**choice, max_latency=limit)
-    assert (tight.steps, tight.guidance, tight.evaluations_per_step) == (4, 1.0, 1)
-    assert tight.predicted_frechet < plan(response=response, max_latency=limit).predicted_frechet
-    alone = plan(**choice, classes=ONE, max_latency=f"{unguided.sustained_image_latency_s * 0.6:.9f}s")
-    assert (alone.guidance, alone.form) == (1.0, "single")  # only without guidance there is such a form
-    # A share is one of the request's own sampling: what takes half the time has no smaller limit.
-    request = Request(PHONE, TWO, GUIDED, unit="cpu", others=others, limits={"max_latency": Quantity(0.5, "share")})
-    uncut = synthetic(1.0)
-    found = [(way.request.sampling, Deployment(uncut.spec, way.request, way.candidate)) for way in ways(uncut, request)]
-    assert {sampling for sampling, _ in found} == {GUIDED, *others}
-    assert len({deployment.limits()["latency_ns"] for _, deployment in found}) == 1
 
 
 def test_a_refusal_shows_the_closest_plan_and_what_would_help(plan: MakePlan) -> None:

@@ -195,7 +195,8 @@ def test_the_whole_way(call: Callable[..., Any], checkpoint: Path, tmp_path: Pat
     assert "one image" in benched.out
     inspected = call("inspect", out, "--json").json()
     assert inspected["flops"]["exact"] == values["plan"]["flops"] > inspected["flops"]["paper"] > 0
-    assert inspected["class_bytes"] * 2 == inspected["graphs"]["onnx/denoiser.onnx"]["part_bytes"]["tailors"]
+    graph = inspected["graphs"][inspected["shape"]["default_model"]]
+    assert inspected["class_bytes"] * 2 == graph["part_bytes"]["tailors"]
     assert call("generate", out, "--class", "bag", "-n", 2, "-o", tmp_path / "bag.png").code == 0
     judged = call("-q", "eval", out, "--images", 4, "--json").json()
     assert (judged["kind"], judged["images"], judged["steps"]) == ("bundle", 4, 2)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 
 from kind_edge.bounded import ARRAYS_BYTES, MAX_MEMBERS, parse_json, parse_toml, read_bytes, read_npz, safe_members
 from kind_edge.budget.influence import read_sensitivity
@@ -32,6 +33,7 @@ from kind_edge.deploy.inspection import inspect
 from kind_edge.deploy.mac_results import read_mac_results
 from kind_edge.deploy.packs import read_core, take_apart
 from kind_edge.deploy.packs_file import read_pack
+from kind_edge.deploy.session import open_session
 from kind_edge.deploy.signing import read_signing_key
 from kind_edge.errors import InputError
 from kind_edge.training.config import read_config
@@ -259,6 +261,22 @@ def test_a_header_cannot_ask_for_memory(tmp_path: Path) -> None:
     assert peak_bytes(lambda: read_bytes(sparse, 2**20, "the plan"), "the plan has over") < 2**23
     assert peak_bytes(lambda: parse_json(b"[" * 2**20, "x"), "not readable as JSON") < MOST_BYTES
     assert peak_bytes(lambda: parse_toml("a = " + "[" * 2**16, "x"), "not TOML") < MOST_BYTES
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_weights_outside_of_a_models_folder_are_not_read(tmp_path: Path, absolute: bool) -> None:
+    (tmp_path / "secret").write_bytes(bytes(16))
+    place = str(tmp_path / "secret") if absolute else "../secret"
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", place), ("offset", "0"), ("length", "16")):
+        weight.external_data.add(key=key, value=value)
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "g", ends[:1], ends[1:], [weight])
+    path = tmp_path / "bundle" / "m.onnx"
+    path.parent.mkdir()
+    path.write_bytes(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]).SerializeToString())
+    with pytest.raises(InputError, match="External data path validation failed"):
+        open_session(path)
 
 
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:

@@ -60,6 +60,10 @@ def test_a_bundle_holds_what_its_manifest_says(made: Path, bundle: Path, tiny_fo
     assert files_of(bundle) == FILES
     manifest, printed = read_manifest(bundle), json.loads((made / "export.json").read_text())
     assert set(manifest.files) == FILES - {"manifest.json"}
+    assert (manifest.raw["licence"], manifest.raw["provenance"]["data"][0]["licence"]) == ("CC0-1.0", "MIT")
+    assert "CC0-1.0" in (bundle / "NOTICE").read_text()
+    props = {entry.key: entry.value for entry in onnx.load_model(bundle / SAMPLER).metadata_props}
+    assert (props["model_license"], props["training_data"][:26]) == ("CC0-1.0", "Fashion-MNIST (licence MIT")
     assert manifest.classes == ("shirt", "bag")
     assert manifest.sampler.null_index == 2
     assert (manifest.sampler.steps, manifest.sampler.guidance, len(manifest.sampler.tables)) == (4, 1.5, 4)

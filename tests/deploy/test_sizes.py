@@ -84,6 +84,7 @@ def test_the_best_of_all_sizes_wins_under_the_limits_of_the_whole_one(measured: 
     assert small.dense["flops"] == whole.dense["flops"]  # the percentage is of the same model
     assert small.predicted_loss_increase == pytest.approx(LITTLE)
     assert (whole.predicted_loss_increase or 0) > LITTLE
+    assert small.steps == whole.steps
     assert not pipeline.plan(measured, **ASKED, allow_resize="0.2s").resize  # nothing is limited: nothing is given up
     keep_sizes(table_of(measured, 1e3), measured)
     assert pipeline.plan(measured, **SMALL, allow_resize="0.2s") == whole

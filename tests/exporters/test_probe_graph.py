@@ -28,7 +28,8 @@ def export(checkpoint: Checkpoint, folder: Path, rank: int, tailor_rank: int) ->
     one = MatrixPlan("factored", "fp32", rank, tailor_rank) if tailor_rank else MatrixPlan("dense", "fp32", rank=rank)
     unknown = {field.name: None for field in dataclasses.fields(Plan)}
     plan = Plan(**{
-        **unknown, "checkpoint_sha256": "", "form": form, "classes": CLASSES if tailor_rank else CLASSES[:1],
+        **unknown, "model": "tiny", "checkpoint_sha256": "ab" * 32, "form": form,
+        "classes": CLASSES if tailor_rank else CLASSES[:1],
         "matrices": {shape.name: one for shape in checkpoint.spec.matrices()}, "modulation": "baked",
         "precision": "fp32", "steps": 4, "sampler": "euler", "evaluations_per_step": 2 if tailor_rank else 1,
         "guidance": 1.5 if tailor_rank else 1.0,

@@ -143,8 +143,7 @@ def test_what_cannot_be_shared_is_refused(make_checkpoint: MakeCheckpoint) -> No
         dataclasses.replace(spec, shared_factors=1)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("depth", [2, 7])
+@pytest.mark.parametrize(("method", "depth"), [("front", 2), *((method, 7) for method in METHODS)])
 def test_any_depth_keeps_what_blocks_have_in_common(method: str, depth: int, make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint(**SHAPE)
     spec = target_spec(checkpoint.spec, depth=depth)

@@ -64,7 +64,9 @@ def test_the_text_says_how_many_times_fewer_and_whether_that_is_enough() -> None
     assert flat.count("not met.") == 1
     assert "standard error of one loss is 10.0 %, of two models' ratio 0.0 %" in flat
     short = text([*scratch, front[0], *whole])
-    assert "≥ 6,000 images, ≤ 40.0 times fewer (wanted: at least 5): not met." in " ".join(short.split())
+    assert "so at most 40.0 times fewer (wanted: at least 5): longer runs are still to come." in " ".join(short.split())
+    never = text([*scratch, record("front", 48_000, 9.0), *whole])
+    assert "so at most 5.0 times fewer (wanted: at least 5): not met." in " ".join(never.split())
 
 
 def test_every_point_is_run_once_and_never_mixed_with_another_start(

@@ -101,7 +101,10 @@ def test_a_fit_is_the_nearest_start(trained: Checkpoint) -> None:
 
 def test_a_run_from_a_checkpoint_says_so_and_is_no_other_run(trained: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(
-        tmp_path / "trained", dataclasses.replace(trained, provenance={"imported_from": "dit.pt", **trained.provenance})
+        tmp_path / "trained",
+        dataclasses.replace(
+            trained, provenance={"imported_from": "dit.pt", "recommended": {"guidance": 1.25}, **trained.provenance}
+        ),
     )
     source = load_checkpoint(tmp_path / "trained")
     save_checkpoint(tmp_path / "small", resized(source, target_spec(SPEC, 2), "selection"))
@@ -120,6 +123,7 @@ def test_a_run_from_a_checkpoint_says_so_and_is_no_other_run(trained: Checkpoint
     train_stages(config, split, tmp_path / "out", begin=small)
     done = load_checkpoint(tmp_path / "out")
     assert done.spec == dataclasses.replace(small.spec, nested=True)
+    assert done.provenance["recommended"] == {"steps": 20, "guidance": 1.25, "sampler": "euler"}
     assert lineage("small", "0", done.provenance)["imported_from"] == "dit.pt"
     assert done.provenance["begun_from"]["resized"] == json.loads(json.dumps(small.provenance["resized"]))
     with pytest.raises(UsageError, match="begun_from"):
