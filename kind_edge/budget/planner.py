@@ -55,6 +55,21 @@ class Problems:
 
     source: Source
     _built: dict[tuple[Hashable, ...], Problem] = field(default_factory=dict)
+    _ways: dict[tuple[Hashable, ...], list[Way]] = field(default_factory=dict)
+
+    def ways(self, request: Request) -> list[Way]:
+        """As `ways`; found once, however limits vary, but for those of a decoder, which depend on them."""
+        if self.source.decoders:
+            return ways(self.source, request)
+        chosen = (request.form, request.precision, request.unit, request.modulation, request.classes, request.burst)
+        key = (*chosen, request.sampling, request.others, request.asked, request.minimise)
+        if key not in self._ways:
+            self._ways[key] = ways(self.source, request)
+        own = ("sampling", "others", "asked", "decoder")  # what differs between the ways of a request
+        return [
+            Way(dataclasses.replace(request, **{name: getattr(way.request, name) for name in own}), way.candidate)
+            for way in self._ways[key]
+        ]
 
     def of(self, way: Way, more: Mapping[str, float]) -> Problem:
         """The problem of a way with limits that are `more` (cost -> factor) times as large."""
@@ -108,7 +123,7 @@ def best_answer(
     fit, in their order.
     """
     source = problems.source
-    found = ways(source, request)
+    found = problems.ways(request)
     own = [way for way in found if way.request.sampling == request.sampling]
     if source.frechet(0.0, request.sampling) is not None:
         known = [way for way in found if source.frechet(0.0, way.request.sampling) is not None]

@@ -338,17 +338,19 @@ class Deployment:
     def limits(self) -> dict[str, int]:
         """The request's limits in the solver's units. Memory is always limited by what the system allows an app, the
         model files by what its store takes, where they could be larger than that."""
-        asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
-        guided = dataclasses.replace(self.candidate, form="switch")  # if guidance was asked for
-        dense = dataclasses.replace(self, request=asked, candidate=guided).dense()
-        limits = self._of_device()
+        of_device, dense = self._of_device(), {}
+        if any(quantity.unit == "share" for quantity in self.request.limits.values()):
+            asked = dataclasses.replace(self.request, sampling=self.request.asked or self.request.sampling)
+            guided = dataclasses.replace(self.candidate, form="switch")  # if guidance was asked for
+            dense = dataclasses.replace(self, request=asked, candidate=guided).dense()
+        limits = dict(of_device)
         for name, quantity in self.request.limits.items():
             cost = LIMIT_NAMES[name]
             if quantity.unit == "share":
                 limits[cost] = int(dense[cost] * quantity.value)
             else:
                 limits[cost] = _ns(quantity.value) if cost == "latency_ns" else int(quantity.value)
-        return limits | {cost: min(limits[cost], allowed) for cost, allowed in self._of_device().items()}
+        return limits | {cost: min(limits[cost], allowed) for cost, allowed in of_device.items()}
 
     def _of_device(self) -> dict[str, int]:
         """What no request can raise."""

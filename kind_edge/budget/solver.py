@@ -96,10 +96,11 @@ class Problem:
     def within(self, limits: Mapping[str, int], max_loss: float | None) -> Problem:
         """The same choices, which are checked already, within other limits. Where the same costs are limited, what is
         known of them holds."""
+        same = self.limits.keys() == limits.keys() and (self.max_loss is None) == (max_loss is None)
+        known = {"columns": self.columns} if same else {}  # where `cached_property` keeps them
         other = copy.copy(self)
-        if self.limits.keys() != limits.keys() or (self.max_loss is None) != (max_loss is None):
-            vars(other).pop("columns", None)
-        vars(other).update(limits=limits, max_loss=max_loss)
+        vars(other).pop("columns", None)
+        vars(other).update(limits=limits, max_loss=max_loss, **known)
         return other
 
     def cost_names(self) -> tuple[str, ...]:
