@@ -167,8 +167,9 @@ def tell(
         "predicted_here_ms": predicted,
     }
     assemble.write_texts(folder, plan, values)
-    for each in formats.packagers:
+    if formats.packagers:
         stage("packaging for apps")
+    for each in formats.packagers:
         each.write(folder, values)
     stage("writing the report")
     values["report"] = report_facts(plan, *asked, device, folder / values["default_model"], made.rows)
