@@ -100,6 +100,8 @@ def rows_of(records: Sequence[Record]) -> list[str]:
 
 def text(records: Sequence[Record]) -> str:
     """All that is said, as markdown."""
+    if not records:
+        return "No run is finished yet."
     present = [size for size in SIZES if find(records, size=size)]
     parts = [paragraph(_heading(records))]
     for size in present:
