@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-HEAL = "5m"
+HEAL = "3m"
 SHARES = (0.8, 0.6, 0.45, 0.35, 0.25, 0.2, 0.15, 0.1)
 """Limits of latency, as shares of that of the plan without one."""
 IMAGES = 1000
