@@ -175,8 +175,8 @@ class Plan:
         if given["precision"] not in given["precisions"]:
             raise InputError(f"{where}: precision {given['precision']} is not among precisions {given['precisions']}")
         _check_times(given, where)
-        if given.get("resize") and set(given["resize"]) != set(_RESIZE):
-            raise InputError(f"{where}: resize: got {given['resize']!r:.60}, want {', '.join(_RESIZE)}")
+        if given.get("resize") and not _is_resize(given["resize"]):
+            raise InputError(f"{where}: resize: got {given['resize']!r:.90}, want {', '.join(_RESIZE)}; solve again")
         if given.get("decoder") and set(given["decoder"]) != set(_DECODER):
             raise InputError(f"{where}: decoder: got {given['decoder']!r:.60}, want {', '.join(_DECODER)}")
         if given.get("coreml") and not set(_COREML) <= set(given["coreml"]) <= {*_COREML, *_COREML_FIGURES}:
@@ -207,6 +207,15 @@ _COREML_FIGURES = (
     "sampler_bytes", "decoder_bytes",
     *(f"{unit}_{name}_s" for unit in ("npu", "gpu") for name in ("image_latency", "sustained_image_latency")),
 )  # fmt: skip
+
+
+def _is_resize(values: Mapping[str, Any]) -> bool:
+    """Whole blocks and channels, a method's name, and seconds."""
+    if set(values) != set(_RESIZE):
+        return False
+    sizes = all(isinstance(values[name], int) and values[name] > 0 for name in ("depth", "width"))
+    seconds = values["heal_s"]
+    return sizes and isinstance(values["method"], str) and not isinstance(seconds, str) and seconds >= 0
 
 
 def _check_times(values: Mapping[str, Any], where: str) -> None:

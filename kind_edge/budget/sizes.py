@@ -99,6 +99,12 @@ def _number(value: Any) -> float:
 def sized_source(whole: Source, size: Size, spec: ModelSpec) -> Source:
     """The model at a measured size, `spec`, as something to plan for: at full rank, with precision left to choose."""
 
+    if missing := sorted({shape.name for shape in spec.matrices()} - set(size.int8)):
+        raise InputError(
+            f"the sizes of {whole.name}: depth {size.depth}, width {size.width} lacks {', '.join(missing[:3])}; remove "
+            "sizes.json, and measure the sizes anew"
+        )
+
     def losses(form: Form, classes: Sequence[str]) -> LossModel:
         return full_rank_losses(spec, size, form, len(classes))
 

@@ -43,8 +43,13 @@ def make_cut(model: OpenedModel, plan: Plan) -> Cut:
     """What a plan leaves of a model. Raises `GateError` if merging changes the function."""
     sized = at_planned_size(model, plan)
     merge_db = check_merge(sized.checkpoint, plan, timesteps_of(model, plan))
-    truncated = truncate(sized.checkpoint, plan, sized.calibration)
+    truncated = truncated_by(plan, sized)
     return Cut(truncated, merge_db, quality_of(model, plan, truncated))
+
+
+def truncated_by(plan: Plan, sized: OpenedModel) -> Checkpoint:
+    """The model, at the plan's size, cut as planned; at another size no rank is cut, so nothing need be calibrated."""
+    return truncate(sized.checkpoint, plan, None if plan.resize else sized.calibration)
 
 
 def quality_of(model: OpenedModel, plan: Plan, truncated: Checkpoint) -> tuple[Quality, ...]:

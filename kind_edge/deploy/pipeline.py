@@ -21,7 +21,7 @@ from kind_edge.budget.sizes import make_plan_of_any_size
 from kind_edge.deploy.assemble import SIZE_ATTEMPTS, latency_gate, missing_bytes
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
 from kind_edge.deploy.coreml_plan import Packages
-from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut
+from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut, truncated_by
 from kind_edge.deploy.made import Made, measure
 from kind_edge.deploy.making import (
     HEALED,
@@ -33,7 +33,7 @@ from kind_edge.deploy.making import (
     sizes_below,
     tell,
 )
-from kind_edge.deploy.merge import class_indices, truncate
+from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.packs_bundle import check_packable
 from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.probe import OnProgress
@@ -285,8 +285,7 @@ def _fresh_reference(
             raise UsageError("--checkpoint: a healed bundle with other classes has its stored reference alone")
         truncated = load_checkpoint(folder / HEALED)
     else:
-        sized = at_planned_size(model, stored)
-        truncated = truncate(sized.checkpoint, stored, sized.calibration)
+        truncated = truncated_by(stored, at_planned_size(model, stored))
     own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
     return points | make_images(truncated, stored, model.autoencoder, seed=1)

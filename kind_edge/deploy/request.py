@@ -28,7 +28,7 @@ from kind_edge.deploy.probe import OnProgress, measure_sensitivity
 from kind_edge.deploy.reference import Heldout, load_heldout
 from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.sensitivity_file import find_sensitivity, keep_sensitivity
-from kind_edge.errors import UsageError, unknown
+from kind_edge.errors import InputError, UsageError, unknown
 from kind_edge.model.autoencoder import Autoencoder, open_autoencoder
 from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
@@ -269,7 +269,8 @@ def as_replayed(plan: Plan, source: Source, device: DeviceProfile, whole: ModelS
     predictions are found anew, and nothing claims any more that it is the best.
 
     Latency and memory of an unchanged plan stay as they were predicted: a profile may have been measured again.
-    `whole`: the shape of the model before the plan resizes it, where it does.
+    `whole`: the shape of the model before the plan resizes it, where it does. Raises `InputError` for lower ranks of a
+    model at another size: nobody knows what those lose.
     """
     rows = len(sampler_table(plan.sampler, source.spec.objective, plan.steps).timestep)
     sampling = Sampling(plan.sampler, plan.steps, plan.guidance, rows, plan.inside_guidance)
@@ -280,6 +281,8 @@ def as_replayed(plan: Plan, source: Source, device: DeviceProfile, whole: ModelS
     )  # fmt: skip
     candidate = Candidate(plan.form, plan.precision, plan.unit, plan.modulation)  # type: ignore[arg-type]
     found = figures_of(source, Way(request, candidate), plan.matrices)
+    if not math.isfinite(found.predicted_loss_increase or 0.0):
+        raise InputError("the plan takes the model at another size, at ranks that were not measured there; solve again")
     same = all(getattr(found, name) == getattr(plan, name) for name in ("flops", "params", "evaluations_per_step"))
     known = plan.predicted_loss_increase
     if same and known is not None and math.isclose(known, found.predicted_loss_increase or 0.0, abs_tol=1e-9):

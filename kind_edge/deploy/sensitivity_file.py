@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from kind_edge.budget.influence import Sensitivity, read_sensitivity
@@ -35,10 +36,15 @@ def find_sensitivity(folder: Path, sha256: str, spec: ModelSpec) -> Sensitivity 
 def keep_sensitivity(table: Sensitivity, folder: Path | None) -> Path | None:
     """Write it beside the checkpoint, else into the cache; where neither can be written, it holds for this process."""
     places = [folder / SENSITIVITY] if folder else []
-    for path in [*places, cache_path(table.checkpoint_sha256)]:
+    return write_to_first([*places, cache_path(table.checkpoint_sha256)], table.to_json())
+
+
+def write_to_first(places: Iterable[Path], text: str) -> Path | None:
+    """The first of the places that can be written to, with the text in it; None where there is none."""
+    for path in places:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, table.to_json())
+            write_text(path, text)
         except OSError:
             continue
         return path

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from kind_edge.budget.sizes import SizeTable, read_sizes
 from kind_edge.deploy.request import OpenedModel
+from kind_edge.deploy.sensitivity_file import write_to_first
 from kind_edge.model.cache import cache_base
-from kind_edge.model.checkpoint import write_text
 from kind_edge.model.spec import ModelSpec
 
 SIZES = "sizes.json"
@@ -18,23 +18,20 @@ def find_sizes(model: OpenedModel) -> SizeTable:
 
     Raises `InputError` for one that cannot be read.
     """
-    folder, found = model.checkpoint.path, SizeTable(model.sha256, ())
-    for path in (*([folder / SIZES] if folder else []), _cached(model.sha256)):
+    for path in _places(model.sha256, model.checkpoint.path):
         if path.is_file() and (table := read_sizes(path)).checkpoint_sha256 == model.sha256:
             return table
-    return found
+    return SizeTable(model.sha256, ())
 
 
 def keep_sizes(table: SizeTable, folder: Path | None) -> Path | None:
     """Write it beside the checkpoint, else into the cache; None where neither can be written."""
-    for path in (*([folder / SIZES] if folder else []), _cached(table.checkpoint_sha256)):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, table.to_json())
-        except OSError:
-            continue
-        return path
-    return None
+    return write_to_first(_places(table.checkpoint_sha256, folder), table.to_json())
+
+
+def _places(sha256: str, folder: Path | None) -> list[Path]:
+    """Where it may lie, the best one first."""
+    return [*([folder / SIZES] if folder else []), _cached(sha256)]
 
 
 def healing_file(sha256: str, spec: ModelSpec) -> Path:

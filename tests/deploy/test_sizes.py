@@ -125,9 +125,24 @@ def test_a_resized_plan_wants_its_healing_and_its_table(measured: Path, tmp_path
     assert healing_key(other) != healing_key(again)
     with pytest.raises(UsageError, match=r"sizes\.json"):
         pipeline.export(measured, plan=other, output=tmp_path / "b", heal="1s")
-    (tmp_path / "plan.json").write_text(json.dumps({**plan.to_dict(), "resize": {"depth": 1}}))
-    with pytest.raises(InputError, match="resize: got"):
-        read_plan(tmp_path / "plan.json")
+    name, matrix = next(iter(again.matrices.items()))
+    lower = dataclasses.replace(matrix, learngene_rank=1, storage="factored")
+    cut = dataclasses.replace(again, matrices={**again.matrices, name: lower})
+    with pytest.raises(InputError, match="ranks that were not measured"):
+        pipeline.export(measured, plan=cut, output=tmp_path / "b", heal="1s")
+    for wrong in (
+        {"depth": 1},
+        {**plan.resize, "depth": "x"},
+        {**plan.resize, "width": 8.5},
+        {**plan.resize, "heal_s": ""},
+    ):
+        (tmp_path / "plan.json").write_text(json.dumps({**plan.to_dict(), "resize": wrong}))
+        with pytest.raises(InputError, match="resize: got"):
+            read_plan(tmp_path / "plan.json")
+    table = find_sizes(open_model(measured))
+    keep_sizes(dataclasses.replace(table, sizes=tuple(dataclasses.replace(s, int8={}) for s in table.sizes)), measured)
+    with pytest.raises(InputError, match=r"lacks blocks\.0"):
+        pipeline.plan(measured, **SMALL, allow_resize="0.2s")
 
 
 @pytest.mark.parametrize("classes", [["shirt"], ["shirt", "bag"]])
