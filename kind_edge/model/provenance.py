@@ -71,7 +71,7 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
         "author": stated.author,
         "licence": stated.licence or NOT_STATED,
         "data": [
-            _data(each, stated if each is provenance else Stated())
+            _data(each, Stated.from_dict(each.get("stated", {}), f"{where}: stated"))
             for each in noted
             if isinstance(each.get("data"), Mapping)
         ],

@@ -40,11 +40,11 @@ def heal_config(checkpoint: Checkpoint, steps: int = HEAL_STEPS, seed: int = 0) 
 
 
 def _original(checkpoint: Checkpoint) -> TrainConfig:
+    """With author and licence of the checkpoint, which hold for what is made of its weights, whatever the images."""
     given = checkpoint.provenance.get("config")
-    if given is not None:
-        return TrainConfig.from_dict(given, "provenance: config")
+    config = TrainConfig(checkpoint.spec) if given is None else TrainConfig.from_dict(given, "provenance: config")
     stated = Stated.from_dict(checkpoint.provenance.get("stated", {}), "provenance: stated")
-    return TrainConfig(checkpoint.spec, stated=stated)
+    return dataclasses.replace(config, stated=Stated(author=stated.author, licence=stated.licence))
 
 
 def same_config(checkpoint: Checkpoint, images: int | None = None) -> TrainConfig:

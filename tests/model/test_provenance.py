@@ -44,6 +44,13 @@ def test_every_training_is_told_in_its_order() -> None:
         assert part in text
 
 
+def test_what_is_stated_stays_with_its_training() -> None:
+    """A run that begins with a checkpoint's weights has images of its own, whose licence is not that of the first."""
+    again = {"command": "kind-edge train --from m", "data": {"kind": "tar"}, "stated": {"data_licence": "MIT"}}
+    told = lineage("m", "ef" * 32, {**again, "begun_from": TRAINED})
+    assert [each["licence"] for each in told["data"]] == ["CC0", "MIT"]
+
+
 def test_what_nobody_stated_is_said_to_be_so() -> None:
     told = lineage("m", "ef" * 32, {"seed": 0})
     assert told["licence"] == "not stated"

@@ -130,6 +130,12 @@ def test_a_run_from_a_checkpoint_says_so_and_is_no_other_run(trained: Checkpoint
         train_stages(config, split, tmp_path / "out", resume=True)
 
 
+def test_the_licence_goes_along_and_that_of_other_images_does_not(trained: Checkpoint) -> None:
+    stated = {"author": "A. Nother", "licence": "CC-BY-4.0", "data_licence": "CC0"}
+    told = same_config(dataclasses.replace(trained, provenance={**trained.provenance, "stated": stated})).stated
+    assert told.to_dict() == {"author": "A. Nother", "licence": "CC-BY-4.0"}
+
+
 def test_what_training_does_not_go_on_with(trained: Checkpoint, make_checkpoint: Callable[..., Checkpoint]) -> None:
     with pytest.raises(UsageError, match="class 1 is 'box' there and 'ring' in the data"):
         check_same_classes(trained, ("bar", "ring", "cross"))
