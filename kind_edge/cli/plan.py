@@ -122,7 +122,6 @@ def plan(
             "profiles": profiles,
             "burst": burst or None,
         }
-        fixed |= {"autoencoder": autoencoder}
         chosen = {"form": form, "modulation": modulation}
         fixed |= {"autoencoder": autoencoder}
         _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
