@@ -82,6 +82,7 @@ class FleetBundle:
             "image_latency_ms": _percentiles(latency["image"]),
             "predicted_here_ms": latency["predicted_here_ms"],
             "quality": raw["quality"],
+            **({"healing": _without_words(raw["healing"])} if "healing" in raw else {}),
             "plan": raw["plan"],
         }
 
@@ -352,6 +353,11 @@ def _bundle(job: Job, kept: bool, failure: Failure | None) -> FleetBundle:
 
 def _percentiles(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: report[f"{name}_ms"] for name in ("p50", "p90", "p99")}
+
+
+def _without_words(healing: Mapping[str, Any]) -> dict[str, Any]:
+    """As `Healing.to_dict` has it."""
+    return {name: value for name, value in healing.items() if name != "told"}
 
 
 def _remove_leftovers(place: Path, jobs: Sequence[Job]) -> None:

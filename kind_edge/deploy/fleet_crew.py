@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -119,7 +120,8 @@ class _Process:
 
     def start(self, task: Task) -> None:
         self.task = task
-        self.events.send(task)
+        with contextlib.suppress(ConnectionError):  # it died meanwhile, which `receive` tells
+            self.events.send(task)
 
     def receive(self) -> tuple[str, Any]:
         """("stage", text), ("count", (done, total)), ("answer", value), or ("death", Failure)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import shutil
 import traceback
@@ -38,7 +39,7 @@ from kind_edge.deploy.packs_bundle import check_packable
 from kind_edge.deploy.pipeline import for_formats, heal_cut
 from kind_edge.deploy.request import Choices, OpenedModel, ask, make_source, open_model
 from kind_edge.errors import KindEdgeError, UsageError
-from kind_edge.model.checkpoint import CALIBRATION
+from kind_edge.model.checkpoint import CALIBRATION, HELDOUT, Checkpoint
 from kind_edge.units import parse_duration
 
 OnStage = Callable[[str], None]
@@ -87,11 +88,11 @@ class Worker:
         self.stage("reading the model")
         model = self.model
         self.formats.check(model.checkpoint.spec)
-        beside = (model.checkpoint.path or Path()) / CALIBRATION
         table = model.stored_sensitivity or vars(model).get("sensitivity")
         fingerprint = {
             "checkpoint": model.sha256,
-            "calibration": hash_file(beside) if beside.is_file() else None,
+            "provenance": hashlib.sha256(json.dumps(model.checkpoint.provenance, sort_keys=True).encode()).hexdigest(),
+            **{name.split(".")[0]: _hash_beside(model.checkpoint, name) for name in (CALIBRATION, HELDOUT)},
             "sensitivity": hashlib.sha256(table.to_json().encode()).hexdigest() if table else None,
             "autoencoder": model.autoencoder.sha256 if model.autoencoder else None,
         }
@@ -156,6 +157,12 @@ class Worker:
             self._packages(device).check(task.made.values["models"], plan)
             latency_gate(plan, device, task.measured.image)
             tell(self.model, plan, device, folder, *facts, self.stage)
+
+
+def _hash_beside(checkpoint: Checkpoint, name: str) -> str | None:
+    """Of a file of the checkpoint's folder, if it has it."""
+    path = (checkpoint.path or Path()) / name
+    return hash_file(path) if path.is_file() else None
 
 
 def share_files(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,11 +21,14 @@ from hypothesis import strategies as st
 from kind_edge.budget.profile import packaged_text
 from kind_edge.deploy import fleet
 from kind_edge.deploy.bench import Conditions, LatencyReport
-from kind_edge.deploy.bundle import verify_hashes
+from kind_edge.deploy.bundle import read_manifest, verify_hashes
 from kind_edge.deploy.fleet import Fleet, export_many
+from kind_edge.deploy.fleet_crew import Crew
 from kind_edge.deploy.fleet_schedule import Schedule
-from kind_edge.deploy.fleet_tasks import Failure, Finish, Job, MakeFiles, MakePlans, Task
+from kind_edge.deploy.fleet_tasks import Failure, Finish, Job, MakeFiles, MakePlans, Open, Order, Task
+from kind_edge.deploy.fleet_worker import Worker
 from kind_edge.deploy.made import Made, Measured
+from kind_edge.deploy.quality import Healing
 from kind_edge.deploy.report import write_report
 from kind_edge.errors import NoPlanError, UsageError
 
@@ -76,7 +80,12 @@ def test_every_bundle_equals_that_of_a_single_export(
     assert "--max-memory" in third["error"]
     single = json.loads((exported_bundle / "export.json").read_text())
     told = {"profile", "set", "name", "status"}
-    assert {key: value for key, value in first.items() if key not in told}.keys() == single.keys() - {"healing"}
+    assert {key: value for key, value in first.items() if key not in told}.keys() == single.keys()
+    manifest = read_manifest(made.bundles[0].job.destination)
+    healing = Healing(1.0, 2, "deviation", 0.2, 0.1, True)
+    told_of = {**manifest.raw, "healing": {**healing.to_dict(), "told": healing.told()}}
+    healed = dataclasses.replace(made.bundles[0], manifest=dataclasses.replace(manifest, raw=told_of))
+    assert healed.to_dict()["healing"] == healing.to_dict()
     ours, theirs = contents(tmp_path / "out/raspberry-pi-5/both"), contents(exported_bundle / "b")
     values = [json.loads(each.pop("manifest.json")) for each in (ours, theirs)]
     for each, folder in zip(values, (tmp_path / "out/raspberry-pi-5/both", exported_bundle / "b"), strict=True):
@@ -92,6 +101,32 @@ def test_every_bundle_equals_that_of_a_single_export(
     assert (tmp_path / "out/raspberry-pi-5/both/onnx/denoiser.onnx").stat().st_nlink == 2
     for name in ("raspberry-pi-5", "apple-a18"):
         verify_hashes(tmp_path / "out" / name / "both")
+
+
+def test_what_is_stated_of_a_model_makes_its_bundles_others(tiny_folder: Path, tmp_path: Path) -> None:
+    """No hash of weights covers it, but it is told in every bundle."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny_folder, folder)
+    order = Order(str(folder), ("onnx",), {}, {})
+    before = Worker(order, lambda _: None, lambda *_: None).do(Open()).fingerprint
+    config = json.loads((folder / "config.json").read_text())
+    config["provenance"]["stated"] = {"licence": "MIT"}
+    (folder / "config.json").write_text(json.dumps(config))
+    after = Worker(order, lambda _: None, lambda *_: None).do(Open()).fingerprint
+    assert {name for name in before if before[name] != after[name]} == {"provenance"}
+
+
+def test_a_worker_that_died_at_rest_fails_its_next_task_alone(tiny_folder: Path) -> None:
+    with Crew(Order(str(tiny_folder), ("onnx",), {}, {}), 2, 2, lambda *_: None, lambda *_: None) as crew:
+        crew.grow(1)
+        process = crew._team[0]._process  # type: ignore[union-attr]
+        process.kill()
+        process.join()
+        crew.start(0, Open())
+        ((_, answer),) = crew.answers()
+        assert isinstance(answer, Failure)
+        assert "killed by signal 9" in answer.message
+        assert crew.idle() == [0]
 
 
 class Stop(BaseException):
