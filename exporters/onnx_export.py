@@ -89,12 +89,12 @@ class OnnxExporter:
 
 
 def _props(told: Mapping[str, Any]) -> dict[str, str]:
-    """What a file says of itself: what belongs to the weights, so that it is the same however they are exported.
+    """What a file says of itself: what belongs to the weights, so that it is the same however they are exported. The
+    model's name is no part of that: it is whatever the folder is called.
 
     `model_author` and `model_license` are ONNX's own names for them.
     """
     props = {
-        "model": told["model"],
         "checkpoint_sha256": told["checkpoint_sha256"],
         "model_license": told["licence"],
         "model_author": told.get("author", ""),

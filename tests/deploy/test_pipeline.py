@@ -63,6 +63,7 @@ def test_a_bundle_holds_what_its_manifest_says(made: Path, bundle: Path, tiny_fo
     assert (manifest.raw["licence"], manifest.raw["provenance"]["data"][0]["licence"]) == ("CC0-1.0", "MIT")
     assert "CC0-1.0" in (bundle / "NOTICE").read_text()
     props = {entry.key: entry.value for entry in onnx.load_model(bundle / SAMPLER).metadata_props}
+    assert "model" not in props  # a name is that of a folder, and the same checkpoint gives the same bytes in any
     assert (props["model_license"], props["training_data"][:26]) == ("CC0-1.0", "Fashion-MNIST (licence MIT")
     assert manifest.classes == ("shirt", "bag")
     assert manifest.sampler.null_index == 2
