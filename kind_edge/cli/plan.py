@@ -263,15 +263,16 @@ def _show_architecture(
 
 
 def _paper_row(checkpoint: str, made: Plan, profile: str) -> PaperRow:
-    """The chosen model under the authors' convention."""
+    """The chosen model, at the size that the plan takes, under the authors' convention."""
     from kind_edge.budget.architecture import paper_row_of_plan
     from kind_edge.budget.profile import load_profile
+    from kind_edge.deploy.resizing import size_spec
     from kind_edge.model.checkpoint import read_config
     from kind_edge.model.shipped import find_model
     from kind_edge.model.spec import ModelSpec
 
     spec = ModelSpec.from_dict(read_config(find_model(checkpoint))["model"])
-    return paper_row_of_plan(spec, made, load_profile(profile))
+    return paper_row_of_plan(size_spec(spec, made.resize), made, load_profile(profile))
 
 
 def _paper_table(rows: list[tuple[str, PaperRow]]) -> Any:

@@ -124,7 +124,10 @@ def measured_size(
     on_healing: OnHealing | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Size:
-    """Resize to `spec`, heal for so long and measure what is lost, all classes in *switch*, sampled as recommended."""
+    """Resize to `spec`, heal for so long and measure what is lost, all classes in *switch*, sampled as recommended.
+
+    Only a healing of the same length goes on: what a longer one had learned would be told of this one.
+    """
     from kind_edge.training.healing import Lesson, heal, sampler_rows, walk_deviation
     from kind_edge.training.train import hardware
 
@@ -135,7 +138,7 @@ def measured_size(
     table = sampler_table(advice.sampler, whole.spec.objective, advice.steps)
     guidance = advice.guidance if null_branch else 1.0
     lesson = Lesson(whole, begun, tuple(kept), "switch", sampler_rows(table), guidance, null_branch, whole=True)
-    key = f"{model.sha256} {method} {spec.depth} {spec.width} {advice}"
+    key = f"{model.sha256} {method} {spec.depth} {spec.width} {heal_s:g} {advice}"
     state = healing_file(model.sha256, spec)
     done = heal(lesson, heal_s, state, key, on_healing or (lambda _: None), clock)
     healed = as_stored(done.checkpoint, whole)

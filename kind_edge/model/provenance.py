@@ -77,7 +77,7 @@ def lineage(name: str, sha256: str, provenance: Mapping[str, Any], where: str = 
         ],
         "trained": [_training(each) for each in noted if isinstance(each.get("command"), str)],
         "teacher_sha256": _text(noted[-1].get("teacher_sha256")),
-        "resized": _resized(provenance.get("resized")),
+        "resized": next(filter(None, (_resized(each.get("resized")) for each in reversed(noted))), ""),
         "imported_from": next(filter(None, (_text(each.get("imported_from")) for each in noted)), ""),
     }
     if not found["data"] and (stated.data_source or stated.data_licence):

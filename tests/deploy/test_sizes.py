@@ -13,6 +13,7 @@ import pytest
 import kind_edge.training.healing as healing
 from kind_edge.budget.plan import read_plan
 from kind_edge.budget.sizes import Size, SizeTable, full_rank_losses, read_sizes
+from kind_edge.cli.plan import _paper_row
 from kind_edge.deploy import pipeline, resizing
 from kind_edge.deploy.cut import healing_key, make_cut
 from kind_edge.deploy.request import make_source, open_model
@@ -82,6 +83,8 @@ def test_the_best_of_all_sizes_wins_under_the_limits_of_the_whole_one(measured: 
     assert set(small.resize) == {"depth", "width", "method", "heal_s"}
     assert small.flops <= 0.4 * small.dense["flops"]
     assert small.dense["flops"] == whole.dense["flops"]  # the percentage is of the same model
+    own, less = (_paper_row(str(measured), each, "snapdragon8g3") for each in (whole, small))
+    assert less.params < own.params  # --convention paper counts the size that is taken
     assert small.predicted_loss_increase == pytest.approx(LITTLE)
     assert (whole.predicted_loss_increase or 0) > LITTLE
     assert small.steps == whole.steps
@@ -111,6 +114,21 @@ def test_a_size_is_measured_once(distilled_folder: Path, tmp_path: Path, monkeyp
         find_sizes(model)
     (folder / SIZES).write_text(dataclasses.replace(table, checkpoint_sha256="0" * 64).to_json())
     assert find_sizes(model).sizes == ()  # of other weights
+
+
+def test_a_healing_of_another_length_does_not_go_on(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[str] = []
+
+    def stop(lesson: object, seconds: float, state: Path, key: str, *rest: object) -> None:
+        keys.append(key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(healing, "heal", stop)
+    model = open_model(measured)
+    for seconds in (3.0, 5.0, 3.0):
+        with pytest.raises(KeyboardInterrupt):
+            resizing.measured_size(model, next(offered(model.checkpoint.spec)), seconds)
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_a_resized_plan_wants_its_healing_and_its_table(measured: Path, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ def test_every_training_is_told_in_its_order() -> None:
 def test_what_is_stated_stays_with_its_training() -> None:
     """A run that begins with a checkpoint's weights has images of its own, whose licence is not that of the first."""
     again = {"command": "kind-edge train --from m", "data": {"kind": "tar"}, "stated": {"data_licence": "MIT"}}
-    told = lineage("m", "ef" * 32, {**again, "begun_from": TRAINED})
+    resized = {"method": "fit", "source_sha256": "12" * 32}
+    told = lineage("m", "ef" * 32, {**again, "begun_from": {**TRAINED, "resized": resized}})
+    assert told["resized"] == "by fit from 121212121212"
     assert [each["licence"] for each in told["data"]] == ["CC0", "MIT"]
 
 
