@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 WORK = ".fleet"
 """Folder in the output, for what several bundles share while they are made."""
 
+_HEALING = f".{'[0-9a-f]' * 16}.heal"
+"""Beside WORK, what is healed so far, by `artefact_key`; not that of a bundle exported by itself (".NAME.heal")."""
+
 _CODES = (70, 4, 2, 1, 3, 0)
 """Exit codes, worst first."""
 
@@ -183,7 +186,7 @@ def _exported(
         crew.grow(min(most, max(1, len(todo))))
         schedule = Schedule(todo, place / WORK, most)
         _work(crew, schedule, now, lambda job: record.add(job, asked[job]))
-    for folder in place.glob(".*.heal"):
+    for folder in place.glob(_HEALING):
         shutil.rmtree(folder, ignore_errors=True)
     return Fleet(place, tuple(_bundle(job, job in kept, schedule.outcome.get(job)) for job in jobs))
 

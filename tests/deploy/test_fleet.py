@@ -155,9 +155,13 @@ def test_an_interrupted_export_goes_on_wherever_it_stopped(tiny_folder: Path, tm
     assert made.exit_code == 0
     times = {name: (out / name / "both/manifest.json").stat().st_mtime_ns for name in profiles}
     (out / "apple-a18/both/onnx/denoiser.onnx").unlink()
+    healing = [out / name for name in (".alone.heal", ".0123456789abcdef.heal")]
+    for folder in healing:
+        folder.mkdir()
     notes = []
     again = make(tiny_folder, out, profiles, on_note=notes.append, **asked)
     assert [each.kept for each in again.bundles] == [True, False]
+    assert [folder.exists() for folder in healing] == [True, False]  # the first is of a bundle exported by itself
     assert notes == ["made anew, as the bundle is damaged or gone: apple-a18/both"]
     assert (out / "raspberry-pi-5/both/manifest.json").stat().st_mtime_ns == times["raspberry-pi-5"]
     notes.clear()
