@@ -22,6 +22,7 @@ from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.sizes_file import find_sizes, healing_file, keep_sizes
 from kind_edge.errors import GateError, UsageError
 from kind_edge.model.checkpoint import as_stored
+from kind_edge.model.one_thread import one_thread
 from kind_edge.model.resize import FIT, resized, target_spec
 from kind_edge.model.spec import ModelSpec, recommended
 from kind_edge.units import format_seconds
@@ -65,7 +66,8 @@ def at_planned_size(model: OpenedModel, plan: Plan) -> OpenedModel:
     if not plan.resize:
         return model
     spec = size_spec(model.checkpoint.spec, plan.resize)
-    begun = resized(model.checkpoint, spec, str(plan.resize["method"]), to_heal=True)
+    with one_thread():  # `verify --checkpoint` begins with the same weights, on whatever machine
+        begun = resized(model.checkpoint, spec, str(plan.resize["method"]), to_heal=True)
     return dataclasses.replace(model, checkpoint=begun, stored_calibration=None, stored_sensitivity=None)
 
 
