@@ -32,6 +32,13 @@ def distance_words(frechet: float) -> str:
     return f"{frechet:,.0f}" if frechet >= 1000 else f"{frechet:.3g}"
 
 
+def resize_words(resize: Mapping[str, float | str]) -> Iterator[tuple[str, str]]:
+    """What a plan says of another depth and width, as a row: nothing where the model keeps its own."""
+    if resize:
+        size = f"depth {resize['depth']}, width {resize['width']}, by {resize['method']}"
+        yield "resized", f"{size}; as good as predicted after {format_seconds(float(resize['heal_s']))} of healing"
+
+
 _COREML_UNITS = {"npu": "Neural Engine", "gpu": "GPU"}
 
 

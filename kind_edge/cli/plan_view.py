@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from rich.console import Console
 
 from kind_edge.budget.plan import MatrixPlan, Plan
-from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, predicted_words
+from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, predicted_words, resize_words
 from kind_edge.cli import tables
 from kind_edge.cli.tables import Cell
 from kind_edge.units import format_flops, format_seconds, format_share
@@ -32,9 +32,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
     yield "classes", ", ".join(plan.classes)
-    if plan.resize:
-        size = f"depth {plan.resize['depth']}, width {plan.resize['width']}, by {plan.resize['method']}"
-        yield "resized", f"{size}; as good as predicted after {format_seconds(float(plan.resize['heal_s']))} of healing"
+    yield from resize_words(plan.resize)
     yield "form", FORM_WORDS[plan.form]
     yield "runs on", f"{plan.unit}, {plan.precision}"
     guided = f"guidance {plan.guidance:g}" if plan.evaluations_per_step > 1 else "no guidance"

@@ -165,6 +165,7 @@ def _bundle_shape(manifest: Manifest, plan: Mapping[str, Any]) -> dict[str, Any]
     planned = {key: plan[key] for key in ("profile", "form", "unit", "precision") if key in plan}
     return {
         **planned,
+        **{key: plan["resize"][key] for key in ("depth", "width") if plan.get("resize")},
         "image": f"{image.channels} x {image.height} x {image.width}",
         "default_model": manifest.default_model,
         "sampler": sampler.kind,

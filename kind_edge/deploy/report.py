@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, distance_words, predicted_words
+from kind_edge.budget.words import FORM_WORDS, WRITE_LIMIT, coreml_words, distance_words, predicted_words, resize_words
 from kind_edge.deploy.app_source import guidance_words, render
 from kind_edge.deploy.mac_results import MacResults
 from kind_edge.errors import InputError
@@ -83,6 +83,7 @@ def _asked(plan: Mapping[str, Any]) -> Iterator[Row]:
 
 
 def _decided(plan: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[Row]:
+    yield from resize_words(plan.get("resize", {}))
     yield "form", FORM_WORDS[plan["form"]]
     yield "runs on", f"{plan['unit']}, {plan['precision']}"
     yield "sampler", f"{plan['steps']} {plan['sampler']} steps, {guidance_words(values)}"

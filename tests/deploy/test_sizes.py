@@ -16,6 +16,7 @@ from kind_edge.budget.sizes import Size, SizeTable, full_rank_losses, read_sizes
 from kind_edge.cli.plan import _paper_row
 from kind_edge.deploy import pipeline, resizing
 from kind_edge.deploy.cut import healing_key, make_cut
+from kind_edge.deploy.inspection import inspect
 from kind_edge.deploy.request import make_source, open_model
 from kind_edge.deploy.resizing import method_for, offered, size_spec, sized_sources
 from kind_edge.deploy.sizes_file import SIZES, find_sizes, healing_file, keep_sizes
@@ -181,4 +182,7 @@ def test_it_is_exported_healed_and_verified(measured: Path, tmp_path: Path) -> N
     healed = load_checkpoint(tmp_path / "b" / "healed")
     assert (healed.spec.depth, healed.spec.width) == (plan.resize["depth"], plan.resize["width"])
     assert (bundle.parity["onnx/denoiser.onnx"] or 0) >= 100
+    size = f"depth {plan.resize['depth']}, width {plan.resize['width']}"
+    assert size in (tmp_path / "b" / "report.html").read_text()
+    assert inspect(tmp_path / "b").shape["width"] == plan.resize["width"]
     assert pipeline.verify(tmp_path / "b", checkpoint=measured).passed
