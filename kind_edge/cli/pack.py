@@ -102,7 +102,7 @@ def _change(
         )
     if changed.unsigned:
         terminal.say_warning(
-            "the bundle was signed; the signature does not hold for the changed bundle and was removed: pack with --sign"
+            "the bundle was signed; its signature does not hold for the changed one and was removed: pack with --sign"
         )
     if as_json:
         terminal.json(changed.to_dict())
