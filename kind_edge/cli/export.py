@@ -143,7 +143,7 @@ def export(
             on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", _healing_details(now)),
             **choices,  # type: ignore[arg-type]  # their types were checked one by one above
         )  # fmt: skip
-    if (warning := quality_view.warning(bundle.quality)) is not None:
+    if (warning := quality_view.warning({each.name: each.to_dict() for each in bundle.quality})) is not None:
         terminal.say_warning(warning)
     if bundle.healing is not None and not bundle.healing.kept:
         terminal.say_warning(bundle.healing.told())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from kind_edge.cli import options, tables
+from kind_edge.cli import options, quality_view, tables
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal
 from kind_edge.errors import KindEdgeError, UsageError
@@ -127,6 +127,9 @@ def print_fleet(terminal: Terminal, fleet: Fleet) -> None:
             ("here", f"one image, p50, on {', '.join(there)}"),
         ]))  # fmt: skip
         out.print()
+    for each in made:
+        for warning in _warnings(each):
+            terminal.say_warning(f"{each.job.name}: {warning}")
     for message, names in _reasons(fleet).items():
         terminal.say_error(f"{', '.join(names)}: {message}")
     if terminal.verbose:
@@ -168,6 +171,16 @@ def _threads(bundle: FleetBundle) -> Iterator[str]:
     here = bundle.manifest.raw["latency"]["image"]["conditions"]
     threads = "all physical cores" if here["threads"] is None else tables.count(here["threads"], "thread")
     yield f"{here['cpu']}, {threads}"
+
+
+def _warnings(bundle: FleetBundle) -> Iterator[str]:
+    """As after an export of this bundle alone."""
+    assert bundle.manifest is not None
+    raw = bundle.manifest.raw
+    if (warning := quality_view.warning(raw["quality"])) is not None:
+        yield warning
+    if not raw.get("healing", {}).get("kept", True):
+        yield raw["healing"]["told"]
 
 
 def _reasons(fleet: Fleet) -> dict[str, list[str]]:

@@ -38,9 +38,8 @@ def print_quality(console: Console, quality: Sequence[Quality]) -> None:
     console.print(tables.figures(headers, rows))
 
 
-def warning(quality: Sequence[Quality]) -> str | None:
-    """What to say where cutting will be seen in the pictures of a class."""
-    values = {each.name: each.to_dict() for each in quality}
+def warning(values: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """What to say where cutting will be seen in the pictures of a class; `values` are a manifest's `quality`."""
     if not values:
         return None
     name = max(values, key=lambda each: _change(values[each]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,7 @@ def test_a_row_for_each_and_the_worst_code(exported_bundle: Path) -> None:
     assert "1 of 3 bundles" in out.getvalue()
     assert "no plan fits" in rows["poor/both"]
     assert err.getvalue() == "error: poor/both: no plan fits: too small\nerror: odd/both: parity\n"
+    assert made.manifest is not None
+    worse = {**made.manifest.raw, "healing": {"kept": False, "told": "no better"}}
+    print_fleet(terminal, Fleet(Path("out"), (FleetBundle(jobs[0], manifest=replace(made.manifest, raw=worse)),)))
+    assert "warning: one/both: no better" in err.getvalue()

@@ -82,14 +82,16 @@ def test_inspect_says_what_it_is_distilled_for(
 def test_quality_is_told_as_what_it_is() -> None:
     printed: list[Any] = []
     console: Any = SimpleNamespace(print=printed.append)
+
+    def told(quality: Any) -> dict[str, Any]:
+        return {each.name: each.to_dict() for each in quality}
+
     losses, off = [HeldoutLoss("bag", 8, 1.0, 1.2)], [HeldoutDeviation("bag", 8, 2.0, 0.2)]
-    assert quality_view.warning([]) is quality_view.warning(losses) is None
-    assert "the held-out loss of bag rises by 30%" in str(quality_view.warning([HeldoutLoss("bag", 8, 1.0, 1.3)]))
-    assert "the prediction for bag is off by 10% of its energy" in str(quality_view.warning(off))
-    assert quality_view.summary({each.name: each.to_dict() for each in losses}) == "held-out loss bag +20.0%"
-    assert quality_view.summary({each.name: each.to_dict() for each in off}) == (
-        "difference from the full model bag 10.00%"
-    )
+    assert quality_view.warning({}) is quality_view.warning(told(losses)) is None
+    assert "the held-out loss of bag rises by 30%" in str(quality_view.warning(told([HeldoutLoss("bag", 8, 1.0, 1.3)])))
+    assert "the prediction for bag is off by 10% of its energy" in str(quality_view.warning(told(off)))
+    assert quality_view.summary(told(losses)) == "held-out loss bag +20.0%"
+    assert quality_view.summary(told(off)) == ("difference from the full model bag 10.00%")
     for quality in ([], losses, off):
         quality_view.print_quality(console, quality)
     headings = [str(printed[i]) for i in (0, 2)]
