@@ -95,7 +95,7 @@ def _props(told: Mapping[str, Any]) -> dict[str, str]:
     `model_author` and `model_license` are ONNX's own names for them.
     """
     props = {
-        "checkpoint_sha256": told["checkpoint_sha256"],
+        "checkpoint_sha256": told.get("checkpoint_sha256", ""),
         "model_license": told["licence"],
         "model_author": told.get("author", ""),
         "training_data": "; ".join(data_words(each) for each in told.get("data", [])),

@@ -75,7 +75,7 @@ from kind_edge.registry import exporter
 
 model, plan = open_model(sys.argv[1]), read_plan(Path(sys.argv[2]))
 made = make_models(model, plan, Path("again"), Formats.of(["packs"]), lambda _: None, make_cut(model, plan))
-write_packs(Path("again"), {**made.values, "packs": made.core}, load_reference(Path("again")))
+write_packs(Path("again"), made.values, load_reference(Path("again")))
 plain = fold(truncate(model.checkpoint, plan, model.calibration), plan, timesteps_of(model, plan))
 exporter("onnx").export(plain, Path("every"), tuple(PRECISIONS))
 """
