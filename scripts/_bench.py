@@ -11,7 +11,7 @@ fleet    10 devices x 4 sets of classes in one export, over the time of one expo
 graph    what the layout of the exported graph is worth, and the sampler beside a loop in Python; five minutes
 packs    bytes of a core and of a class pack, of DiT-B/2 with random weights and of the shipped model; nothing is timed
 resize   other depths and widths against ranks and precision alone, at equal latency, healed alike: latency and Frechet
-         distance of the shipped model; measures the sizes first, 15 minutes, then two limits, 10 minutes each
+         distance of the shipped model; measures the sizes first, 9 minutes, then two limits, 6 minutes each
 solver   predicted against measured loss of random plans, of the shipped model and its teacher; minutes a level. The
          solver's plans against uniform ranks; seconds that it takes for DiT-XL/2
 steps    the distilled model at its step counts against its guided teacher: Frechet distance and accuracy, 5,000 images
