@@ -11,7 +11,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -130,11 +129,7 @@ def test_every_command_line_is_one_that_the_program_takes(page: str) -> None:
 
 
 def test_every_script_is_there_and_studies_have_the_names_that_are_given() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        studies = importlib.import_module("studies.__main__")
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    studies = importlib.import_module("studies.__main__")
     for command in commands():
         if command.words[0].startswith(("scripts/", ".ci/")):
             assert (ROOT / command.words[0]).is_file(), command
@@ -295,10 +290,6 @@ def test_contributing_names_every_folder_and_every_block() -> None:
     folders += [path for path in (ROOT / "scripts").iterdir() if (path / "__init__.py").is_file()]
     missing = [name for folder in folders if f"`{(name := folder.relative_to(ROOT).as_posix())}" not in text]
     assert not missing
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        studies = importlib.import_module("studies.__main__")
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
+    studies = importlib.import_module("studies.__main__")
     shown = re.findall(r"^\| `([a-z]+)` \| (\S+) \|", text, re.M)
     assert shown == [(block.name, block.document) for block in studies.BLOCKS]

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from _bench_graph import FEATURES, Without
 
 from kind_edge.budget.denoiser_graph import write
 from kind_edge.budget.probe_graph import Layer, Network, random_denoiser
 from kind_edge.deploy.parity import sqnr_db
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-from _bench_graph import FEATURES, Without
 
 BLOCKS = (("attn", "mlp"), ("mlp",))
 

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -45,13 +44,6 @@ def open_model(target, precision, batch, threads):
 
 serve(Engine(load, None, open_model))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
 
 
 def worker_module() -> ModuleType:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,6 @@ import torch
 from kind_edge.budget.plan import MatrixPlan
 from kind_edge.deploy.merge import truncate
 from kind_edge.deploy.request import open_model
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
 
 
 @pytest.mark.parametrize("changes", [{}, {"nested": True, "step_counts": (2, 4), "inside_guidance": 1.5}])

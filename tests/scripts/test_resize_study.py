@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,6 @@ from kind_edge.errors import InputError, UsageError
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.training.config import preset
 from kind_edge.training.data import find_fashion_mnist
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
 
 
 def record(method: str, seen: int, loss: float, seed: int = 0, size: str = "half-width") -> dict[str, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,7 @@ from kind_edge.model.sampling import denoiser
 from kind_edge.training.config import preset
 from kind_edge.training.data import CLASS_NAMES, find_fashion_mnist
 
-ROOT = Path(__file__).resolve().parents[2]
 DISTILLED: dict[str, Any] = {"step_counts": (2, 4), "inside_guidance": 1.5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts_on_the_path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    yield
-    sys.path.remove(str(ROOT / "scripts"))
 
 
 def smoke_folder(folder: Path, **changes: Any) -> Path:
