@@ -110,10 +110,10 @@ class Sensitivity:
             )
         try:
             matrices = {
-                str(name): MatrixInfluence(_curve(own["shared"]), _curve(own["tailor"]), _number(own["int8"]))
+                str(name): MatrixInfluence(_curve(own["shared"]), _curve(own["tailor"]), measured_number(own["int8"]))
                 for name, own in values["matrices"].items()
             }
-            branches = {str(name): _number(value) for name, value in values["branches"].items()}
+            branches = {str(name): measured_number(value) for name, value in values["branches"].items()}
             response = Response.from_dict(values["response"]) if "response" in values else None
             return cls(str(values["checkpoint_sha256"]), dict(values["conditions"]), matrices, branches, response)
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -133,13 +133,14 @@ def _pairs(curve: Curve) -> list[list[float]]:
 
 
 def _curve(pairs: list[list[float]]) -> Curve:
-    lost, increase = ([_number(pair[axis]) for pair in pairs] for axis in (0, 1))
+    lost, increase = ([measured_number(pair[axis]) for pair in pairs] for axis in (0, 1))
     if any(len(pair) != 2 for pair in pairs) or sorted(lost) != lost or sorted(increase) != increase:
         raise ValueError("a curve must rise")
     return Curve(np.array(lost), np.array(increase))
 
 
-def _number(value: Any) -> float:
+def measured_number(value: Any) -> float:
+    """Of a table that was measured, as JSON has it; `ValueError` for what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ValueError(f"got {value!r}, want a number of at least 0")
     return float(value)

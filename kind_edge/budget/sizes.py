@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kind_edge.bounded import read_object
+from kind_edge.budget.influence import measured_number
 from kind_edge.budget.loss import LossModel, MatrixLoss
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
@@ -84,16 +85,19 @@ def read_sizes(path: Path) -> SizeTable:
 
 
 def _size(values: Mapping[str, Any]) -> Size:
-    int8 = {str(name): _number(value) for name, value in values["int8"].items()}
-    depth, width, steps = (int(_number(values[name])) for name in ("depth", "width", "steps"))
+    int8 = {str(name): measured_number(value) for name, value in values["int8"].items()}
+    depth, width, steps = (int(measured_number(values[name])) for name in ("depth", "width", "steps"))
     method, hardware = str(values["method"]), str(values["hardware"])
-    return Size(depth, width, method, _number(values["heal_s"]), _number(values["increase"]), int8, steps, hardware)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"got {value!r}, want a number of at least 0")
-    return float(value)
+    return Size(
+        depth,
+        width,
+        method,
+        measured_number(values["heal_s"]),
+        measured_number(values["increase"]),
+        int8,
+        steps,
+        hardware,
+    )
 
 
 def sized_source(whole: Source, size: Size, spec: ModelSpec) -> Source:

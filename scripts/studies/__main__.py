@@ -42,7 +42,7 @@ from studies import (
 )
 from studies.documents import RESULTS, ROOT, Block, as_recommended, check, insert, runs_of
 from studies.statistics import SEEDS
-from studies.store import Record, Store, Subject, read_record, subject_of
+from studies.store import Record, Store, Subject, read_record, records_in, subject_of
 
 HELP = """publish        all that README.md and docs say of the shipped model, or only the BLOCKs that are named
 
@@ -141,9 +141,9 @@ def measure(name: str, job: Job) -> list[Record]:
     """Run a study of one model, and draw its pictures."""
     size = (job.subject, job.output, job.images, job.seeds)
     if name == "fine":
-        return fine.records_in(job.output)
+        return records_in(job.output, fine.NAME)
     if name == "resize":
-        records = resize.records_in(job.output)
+        records = records_in(job.output, resize.NAME)
         resize_text.draw(records, job.album / "loss.png")
         return records
     if name == "classes":

@@ -11,7 +11,6 @@ dense     an ordinary DiT, narrowed to those FLOPs and trained from scratch on a
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -33,11 +32,11 @@ from kind_edge.model.spec import ModelSpec
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.evaluate import Judge
 from kind_edge.training.heal import heal_config, train_from
-from kind_edge.training.loop import Progress
 from kind_edge.training.sampled import judged_labels, sample_checkpoint, sampling_of
 from kind_edge.training.state import STATE
 from kind_edge.training.train import train
 from studies.decomposition import labelled_figures
+from studies.progress import tell
 from studies.store import Record, Store, Subject
 
 NAME = "anysize"
@@ -155,7 +154,7 @@ class AnySize:
         start = dataclasses.replace(self._truncated("whitened", percent), provenance=provenance)
         folder = self.weights_folder / f"healed-{percent}-seed{seed}"
         if not (folder / CONFIG).exists():
-            train_from(start, heal_config(start, seed=seed), folder, on_progress=_tell)
+            train_from(start, heal_config(start, seed=seed), folder, on_progress=tell)
         return load_checkpoint(folder)
 
     def _dense(self, percent: int, seed: int) -> Checkpoint:
@@ -163,7 +162,7 @@ class AnySize:
         config = dataclasses.replace(original, spec=self.dense_spec(percent), seed=seed)
         folder = self.weights_folder / f"dense-{percent}-seed{seed}"
         if not (folder / CONFIG).exists():
-            train(config, folder, resume=(folder / STATE).exists(), on_progress=_tell)
+            train(config, folder, resume=(folder / STATE).exists(), on_progress=tell)
         return load_checkpoint(folder)
 
     def dense_spec(self, percent: int) -> ModelSpec:
@@ -219,8 +218,3 @@ def _ranks_text(matrices: Matrices) -> str:
 
     learngene = span([own.shared_rank for own in matrices.values()])
     return f"{learngene} + {span([own.tailor_rank or 0 for own in matrices.values()])}"
-
-
-def _tell(progress: Progress) -> None:
-    if progress.step % 100 == 0:
-        print(f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}", file=sys.stderr, flush=True)

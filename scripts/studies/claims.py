@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from kind_edge.training.data import CLASS_NAMES
 from studies.anysize import METHODS, PERCENTS
 from studies.statistics import cell, conditions_line, in_percent, markdown, paragraph, spread_of, spread_of_figure
-from studies.store import Record
+from studies.store import Record, having
 
 WANTED_ACCURACY = 0.9
 WANTED_MEAN_ENTROPY, WANTED_IMAGE_ENTROPY = 0.9, 0.5
@@ -67,7 +66,7 @@ def decomposition_table(records: Sequence[Record]) -> str:
     )
     rows = []
     for kind, words in ROWS:
-        own = _of(records, kind=kind)
+        own = having(records, kind=kind)
         if own:
             figures = (cell(own, "entropy_nats", 3), cell(own, "marginal_entropy_nats", 3))
             shares = (cell(own, name, 1, 100, " %") for name in ("confident_share", "class_accuracy"))
@@ -76,7 +75,7 @@ def decomposition_table(records: Sequence[Record]) -> str:
 
 
 def _decomposition_claims(records: Sequence[Record]) -> Iterator[str]:
-    full, unguided, real = (_of(records, kind=kind) for kind in ("full", "unguided", "real"))
+    full, unguided, real = (having(records, kind=kind) for kind in ("full", "unguided", "real"))
     if full and real:
         without = f", in {_share(unguided, 'class_accuracy', 1)} without guidance" if unguided else ""
         yield _claim(
@@ -86,7 +85,7 @@ def _decomposition_claims(records: Sequence[Record]) -> Iterator[str]:
             f"They are in {_share(full, 'class_accuracy', 1)}{without}; of as many real test images the judge "
             f"recognises {_share(real, 'class_accuracy', 1)}. The weakest class: {_weakest(full)}.",
         )
-    for figures in (record["figures"] for record in _of(records, kind="swap")):
+    for figures in (record["figures"] for record in having(records, kind="swap")):
         yield _claim(
             "The same noise under another tailor is another class",
             f"{in_percent(WANTED_ACCURACY)} again",
@@ -96,7 +95,7 @@ def _decomposition_claims(records: Sequence[Record]) -> Iterator[str]:
             f"goes with the tailor. Of the rest {in_percent(figures['noise_share_of_rest'])} goes with the noise, "
             f"where {in_percent(figures['chance_share'])} would be chance.",
         )
-    if full and (learngene := _of(records, kind="learngene")):
+    if full and (learngene := having(records, kind="learngene")):
         yield from _learngene_claims(learngene, full)
 
 
@@ -145,7 +144,7 @@ def anysize_table(records: Sequence[Record]) -> str:
     )  # fmt: skip
     whole = next((record["conditions"]["flops"] for record in records if record["conditions"]["percent"] == 100), None)
     sizes = [(method, percent) for method in METHODS for percent in (100, *PERCENTS)]
-    rows = [_row(own, whole) for method, percent in sizes if (own := _of(records, method=method, percent=percent))]
+    rows = [_row(own, whole) for method, percent in sizes if (own := having(records, method=method, percent=percent))]
     return f"{markdown(header, rows)}\n\n{conditions_line(records)}"
 
 
@@ -162,10 +161,10 @@ def _row(own: Sequence[Record], whole: int | None) -> tuple[str, ...]:
 
 
 def _anysize_claims(records: Sequence[Record]) -> Iterator[str]:
-    judged = _of(records, kind="judged")
-    full = _of(judged, method="full")
+    judged = having(records, kind="judged")
+    full = having(judged, method="full")
     plain, whitened = (
-        {size: own for size in PERCENTS if (own := _of(judged, method=method, percent=size))}
+        {size: own for size in PERCENTS if (own := having(judged, method=method, percent=size))}
         for method in ("plain", "whitened")
     )
     if full:
@@ -190,10 +189,6 @@ def _cheap_claim(size: int, cut: Sequence[Record], full: Sequence[Record]) -> st
         f"The whitened cut goes from {distances[0]:.1f} to {distances[1]:.1f} in Fréchet distance and from "
         f"{in_percent(accuracies[0], 1)} to {in_percent(accuracies[1], 1)} in class accuracy.",
     )
-
-
-def _of(records: Sequence[Record], **conditions: Any) -> list[Record]:
-    return [record for record in records if conditions.items() <= record["conditions"].items()]
 
 
 def _mean(records: Sequence[Record], name: str) -> float:

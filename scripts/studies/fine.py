@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -26,13 +25,13 @@ from kind_edge.deploy.quality import HeldoutLoss
 from kind_edge.model.checkpoint import CONFIG, load_checkpoint
 from kind_edge.training.config import TrainConfig, preset
 from kind_edge.training.evaluate import Judge
-from kind_edge.training.loop import Progress
 from kind_edge.training.sampled import sampling_of
 from kind_edge.training.state import STATE
 from kind_edge.training.train import train
 from kind_edge.units import format_bytes
+from studies.progress import tell
 from studies.statistics import cell, conditions_line, in_percent, markdown, paragraph, spread_of
-from studies.store import Record, Store, read_record, subject_of
+from studies.store import Record, Store, having, subject_of
 
 NAME = "fine"
 ORDINARY = "study"
@@ -72,14 +71,9 @@ def run_study(output: Path, images: int, seeds: Sequence[int]) -> list[Record]:
             folder = output / "weights" / f"{name}-seed{seed}"
             if not (folder / CONFIG).exists():
                 config = dataclasses.replace(config, seed=seed)
-                train(config, folder, resume=(folder / STATE).exists(), on_progress=_tell)
+                train(config, folder, resume=(folder / STATE).exists(), on_progress=tell)
             records += _files(output, folder, name, seed, images)
     return records
-
-
-def records_in(folder: Path) -> list[Record]:
-    """All finished runs, whatever model they are of."""
-    return [read_record(path) for path in sorted((folder / NAME).glob("*.json"))]
 
 
 def _files(output: Path, folder: Path, name: str, seed: int, images: int) -> list[Record]:
@@ -119,11 +113,6 @@ def _figures(folder: Path, classes: str, loss: str, images: int) -> dict[str, An
         }
 
 
-def _tell(progress: Progress) -> None:
-    if progress.step % 100 == 0:
-        print(f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}", file=sys.stderr, flush=True)
-
-
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +125,7 @@ def text(records: Sequence[Record]) -> str:
         for classes in SETS
         for loss in LOSSES
         for name in models()
-        if (row := _row(_of(records, classes=classes, max_quality_loss=loss, model=name)))
+        if (row := _row(having(records, classes=classes, max_quality_loss=loss, model=name)))
     ]
     header = ("classes", "model", "loss", "file", "parameters", "MFLOPs", "held-out loss", "Fréchet", "accuracy")
     compared = [line for classes in SETS for name in list(models())[1:] if (line := _compared(records, classes, name))]
@@ -166,7 +155,7 @@ def _compared(records: Sequence[Record], classes: str, name: str) -> str | None:
     """How large its files are beside the ordinary ones, at the distances that both reach, over all seeds."""
     ratios = []
     for seed in sorted({record["conditions"]["seed"] for record in records}):
-        ours, ordinary = (_curve(_of(records, classes=classes, seed=seed, model=m)) for m in (name, ORDINARY))
+        ours, ordinary = (_curve(having(records, classes=classes, seed=seed, model=m)) for m in (name, ORDINARY))
         ratios += [ours_bytes / size for size, distance in ordinary if (ours_bytes := size_at(ours, distance))]
     if ratios:
         found = spread_of(ratios)
@@ -203,8 +192,4 @@ def _curve(own: Sequence[Record]) -> list[Point]:
 
 
 def _curve_of(records: Sequence[Record], classes: str, name: str) -> list[Point]:
-    return _curve(_of(records, classes=classes, model=name))
-
-
-def _of(records: Sequence[Record], **conditions: Any) -> list[Record]:
-    return [record for record in records if conditions.items() <= record["conditions"].items()]
+    return _curve(having(records, classes=classes, model=name))

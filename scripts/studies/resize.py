@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,12 +28,13 @@ from kind_edge.model.resize import METHOD_NAMES, resized, target_spec
 from kind_edge.training.config import TrainConfig, preset
 from kind_edge.training.data import DataSplit
 from kind_edge.training.evaluate import Judge
-from kind_edge.training.loop import Progress, run
+from kind_edge.training.loop import run
 from kind_edge.training.open import open_data
 from kind_edge.training.sampled import sample_checkpoint, sampling_of
 from kind_edge.training.state import STATE, averaged_tensors, start_from
 from kind_edge.training.train import train
-from studies.store import Record, Store, read_record, subject_of
+from studies.progress import tell
+from studies.store import Record, Store, read_record, records_in, subject_of
 
 NAME = "resize"
 SIZES = {"half-width": (32, 4), "half-depth": (64, 2), "three-quarters": (48, 3), "four-thirds": (80, 5)}
@@ -158,7 +158,7 @@ class Resizing:
     def _healed(self, begun: Checkpoint, config: TrainConfig, images: int) -> Checkpoint:
         short = dataclasses.replace(heal(config, images), spec=begun.spec)
         model = begun.model().train().requires_grad_(True)
-        state = run(short, start_from(short, model), self._split.training, lambda _: None, _tell)
+        state = run(short, start_from(short, model), self._split.training, lambda _: None, partial(tell, every=500))
         return dataclasses.replace(begun, tensors=averaged_tensors(short, state))
 
     @cached_property
@@ -200,20 +200,10 @@ def run_study(folder: Path, images: int, seeds: Sequence[int]) -> list[Record]:
         for sizes, chosen in ((small, FIRST), (small, others), (rest, FIRST), (rest, others)):
             study.run(sizes, chosen)
         study.run_longest()
-    return records_in(folder)
-
-
-def records_in(folder: Path) -> list[Record]:
-    """What is finished, of all seeds."""
-    return [read_record(path) for path in sorted((folder / NAME).glob("*.json"))]
+    return records_in(folder, NAME)
 
 
 def _trained(folder: Path, config: TrainConfig) -> Path:
     if not (folder / CONFIG).exists():
-        train(config, folder, device="cpu", resume=(folder / STATE).exists(), on_progress=_tell)
+        train(config, folder, device="cpu", resume=(folder / STATE).exists(), on_progress=partial(tell, every=500))
     return folder
-
-
-def _tell(progress: Progress) -> None:
-    if progress.step % 500 == 0:
-        print(f"step {progress.step} of {progress.steps}, loss {progress.loss:.4f}", file=sys.stderr, flush=True)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from studies.pictures import pyplot, save
 from studies.statistics import conditions_line, markdown, paragraph, spread_of
-from studies.store import Record
+from studies.store import Record, having
 
 SCRATCH, WHOLE = "scratch", "whole"
 ORDER = ("front", "bot", "selection", SCRATCH, WHOLE)
@@ -44,12 +43,8 @@ def loss_of(record: Record) -> float:
     return float(np.mean(record["figures"]["heldout_losses"]))
 
 
-def find(records: Iterable[Record], **conditions: Any) -> list[Record]:
-    return [record for record in records if conditions.items() <= record["conditions"].items()]
-
-
 def curve(records: Sequence[Record], size: str, method: str, seed: int) -> Curve:
-    own = find(records, size=size, method=method, seed=seed)
+    own = having(records, size=size, method=method, seed=seed)
     return sorted((record["conditions"]["seen"], loss_of(record)) for record in own)
 
 
@@ -76,7 +71,7 @@ def images_for(loss: float, own: Curve) -> Times | None:
 def times_fewer(records: Sequence[Record], size: str, method: str, seen: int) -> list[Times]:
     """For every seed: images from scratch for the loss that the method has after `seen` images, over `seen`."""
     found = []
-    for record in find(records, size=size, method=method, seen=seen):
+    for record in having(records, size=size, method=method, seen=seen):
         needed = images_for(loss_of(record), curve(records, size, SCRATCH, record["conditions"]["seed"]))
         if needed is not None:
             found.append(Times(needed.value / seen, needed.bound))
@@ -102,7 +97,7 @@ def text(records: Sequence[Record]) -> str:
     """All that is said, as markdown."""
     if not records:
         return "No run is finished yet."
-    present = [size for size in SIZES if find(records, size=size)]
+    present = [size for size in SIZES if having(records, size=size)]
     parts = [paragraph(_heading(records))]
     for size in present:
         parts += [f"**{size}** ({SIZES[size]}), loss on held-out images:", _losses(records, size)]
@@ -110,7 +105,7 @@ def text(records: Sequence[Record]) -> str:
     if claims := [*_claims(records)]:
         parts.append("\n".join(claims))
     parts.append("![Loss on held-out images against images, by start](studies/resize/loss.png)")
-    return "\n\n".join([*parts, paragraph(conditions_line(find(records)))])
+    return "\n\n".join([*parts, paragraph(conditions_line(having(records)))])
 
 
 def _heading(records: Sequence[Record]) -> str:
@@ -128,7 +123,7 @@ def _heading(records: Sequence[Record]) -> str:
 
 
 def _source_words(records: Sequence[Record]) -> str:
-    own = find(records, size="source")
+    own = having(records, size="source")
     if not own:
         return ""
     loss, distance = (spread_of(values) for values in ([*map(loss_of, own)], [r["figures"]["frechet"] for r in own]))
@@ -145,7 +140,7 @@ def _errors(records: Sequence[Record]) -> tuple[float, float]:
     for record in records:
         here, drawn = record["conditions"], np.array(record["figures"]["heldout_losses"])
         own.append(error(drawn))
-        beside = find(records, size=here["size"], seen=here["seen"], seed=here["seed"], method=SCRATCH)
+        beside = having(records, size=here["size"], seen=here["seen"], seed=here["seed"], method=SCRATCH)
         if here["method"] not in (SCRATCH, WHOLE) and beside:
             paired.append(error(drawn / np.array(beside[0]["figures"]["heldout_losses"])))
     return float(np.mean(own)), float(np.mean(paired)) if paired else 0.0
@@ -157,9 +152,9 @@ def _lengths(records: Sequence[Record]) -> list[int]:
 
 def _losses(records: Sequence[Record], size: str) -> str:
     lengths, rows = _lengths(records), []
-    methods = rows_of(find(records, size=size))
+    methods = rows_of(having(records, size=size))
     for method in methods:
-        cells = [find(records, size=size, method=method, seen=seen) for seen in lengths]
+        cells = [having(records, size=size, method=method, seen=seen) for seen in lengths]
         rows.append((method, *(spread_of(map(loss_of, own)).text(4) if own else "–" for own in cells)))
     for method in methods:
         if method not in (SCRATCH, WHOLE):
@@ -171,8 +166,8 @@ def _losses(records: Sequence[Record], size: str) -> str:
 def _distances(records: Sequence[Record], sizes: Sequence[str]) -> str:
     lengths, rows = _lengths(records), []
     for size in sizes:
-        for method in rows_of(find(records, size=size)):
-            cells = [find(records, size=size, method=method, seen=seen) for seen in lengths]
+        for method in rows_of(having(records, size=size)):
+            cells = [having(records, size=size, method=method, seen=seen) for seen in lengths]
             values = ([record["figures"]["frechet"] for record in own] for own in cells)
             rows.append((f"{size}, {method}", *(spread_of(own).text(1) if own else "–" for own in values)))
     return markdown(("size and start", *(f"{seen:,} images" for seen in lengths)), rows)
@@ -181,14 +176,14 @@ def _distances(records: Sequence[Record], sizes: Sequence[str]) -> str:
 def _claims(records: Sequence[Record]) -> Iterator[str]:
     """Whether each method reaches the loss of the whole training with five times fewer images."""
     for size in SMALLER:
-        for method in rows_of(find(records, size=size)):
+        for method in rows_of(having(records, size=size)):
             if method != WHOLE:
                 yield from _claim(records, size, method)
 
 
 def _claim(records: Sequence[Record], size: str, method: str) -> Iterator[str]:
     needed, times = [], []
-    for record in find(records, size=size, method=WHOLE):
+    for record in having(records, size=size, method=WHOLE):
         seen = record["conditions"]["seen"]
         found = images_for(loss_of(record), curve(records, size, method, record["conditions"]["seed"]))
         if found is not None and found.value:
@@ -210,13 +205,13 @@ def _claim(records: Sequence[Record], size: str, method: str) -> Iterator[str]:
 def draw(records: Sequence[Record], path: Path) -> None:
     """Held-out loss against images, a panel per size; the mean of the seeds, and their range as a band."""
     plt = pyplot()
-    sizes = [size for size in SIZES if find(records, size=size)]
+    sizes = [size for size in SIZES if having(records, size=size)]
     figure, axes = plt.subplots(1, len(sizes), figsize=(3.1 * len(sizes), 3.4), layout="constrained", squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         for number, method in enumerate(rows_of(records)):
-            own = find(records, size=size, method=method)
+            own = having(records, size=size, method=method)
             lengths = sorted({record["conditions"]["seen"] for record in own})
-            spreads = [spread_of(map(loss_of, find(own, seen=seen))) for seen in lengths]
+            spreads = [spread_of(map(loss_of, having(own, seen=seen))) for seen in lengths]
             style = f"C{number}" + ("*" if method == WHOLE else "o-")
             axis.plot(lengths, [each.mean for each in spreads], style, markersize=4, label=method)
             low, high = [each.low for each in spreads], [each.high for each in spreads]

@@ -7,7 +7,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,16 @@ def read_record(path: Path) -> Record:
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or not set(wanted) <= set(record):
         raise InputError(f"{path}: not a stored run of schema version {SCHEMA_VERSION}; remove it to measure anew")
     return record
+
+
+def records_in(folder: Path, study: str) -> list[Record]:
+    """All finished runs of a study, whatever model they are of."""
+    return [read_record(path) for path in sorted((folder / study).glob("*.json"))]
+
+
+def having(records: Iterable[Record], **conditions: Any) -> list[Record]:
+    """Those that were made under all of these conditions."""
+    return [record for record in records if conditions.items() <= record["conditions"].items()]
 
 
 def write_whole(path: Path, text: str) -> None:
