@@ -242,6 +242,7 @@ class FakePlan:
     classes: tuple[str, ...]
     weight_bytes: int = 90
     limits: Any = dataclasses.field(default_factory=lambda: {"max_size": 100})
+    coreml: Any = dataclasses.field(default_factory=lambda: {"app_bytes": 80, "limit_bytes": 99})
 
     def to_dict(self) -> dict[str, Any]:
         return {"what": self.what, "classes": self.classes}
@@ -253,10 +254,12 @@ class FakePlan:
     order=st.randoms(use_true_random=False),
     faults=st.sets(st.integers(0, 3)),
     large=st.sets(st.integers(0, 3)),
+    bulky=st.sets(st.integers(0, 3)),
 )
 def test_whatever_takes_how_long(
-    kinds: list[tuple[int, str]], workers: int, order: random.Random, faults: set[int], large: set[int]
-) -> None:
+    kinds: list[tuple[int, str]], workers: int, order: random.Random, faults: set[int],
+    large: set[int], bulky: set[int],
+) -> None:  # fmt: skip
     """Every job ends; the same files are made once; nothing runs while something is measured."""
     jobs = [Job(f"{i}", "p", None, (c,), Path(f"{i}")) for i, (_, c) in enumerate(kinds)]
     kind_of = {job: kind for job, (kind, _) in zip(jobs, kinds, strict=True)}
@@ -273,7 +276,8 @@ def test_whatever_takes_how_long(
             folders.append(task.folder)
             if task.plan.what in faults:  # type: ignore[attr-defined]
                 return Failure("GateError", "parity", 1)
-            return Made({}, 110 if task.plan.what in large else 95, 1, {})  # type: ignore[attr-defined]
+            what = task.plan.what  # type: ignore[attr-defined]
+            return Made({}, 110 if what in large else 95, 1, {}, 105 if what in bulky else 0)
         assert isinstance(task, Finish)
         finished.append(task.job.name)
         return None
