@@ -189,9 +189,11 @@ def missing_bytes(plan: Plan, model_bytes: int, last: bool) -> int:
     if excess <= 0:
         return 0
     if last:
+        asked_kib = int(plan.limits["max_size"] - (model_bytes - plan.weight_bytes)) // 1024
         raise GateError(
-            f"--max-size: the model file takes {format_bytes(model_bytes)}, "
-            f"{format_bytes(excess)} over the limit; solve again with a smaller limit"
+            f"--max-size: the model file takes {format_bytes(model_bytes)}, {format_bytes(excess)} over the limit and "
+            f"more than was predicted; plan again with --max-size {asked_kib}KiB, "
+            "or give export the limit itself in place of --plan: then it plans until the file fits"
         )
     return max(0, model_bytes - plan.weight_bytes)
 
