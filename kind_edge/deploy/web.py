@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kind_edge.deploy.bundle import hash_files
+from kind_edge.deploy.graph_facts import load_graph
 from kind_edge.deploy.manifest import MANIFEST_NAME
 from kind_edge.deploy.notice import NOTICE, notice
 from kind_edge.deploy.packs import CORE_FILE, read_core
@@ -83,15 +84,13 @@ def _models(values: Mapping[str, Any]) -> dict[str, str]:
 def _webgpu_nodes(folder: Path, values: Mapping[str, Any], web: Path, models: Mapping[str, str]) -> dict[str, str]:
     """Nodes of the models that a GPU can run, as WebGPU takes them, where it does not take their own: by the model's
     place, where theirs is."""
-    import onnx
-
     from kind_edge.deploy.webgpu import webgpu_nodes
 
     written = {}
     for path, place in models.items():
         if not values["models"][path]["precision"].startswith("fp"):
             continue
-        nodes = webgpu_nodes(onnx.load_model(folder / path))
+        nodes = webgpu_nodes(load_graph(folder / path))
         if nodes is not None:
             written[place] = f"{place.removesuffix('.onnx')}.webgpu"
             (web / written[place]).write_bytes(nodes.SerializeToString(deterministic=True))

@@ -162,7 +162,7 @@ class Model {
   async #run(session, feeds) {
     if (!this.#gone) return session.run(feeds);
     const gone = this.#gone.catch((error) => {
-      throw new KindEdgeError(`the GPU is gone (${error.message}): load the page again, or run on the CPU`);
+      throw new KindEdgeError(`The GPU is gone (${error.message}): load the page again, or run on the CPU.`);
     });
     const run = session.run(feeds).catch(async (error) => {
       await Promise.race([gone, new Promise((resolve) => setTimeout(resolve, 100))]); // if that is why, it is said soon
