@@ -114,10 +114,11 @@ def _values(
     values["models"] = {path: values["models"][path] for path in kept}
     if manifest.sampler.null_index is not None:
         values["sampler"]["null_index"] = len(classes)
-    sources = {pack.class_name: pack.checkpoint_sha256 for pack in add}
-    sources = {name: sha256 for name, sha256 in sources.items() if sha256 != values["source"]["checkpoint_sha256"]}
-    sources = {
-        name: sha256 for name, sha256 in (values["packs"].get("sources", {}) | sources).items() if name in classes
+    sources = {name: told for name, told in values["packs"].get("sources", {}).items() if name in classes}
+    sources |= {
+        pack.class_name: dict(pack.told)
+        for pack in add
+        if pack.told["checkpoint_sha256"] != values["source"]["checkpoint_sha256"]
     }
     values["packs"] = {"core": core.sha256, "order": order, **({"sources": sources} if sources else {})}
     quality = values.get("quality", {})  # of added classes nothing was measured here

@@ -109,6 +109,21 @@ def lineage_words(told: Mapping[str, Any]) -> dict[str, str]:
     return {name: line for name, line in lines.items() if line}
 
 
+def file_metadata(told: Mapping[str, Any]) -> dict[str, str]:
+    """What a model file or a class pack says of itself: what belongs to the weights, so that it is the same however
+    they are exported. The model's name is no part of that: it is whatever the folder is called.
+
+    `model_author` and `model_license` are ONNX's own names for them.
+    """
+    props = {
+        "checkpoint_sha256": told.get("checkpoint_sha256", ""),
+        "model_license": told["licence"],
+        "model_author": told.get("author", ""),
+        "training_data": "; ".join(data_words(each) for each in told.get("data", [])),
+    }
+    return {key: value for key, value in props.items() if value}
+
+
 def data_words(data: Mapping[str, Any]) -> str:
     """ "Fashion-MNIST (licence MIT, https://..., sha256 0123456789ab)"."""
     rest = [f"licence {data['licence']}", *([data["source"]] if "source" in data else [])]
