@@ -87,6 +87,7 @@ def adapt(
     terminal.out.print(tables.facts(_result(folder)))
     terminal.out.print()
     terminal.line(f"  next        kind-edge export {folder} --classes {','.join(names)} --profile host")
+    terminal.line(f"              kind-edge pack make BUNDLE {folder}, for apps that are out already")
 
 
 def _result(folder: Path) -> Iterator[tuple[str, str]]:

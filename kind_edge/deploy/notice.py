@@ -21,23 +21,10 @@ def notice(values: Mapping[str, Any]) -> str:
   licence    {told["licence"]}{author}""",
     ]
     lines += [f"Learned from\n  {data_words(each)}" for each in told.get("data", [])]
-    lines += [f"{name}, a class that came later\n{_facts(each)}" for name, each in _later(values).items()]
     rest = {name: line for name, line in lineage_words(told).items() if name not in ("licence", "data")}
-    lines += [f"{name.capitalize()}\n  {line}" for name, line in rest.items()]
+    lines += [f"{name[0].upper()}{name[1:]}\n  {line}" for name, line in rest.items()]
     if told["licence"] == NOT_STATED:
         lines.append(
             "The licence of the weights was not stated by whoever trained them: ask them before you pass this on."
         )
     return "\n\n".join(lines) + "\n"
-
-
-def _later(values: Mapping[str, Any]) -> Mapping[str, Mapping[str, str]]:
-    """Classes that were joined from packs of other checkpoints, and what these say of themselves."""
-    sources: Mapping[str, Mapping[str, str]] = (values.get("packs") or {}).get("sources", {})
-    return sources
-
-
-def _facts(told: Mapping[str, str]) -> str:
-    words = {"checkpoint_sha256": "sha256", "model_license": "licence", "model_author": "made by"}
-    words["training_data"] = "from"
-    return "\n".join(f"  {word:<9}  {told[key]}" for key, word in words.items() if key in told)

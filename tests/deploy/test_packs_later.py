@@ -98,16 +98,14 @@ def test_it_joins_to_what_a_new_export_would_be(
         before, after = (load_bundle(folder, path, threads=1) for folder in (packed, bundle))
         for name in OLD:
             np.testing.assert_array_equal(after.generate(name, 1, seed=3), before.generate(name, 1, seed=3))
-    told = changed.manifest.raw["packs"]["sources"]
+    told = changed.manifest.raw["provenance"]["later"]
     assert told == {NEW: read_pack(hat).told}
     assert (told[NEW]["checkpoint_sha256"], told[NEW]["model_license"]) == (model.sha256, LICENCE)
-    assert (
-        f"hat, a class that came later\n  sha256     {model.sha256}\n  licence    {LICENCE}"
-        in (bundle / "NOTICE").read_text()
-    )
+    words = f"Later class hat\n  licence {LICENCE}, hats (licence not stated, sha256 cdcdcdcdcdcd)"
+    assert words in (bundle / "NOTICE").read_text()
     with pytest.raises(UsageError, match=r"classes of other checkpoints \(hat\)"):
         pipeline.verify(bundle, tiny_folder)
-    assert "sources" not in change_bundle(bundle, remove=[NEW]).manifest.raw["packs"]
+    assert "later" not in change_bundle(bundle, remove=[NEW]).manifest.raw["provenance"]
 
 
 def test_a_bundle_of_some_classes_gets_it_in_fp32(
