@@ -123,9 +123,12 @@ def distill(
     before = None if onto is None else Onto(load_checkpoint(onto), teacher)
     if before is not None and launched_processes() > 1:
         raise UsageError("--onto trains little, so it runs in one process: start it without a launcher")
-    advice = teacher.provenance.get("recommended", {}).get("guidance", DEFAULT_GUIDANCE)
-    inside = advice if before is None else before.student.spec.inside_guidance
-    request = Request(teacher, float(inside if guidance is None else guidance), before)
+    if guidance is None and before is not None:
+        guidance = before.student.spec.inside_guidance
+    advice = teacher.provenance.get("recommended", {})
+    request = Request(
+        teacher, float(advice.get("guidance", DEFAULT_GUIDANCE) if guidance is None else guidance), before
+    )
     share = request.taught.spec.num_classes / teacher.spec.num_classes
     config = distill_config(request, round(IMAGES * share) if images is None else images)
     check_division(config)
