@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "A named architecture instead of a checkpoint: its cost, no solving"
 OF_ARCHITECTURE = {
-    "arch", "num_classes", "rank", "profile", "convention", "precision", "unit", "steps", "guidance", "output", "as_json",
+    "arch", "num_classes", "rank", "profile", "convention", "precision", "unit", "steps", "guidance", "output",
+    "as_json",
 }  # fmt: skip
 """Options that its cost depends on, or that say where it goes."""
 SEVERAL = "More plans than one"
