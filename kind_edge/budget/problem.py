@@ -8,7 +8,7 @@ and its tailors each have a rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, cast
@@ -208,7 +208,7 @@ class Deployment:
         """One part of a matrix in the solver's units."""
         profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
         seconds = matrix_latency_s(cost, profile, unit, precision, sustained, self.evaluations_per_step)
-        return self._costs(cost, seconds, matrix_memory_bytes(cost, precision, self.evaluations_per_step))
+        return self._costs(cost, seconds, matrix_memory_bytes(cost, self.evaluations_per_step))
 
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
@@ -326,7 +326,7 @@ class Deployment:
         seconds += fixed_latency_s(fixed_timed, profile, unit, sustained, batch)
         decoder = self.decoder.whole or self.decoder
         decoder_s = decoder.latency_s(profile, unit, timed, sustained)
-        memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
+        memory_bytes = sum(matrix_memory_bytes(matrix, batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
@@ -371,17 +371,6 @@ class Deployment:
             tailors = self.tailors(matrix, ranks.tailor, "fp32")
             largest += tailors.weight_bytes + tailors.operators * self._operator_bytes
         return largest
-
-
-def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
-    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
-    if not source.decoders:
-        yield None
-    for decoder in source.decoders:
-        yield decoder
-        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
-        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
-            return
 
 
 def limit_name(cost: str) -> str:
