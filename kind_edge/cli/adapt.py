@@ -86,7 +86,7 @@ def adapt(
     terminal.out.print(tables.heading("Checkpoint", str(folder)))
     terminal.out.print(tables.facts(_result(folder)))
     terminal.out.print()
-    terminal.line(f"  next        kind-edge export {folder} --classes {','.join(names)} --profile host")
+    terminal.next("export", str(folder), "--classes", ",".join(names), "--profile", "host", column=12)
 
 
 def _result(folder: Path) -> Iterator[tuple[str, str]]:

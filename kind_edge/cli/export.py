@@ -177,10 +177,9 @@ def print_bundle(terminal: Terminal, bundle: Bundle) -> None:
     out.print(tables.heading("Bundle"))
     out.print(tables.facts((name, tables.size(size)) for name, size in bundle.files.items()))
     out.print()
-    first = f" --class {plan.classes[0]}" if plan.form == "switch" or len(plan.classes) == 1 else ""
+    first = ("--class", plan.classes[0]) if plan.form == "switch" or len(plan.classes) == 1 else ()
     terminal.line(Text.assemble(("  written  ", "dim"), str(bundle.path)))
-    picture = f"{plan.classes[0]}.png"
-    terminal.line(Text.assemble(("  next     ", "dim"), f"kind-edge generate {bundle.path}{first} -o {picture}"))
+    terminal.next("generate", str(bundle.path), *first, "-o", f"{plan.classes[0]}.png")
 
 
 def _model_rows(bundle: Bundle) -> Iterator[tuple[Cell, ...]]:

@@ -82,11 +82,18 @@ def coreml_choices(
 
 def known_profile(text: str | None) -> str | None:
     """Refuse an unknown name at once; files and figures are read later."""
+    from kind_edge.budget.profile import OWN_DEVICE
+
+    if text is not None and not (text.endswith(".toml") or "/" in text) and text not in packaged_profiles():
+        raise unknown("profile", text, packaged_profiles(), OWN_DEVICE)
+    return text
+
+
+def packaged_profiles() -> tuple[str, ...]:
+    """Names of devices that need no file."""
     from kind_edge.budget.profile import profile_names
 
-    if text is not None and not (text.endswith(".toml") or "/" in text) and text not in profile_names():
-        raise unknown("profile", text, profile_names())
-    return text
+    return profile_names()
 
 
 def _limit(flag: str, kind: Kind | Literal["share"]) -> Callable[[str | None], str | None]:

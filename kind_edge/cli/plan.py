@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, plan_many, refusal_view, tables
+from kind_edge.cli import options, plan_many, quality_view, refusal_view, tables
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
 from kind_edge.registry import FORMATS
@@ -173,12 +173,18 @@ def plan(
             **written, **choices,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
-    _show(terminal, made, paper, checkpoint, output, as_json)
+    if (warning := quality_view.predicted_warning(made)) is not None:
+        terminal.say_warning(warning)
+    replay = [checkpoint] if checkpoint else []
+    replay += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
+    replay += ["--autoencoder", autoencoder] if autoencoder else []
+    _show(terminal, made, paper, replay, output, as_json)
 
 
 def _show(
-    terminal: Terminal, made: Plan, paper: PaperRow | None, checkpoint: str | None, output: Path | None, as_json: bool
+    terminal: Terminal, made: Plan, paper: PaperRow | None, replay: list[str], output: Path | None, as_json: bool
 ) -> None:
+    """`replay`: what export must be given beside the plan."""
     from kind_edge.cli.plan_view import print_plan
 
     values = made.to_dict()
@@ -193,10 +199,9 @@ def _show(
         terminal.out.print(_paper_table([("this plan", paper)]))
     terminal.out.print()
     if output is not None:
-        source = f" {checkpoint}" if checkpoint else ""
         terminal.line(Text.assemble(("  written  ", "dim"), str(output)))
-        heal = f" --heal {made.resize['heal_s']:.0f}s" if made.resize else ""
-        terminal.line(Text.assemble(("  next     ", "dim"), f"kind-edge export{source} --plan {output}{heal}"))
+        heal = ["--heal", f"{made.resize['heal_s']:.0f}s"] if made.resize else []
+        terminal.next("export", *replay, "--plan", str(output), *heal)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -195,8 +195,9 @@ def missing_bytes(plan: Plan, model_bytes: int, package_bytes: int, last: bool) 
     for what, size, predicted, limit in written:
         if size > limit and last:
             raise GateError(
-                f"--max-size: {what} {format_bytes(size)}, {format_bytes(size - limit)} over the limit; solve again "
-                "with a smaller limit"
+                f"--max-size: {what} {format_bytes(size)}, {format_bytes(size - limit)} over the limit and more than "
+                f"was predicted; plan again with --max-size {int(limit - (size - predicted)) // 1024}KiB, "
+                "or give export the limit itself in place of --plan: then it plans until the file fits"
             )
         if size > limit:
             short.append(size - predicted)
