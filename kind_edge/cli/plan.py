@@ -126,17 +126,11 @@ def plan(
     wanted = options.known_formats(formats)
     coreml = options.coreml_choices(wanted, coreml_target, coreml_weights, coreml_layout, coreml_function)
     if arch is not None:
-        fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        fixed |= {
-            "allow_resize": allow_resize,
-            "pareto": "" if pareto else None,
-            "profiles": profiles,
-            "burst": burst or None,
-            "formats": None if wanted == ["onnx"] else formats,
-        }
-        chosen = {"form": form, "modulation": modulation}
-        fixed |= {"autoencoder": autoencoder}
-        _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
+        _refuse_with_arch({
+            "checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits, "allow_resize": allow_resize,
+            "pareto": pareto, "profiles": profiles, "burst": burst, "formats": wanted != ["onnx"],
+            "autoencoder": autoencoder, "form": form, "modulation": modulation,
+        })  # fmt: skip
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
         _show_architecture(terminal, costs, title, output, as_json)
@@ -175,10 +169,13 @@ def plan(
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     if (warning := quality_view.predicted_warning(made)) is not None:
         terminal.say_warning(warning)
-    replay = [checkpoint] if checkpoint else []
-    replay += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
-    replay += ["--autoencoder", autoencoder] if autoencoder else []
-    _show(terminal, made, paper, replay, output, as_json)
+    beside = {
+        "--profile": profile if made.profile not in options.packaged_profiles() else None,
+        "--autoencoder": autoencoder,
+        "--formats": ",".join(wanted) if wanted != ["onnx"] else None,
+    }
+    told = [checkpoint, *(word for flag, value in beside.items() if value for word in (flag, value))]
+    _show(terminal, made, paper, [word for word in told if word], output, as_json)
 
 
 def _show(
@@ -211,7 +208,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _refuse_with_arch(values: dict[str, Any]) -> None:
-    given = [name for name, value in values.items() if value is not None]
+    given = [name for name, value in values.items() if value not in (None, False, "auto")]
     if given:
         names = ", ".join("CHECKPOINT" if name == "checkpoint" else f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(f"--arch has no weights to decide about, so it does not go with {names}; leave that out")
