@@ -8,7 +8,7 @@ and its tailors each have a rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, cast
@@ -29,6 +29,7 @@ from kind_edge.budget.cost import (
     runs_on_one_thread,
 )
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
+from kind_edge.budget.graph_bytes import GRAPH_BYTES_PER_OPERATOR, file_bytes
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
@@ -39,15 +40,6 @@ from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
 from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
-
-GRAPH_BYTES_PER_OPERATOR = 180
-"""Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
-
-DYNAMIC_BYTES_PER_OPERATOR = 310
-"""The same of the two operators of a product in int8, which are five nodes: a cast and two scales come with them."""
-
-TAILOR_BYTES_PER_OPERATOR = 100
-"""The same of a tailor's operators, which have no constants of their own: all gathers are from the same few tables."""
 
 Objective = Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"]
 
@@ -214,7 +206,7 @@ class Deployment:
         """One part of a matrix in the solver's units."""
         profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
         seconds = matrix_latency_s(cost, profile, unit, precision, sustained, self.evaluations_per_step)
-        return self._costs(cost, seconds, matrix_memory_bytes(cost, precision, self.evaluations_per_step))
+        return self._costs(cost, seconds, matrix_memory_bytes(cost, self.evaluations_per_step))
 
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
@@ -232,18 +224,7 @@ class Deployment:
         }
 
     def _file_bytes(self, cost: MatrixCost | FixedCost) -> int:
-        """What the file takes for values and for the graph round them: rather too much than too little."""
-        each = self._operator_bytes
-        if isinstance(cost, MatrixCost) and each == GRAPH_BYTES_PER_OPERATOR:
-            if cost.layer.tailor_rank:
-                each = TAILOR_BYTES_PER_OPERATOR
-            elif cost.layer.precision == "int8":
-                each = DYNAMIC_BYTES_PER_OPERATOR
-        return cost.weight_bytes + cost.operators * each
-
-    @property
-    def _operator_bytes(self) -> int:
-        return PRECISIONS[self.candidate.precision].operator_bytes or GRAPH_BYTES_PER_OPERATOR
+        return file_bytes(cost, self.candidate.precision)
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
         profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
@@ -270,14 +251,12 @@ class Deployment:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, self.decoder
         precision = self.candidate.precision
-        file_bytes = fixed.weight_bytes + decoder.weight_bytes(precision)
-        file_bytes += fixed.operators * self._operator_bytes
-        file_bytes += decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
+        decoder_bytes = decoder.weight_bytes(precision) + decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
             "flops": fixed.flops,
-            "weight_bytes": file_bytes + self.request.spare_bytes,
+            "weight_bytes": self._file_bytes(fixed) + decoder_bytes + self.request.spare_bytes,
             "peak_memory_bytes": fixed_memory_bytes(fixed, self.evaluations_per_step, decoder),
             "latency_ns": _ns(seconds),
         }
@@ -342,7 +321,7 @@ class Deployment:
         seconds += fixed_latency_s(fixed_timed, profile, unit, sustained, batch)
         decoder = self.decoder.whole or self.decoder
         decoder_s = decoder.latency_s(profile, unit, timed, sustained)
-        memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
+        memory_bytes = sum(matrix_memory_bytes(matrix, batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
@@ -385,17 +364,6 @@ class Deployment:
             shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
             largest += max(map(self._file_bytes, shared)) + self._file_bytes(self.tailors(matrix, ranks.tailor, "fp32"))
         return largest
-
-
-def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
-    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
-    if not source.decoders:
-        yield None
-    for decoder in source.decoders:
-        yield decoder
-        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
-        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
-            return
 
 
 def limit_name(cost: str) -> str:

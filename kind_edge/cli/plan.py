@@ -166,10 +166,13 @@ def plan(
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     if (warning := quality_view.predicted_warning(made)) is not None:
         terminal.say_warning(warning)
-    replay = [checkpoint] if checkpoint else []
-    replay += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
-    replay += ["--autoencoder", autoencoder] if autoencoder else []
-    _show(terminal, made, paper, replay, output, as_json)
+    beside = {
+        "--profile": profile if made.profile not in options.packaged_profiles() else None,
+        "--autoencoder": autoencoder,
+        "--formats": ",".join(wanted) if wanted != ["onnx"] else None,
+    }
+    told = [checkpoint, *(word for flag, value in beside.items() if value for word in (flag, value))]
+    _show(terminal, made, paper, [word for word in told if word], output, as_json)
 
 
 def _show(

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from kind_edge.budget.deployed import deployed_fixed_cost
+from kind_edge.budget.graph_bytes import GRAPH_BYTES_PER_OPERATOR
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.menu import rank_levels
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.planner import make_plan
 from kind_edge.budget.precision import PRECISIONS, Precision, check_unit
 from kind_edge.budget.problem import (
-    GRAPH_BYTES_PER_OPERATOR,
     Candidate,
     Deployment,
     Request,
