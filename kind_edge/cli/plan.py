@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, plan_many, refusal_view, tables
+from kind_edge.cli import options, plan_many, quality_view, refusal_view, tables
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
+from kind_edge.registry import FORMATS
 
 if TYPE_CHECKING:
     from kind_edge.budget.architecture import ArchitectureCost
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from kind_edge.budget.whole_model import PaperRow
 
 ARCHITECTURE = "A named architecture instead of a checkpoint: its cost, no solving"
+OF_ARCHITECTURE = {
+    "arch", "num_classes", "rank", "profile", "convention", "precision", "unit", "steps", "guidance", "output", "as_json",
+}  # fmt: skip
+"""Options that its cost depends on, or that say where it goes."""
 SEVERAL = "More plans than one"
 ConventionChoice = Literal["exact", "paper"]
 
@@ -52,6 +57,14 @@ def plan(
     max_size: options.MaxSize = None,
     max_quality_loss: options.MaxQualityLoss = None,
     minimize: options.Minimize = None,
+    formats: Annotated[
+        str,
+        typer.Option("--formats", metavar="|".join(FORMATS), help="What export is to write: the plan fits all of it."),
+    ] = "onnx",
+    coreml_target: options.CoreMLTarget = "iOS18",
+    coreml_weights: options.CoreMLWeights = "auto",
+    coreml_layout: options.CoreMLLayout = "auto",
+    coreml_function: options.CoreMLFunction = None,
     pareto: Annotated[
         bool,
         typer.Option(
@@ -110,21 +123,10 @@ def plan(
         )
     if output is not None:
         options.check_writable(output)
-    limits = {
-        "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
-        "max_quality_loss": max_quality_loss, "minimize": minimize,
-    }  # fmt: skip
+    wanted = options.known_formats(formats)
+    coreml = options.coreml_choices(wanted, coreml_target, coreml_weights, coreml_layout, coreml_function)
     if arch is not None:
-        fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        fixed |= {
-            "allow_resize": allow_resize,
-            "pareto": "" if pareto else None,
-            "profiles": profiles,
-            "burst": burst or None,
-        }
-        chosen = {"form": form, "modulation": modulation}
-        fixed |= {"autoencoder": autoencoder}
-        _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
+        _refuse_with_arch(context)
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
         _show_architecture(terminal, costs, title, output, as_json)
@@ -135,17 +137,20 @@ def plan(
         )
     choices: dict[str, Any] = {
         "classes": options.split_names(classes), "form": form, "precision": precision, "unit": unit,
-        "modulation": modulation, "steps": steps,
-        "guidance": guidance, "sampler": sampler, **limits, "burst": burst,
-        "autoencoder": autoencoder,
+        "modulation": modulation, "steps": steps, "guidance": guidance, "sampler": sampler,
+        "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
+        "max_quality_loss": max_quality_loss, "minimize": minimize, "burst": burst, "autoencoder": autoencoder,
     }  # fmt: skip
     if allow_resize is not None and (devices or pareto):
         raise UsageError("--allow-resize goes with one plan; leave out --pareto and --profiles")
+    written: dict[str, Any] = {"formats": wanted, "format_choices": {"coreml": coreml}}
     if devices:
-        plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices, output, as_json)
+        plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices | written, output, as_json)
         return
     assert profile is not None  # one of the two is given
     if pareto:
+        if wanted != ["onnx"]:
+            raise UsageError("--pareto shows model files in ONNX, so it does not go with --formats")
         plan_many.pareto(terminal, checkpoint or options.SHIPPED, profile, choices, output, as_json)
         return
     with refusal_view.shown(terminal, as_json), terminal.stages() as begin, terminal.measuring() as on_measure:
@@ -155,15 +160,21 @@ def plan(
         made = pipeline.plan(
             checkpoint or options.SHIPPED, profile=profile, allow_resize=allow_resize, on_measure=on_measure,
             on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", f"step {now.step}, loss {now.loss:.4f}"),
-            **choices,
+            **written, **choices,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
-    _show(terminal, made, paper, checkpoint, output, as_json)
+    if (warning := quality_view.predicted_warning(made)) is not None:
+        terminal.say_warning(warning)
+    replay = [checkpoint] if checkpoint else []
+    replay += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
+    replay += ["--autoencoder", autoencoder] if autoencoder else []
+    _show(terminal, made, paper, replay, output, as_json)
 
 
 def _show(
-    terminal: Terminal, made: Plan, paper: PaperRow | None, checkpoint: str | None, output: Path | None, as_json: bool
+    terminal: Terminal, made: Plan, paper: PaperRow | None, replay: list[str], output: Path | None, as_json: bool
 ) -> None:
+    """`replay`: what export must be given beside the plan."""
     from kind_edge.cli.plan_view import print_plan
 
     values = made.to_dict()
@@ -178,10 +189,9 @@ def _show(
         terminal.out.print(_paper_table([("this plan", paper)]))
     terminal.out.print()
     if output is not None:
-        source = f" {checkpoint}" if checkpoint else ""
         terminal.line(Text.assemble(("  written  ", "dim"), str(output)))
-        heal = f" --heal {made.resize['heal_s']:.0f}s" if made.resize else ""
-        terminal.line(Text.assemble(("  next     ", "dim"), f"kind-edge export{source} --plan {output}{heal}"))
+        heal = ["--heal", f"{made.resize['heal_s']:.0f}s"] if made.resize else []
+        terminal.next("export", *replay, "--plan", str(output), *heal)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -190,8 +200,9 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _refuse_with_arch(values: dict[str, Any]) -> None:
-    given = [name for name, value in values.items() if value is not None]
+def _refuse_with_arch(context: typer.Context) -> None:
+    asked = (name for name in context.params if name not in OF_ARCHITECTURE)
+    given = [name for name in asked if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
         names = ", ".join("CHECKPOINT" if name == "checkpoint" else f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(f"--arch has no weights to decide about, so it does not go with {names}; leave that out")
