@@ -9,6 +9,9 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+MANY_NAMES = 20
+"""As many known names as a message lists."""
+
 
 class KindEdgeError(Exception):
     """Base of the tree. Anything else that reaches the command line is a bug of ours (exit code 70)."""
@@ -50,15 +53,22 @@ class InputError(KindEdgeError):
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names closest to `name`, as ", "-joined text for a message; all of them if none is close."""
     candidates = list(known)
+    return ", ".join(_close(name, candidates, count) or candidates)
+
+
+def unknown(kind: str, name: str, names: Iterable[str], else_do: str = "") -> UsageError:
+    """The refusal of a name that is not known: with the nearest names that are, or, where none is near, with all of
+    them and what to do if it is none of these.
+    """
+    candidates = list(names)
+    text = f"unknown {kind} {name!r}"
+    if close := _close(name, candidates, count=3):
+        return UsageError(f"{text}; did you mean: {', '.join(close)}?")
+    more = f" and {len(candidates) - MANY_NAMES} more" if len(candidates) > MANY_NAMES else ""
+    known = f"known: {', '.join(candidates[:MANY_NAMES])}{more}" if candidates else ""
+    return UsageError("; ".join(filter(None, (text, known, else_do))))
+
+
+def _close(name: str, candidates: list[str], count: int) -> list[str]:
     lowered = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)
-    return ", ".join(lowered[match] for match in close) if close else ", ".join(candidates)
-
-
-def unknown(kind: str, name: str, known: Iterable[str]) -> UsageError:
-    """The refusal of a name that is not known, with the nearest names that are."""
-    candidates = list(known)
-    suggestion = nearest(name, candidates)
-    return UsageError(
-        f"unknown {kind} {name!r}; did you mean: {suggestion}?" if candidates else f"unknown {kind} {name!r}"
-    )
+    return [lowered[match] for match in difflib.get_close_matches(name.lower(), lowered, n=count, cutoff=0.5)]

@@ -134,8 +134,9 @@ def format_params(value: float) -> str:
 
 
 def format_share(value: float) -> str:
-    """0.4 -> "40 %"."""
-    return f"{value * 100:.3g} %"
+    """0.4 -> "40 %", 15.2 -> "1,520 %"."""
+    percent = _round3(value * 100)
+    return f"{percent:,.0f} %" if abs(percent) >= 1000 else f"{percent:g} %"
 
 
 def _format(value: float, scales: list[tuple[str, float]]) -> str:

@@ -17,6 +17,7 @@ from kind_edge.units import (
     format_flops_per_second,
     format_params,
     format_seconds,
+    format_share,
     parse_quantity,
 )
 
@@ -107,3 +108,4 @@ def test_formats() -> None:
     assert format_params(70_192_160) == "70.2 M"
     assert format_params(12) == "12"
     assert format_bytes(math.inf) == "inf B"
+    assert [format_share(share) for share in (0.4, 0.00066, 9.996, 15.23)] == ["40 %", "0.066 %", "1,000 %", "1,520 %"]

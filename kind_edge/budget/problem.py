@@ -43,6 +43,12 @@ from kind_edge.units import Quantity
 GRAPH_BYTES_PER_OPERATOR = 180
 """Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
 
+DYNAMIC_BYTES_PER_OPERATOR = 310
+"""The same of the two operators of a product in int8, which are five nodes: a cast and two scales come with them."""
+
+TAILOR_BYTES_PER_OPERATOR = 100
+"""The same of a tailor's operators, which have no constants of their own: all gathers are from the same few tables."""
+
 Objective = Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"]
 
 LIMIT_NAMES = {
@@ -220,10 +226,20 @@ class Deployment:
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": cost.weight_bytes + cost.operators * self._operator_bytes,
+            "weight_bytes": self._file_bytes(cost),
             "peak_memory_bytes": memory_bytes,
             "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
+
+    def _file_bytes(self, cost: MatrixCost | FixedCost) -> int:
+        """What the file takes for values and for the graph round them: rather too much than too little."""
+        each = self._operator_bytes
+        if isinstance(cost, MatrixCost) and each == GRAPH_BYTES_PER_OPERATOR:
+            if cost.layer.tailor_rank:
+                each = TAILOR_BYTES_PER_OPERATOR
+            elif cost.layer.precision == "int8":
+                each = DYNAMIC_BYTES_PER_OPERATOR
+        return cost.weight_bytes + cost.operators * each
 
     @property
     def _operator_bytes(self) -> int:
@@ -367,9 +383,7 @@ class Deployment:
         for matrix in self.spec.matrices():
             ranks = self.spec.ranks(matrix.name)
             shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
-            largest += max(cost.weight_bytes + cost.operators * self._operator_bytes for cost in shared)
-            tailors = self.tailors(matrix, ranks.tailor, "fp32")
-            largest += tailors.weight_bytes + tailors.operators * self._operator_bytes
+            largest += max(map(self._file_bytes, shared)) + self._file_bytes(self.tailors(matrix, ranks.tailor, "fp32"))
         return largest
 
 

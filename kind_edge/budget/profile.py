@@ -37,6 +37,8 @@ NPU_PROVIDERS = ("qnn-", "coreml-ane")
 
 PACKAGE = "kind_edge.profiles"
 HOST = "host"
+OWN_DEVICE = "for another device give a TOML file of its figures: docs/profiles.md"
+"""What to do about a device that has no profile here."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def load_profile(name_or_path: str | Path) -> DeviceProfile:
         path = Path(name_or_path)
         return parse_profile(read_text(path, "the profile"), path.stem, str(path))
     if text not in profile_names():
-        raise unknown("profile", text, profile_names())
+        raise unknown("profile", text, profile_names(), OWN_DEVICE)
     if text == HOST:
         from kind_edge.budget.host import host_profile  # onnx and onnxruntime only where this machine is measured
 

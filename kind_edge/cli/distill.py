@@ -78,7 +78,7 @@ def distill(
     terminal.out.print(tables.heading("Checkpoint", str(folder)))
     terminal.out.print(tables.facts(_result(folder)))
     terminal.out.print()
-    terminal.line(f"  next        kind-edge export {folder} --profile host")
+    terminal.next("export", str(folder), "--profile", "host", column=12)
 
 
 def _result(folder: Path) -> Iterator[tuple[str, str]]:

@@ -93,4 +93,4 @@ def _print(terminal: Terminal, done: Imported) -> None:
     ]
     terminal.out.print(tables.facts(rows))
     terminal.out.print()
-    terminal.line(f"  next        kind-edge inspect {done.folder}")
+    terminal.next("inspect", str(done.folder), column=12)

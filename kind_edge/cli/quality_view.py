@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from kind_edge.budget.words import predicted_words
 from kind_edge.cli import tables
 
 if TYPE_CHECKING:
+    from kind_edge.budget.plan import Plan
     from kind_edge.deploy.quality import Quality
 
 LARGE_INCREASE = 0.25
@@ -49,6 +51,15 @@ def warning(values: Mapping[str, Mapping[str, Any]]) -> str | None:
     if _deviates(values):
         what = f"the prediction for {name} is off by {_change(values[name]):.0%} of its energy"
     return f"{what}: its pictures will show it; look at preview.png, and relax a limit or keep fewer classes"
+
+
+def predicted_warning(plan: Plan) -> str | None:
+    """The same before anything is made, of what is predicted."""
+    increase = plan.predicted_loss_increase or 0.0
+    if increase <= (LARGE_SHARE if plan.inside_guidance is not None else LARGE_INCREASE):
+        return None
+    told = predicted_words(increase, plan.predicted_frechet)
+    return f"predicted {told}: the pictures will show it; relax a limit or keep fewer classes"
 
 
 def summary(values: Mapping[str, Mapping[str, Any]]) -> str:

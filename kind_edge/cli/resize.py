@@ -75,4 +75,4 @@ def _print(terminal: Terminal, done: Checkpoint, output: Path) -> None:
     terminal.out.print(tables.heading("Checkpoint", str(output)))
     terminal.out.print(tables.facts([*rows, ("method", done.provenance["resized"]["method"])]))
     terminal.out.print()
-    terminal.line(f"  next        kind-edge train --from {output} -o {output}-trained")
+    terminal.next("train", "--from", str(output), "-o", f"{output}-trained", column=12)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -54,6 +55,11 @@ class Terminal:
     def line(self, message: str | Text) -> None:
         """A line of the result that is never wrapped: paths and commands can be copied."""
         self.out.print(message if isinstance(message, Text) else Text(message), soft_wrap=True)
+
+    def next(self, *words: str, column: int = 9) -> None:
+        """The command to try next, as a shell takes it: its name, then `words`; `column` is where the values begin."""
+        command = shlex.join(("kind-edge", *words))
+        self.line(Text.assemble((f"  {'next':{column}}", "dim"), command))
 
     def json(self, values: Mapping[str, Any]) -> None:
         """The one JSON object of --json."""

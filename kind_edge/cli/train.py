@@ -114,7 +114,7 @@ def train(
     terminal.out.print(tables.heading("Checkpoint", str(folder)))
     terminal.out.print(tables.facts(_result(folder)))
     terminal.out.print()
-    terminal.line(f"  next        kind-edge export {folder} --profile host")
+    terminal.next("export", str(folder), "--profile", "host", column=12)
 
 
 def _chosen(preset: str | None, config: Path | None, begin: str | None) -> TrainConfig | None:

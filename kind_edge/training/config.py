@@ -138,7 +138,7 @@ PRESETS: dict[str, TrainConfig] = {
 
 def preset(name: str) -> TrainConfig:
     if name not in PRESETS:
-        raise unknown("preset", name, PRESETS)
+        raise unknown("preset", name, PRESETS, "for images of your own write a configuration and give it with --config")
     return PRESETS[name]
 
 

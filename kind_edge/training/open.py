@@ -113,7 +113,10 @@ def _open_fashion_mnist(spec: ModelSpec, path: Path | None, only: Sequence[str] 
     except InputError as error:
         if path is None or dataset_at(path) == "fashion-mnist":
             raise
-        raise InputError(f'{error}; for images of your own set dataset = "files" in a --config') from error
+        raise InputError(
+            f"{path} has none of Fashion-MNIST's files, which this configuration is for; images of your own want "
+            'one with dataset = "files", given with --config: docs/data.md begins with such a file'
+        ) from error
     split = fashion_mnist_split(dataset, HELDOUT_PER_CLASS)
     return split if only is None else split.of_classes(names)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from kind_edge.cli import run
-from kind_edge.errors import GateError
+from kind_edge.errors import GateError, unknown
 
 PLAN = ("plan", "--profile", "apple-a18")
 ARCH = (*PLAN, "--arch", "DiT-B/2")
@@ -24,6 +24,8 @@ USAGE = {
     "missing option": (("train", "--preset", "smoke"), "'--output' / '-o'"),
     "missing profile": (("export",), "kind-edge profiles list"),
     "profile": (("plan", "--profile", "snapdragon8g"), "snapdragon8g3"),
+    "profile like none": (("plan", "--profile", "my-phone"), "known: apple-a17pro, "),
+    "device of one's own": (("plan", "--profile", "my-phone"), "docs/profiles.md"),
     "profile to show": (("profiles", "show", "aple-a18"), "apple-a18"),
     "bare size": ((*PLAN, "--max-size", "300"), "MiB"),
     "bare latency": (("export", "--profile", "apple-a18", "--max-latency", "4"), "250ms"),
@@ -31,6 +33,9 @@ USAGE = {
     "format": (("export", "--profile", "apple-a18", "--formats", "onx"), "onnx"),
     "no format": (("export", "--profile", "apple-a18", "--formats", ","), "onnx"),
     "Core ML not asked for": (("export", "--profile", "apple-a18", "--coreml-target", "iOS16"), "add coreml"),
+    "Core ML of a plan": ((*PLAN, "--coreml-weights", "int8"), "add coreml"),
+    "front of packages": ((*PLAN, "--pareto", "--formats", "coreml"), "--formats"),
+    "packages without weights": ((*ARCH, "--num-classes", "9", "--formats", "coreml"), "--formats"),
     "nameless class pack": (
         ("export", "--profile", "apple-a18", "--formats", "coreml", "--coreml-function", "bag"), "shoes=",
     ),
@@ -67,6 +72,15 @@ def test_an_unknown_class_is_refused_with_the_nearest(call: Callable[..., Any], 
     ):
         assert (answer.code, answer.out) == (2, "")
         assert "unknown class 'sneker'; did you mean: sneaker" in answer.err
+
+
+def test_a_name_like_no_other_is_not_guessed_at() -> None:
+    """Were all names "meant", the nearest would be lost among them; and a thousand classes are no help."""
+    assert str(unknown("class", "xyz", ["bag", "coat"])) == "unknown class 'xyz'; known: bag, coat"
+    many = [f"class {i:04}" for i in range(1000)]
+    assert str(unknown("breed", "xyz", many)).endswith("class 0019 and 980 more")
+    assert str(unknown("breed", "class 07", many)).count("class 0") == 4
+    assert str(unknown("model", "a", [], "see elsewhere")) == "unknown model 'a'; see elsewhere"
 
 
 def test_generate_names_the_classes_there_are(call: Callable[..., Any], bundle: Path) -> None:

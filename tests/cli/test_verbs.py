@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import pytest
 from PIL import Image
 
 from kind_edge.budget.plan import read_plan
+from kind_edge.budget.profile import packaged_text
+from kind_edge.cli import quality_view
 from kind_edge.cli.generate import columns_for
 from kind_edge.cli.run import split_verbosity
 
@@ -85,15 +89,29 @@ def test_plan_of_a_checkpoint(call: Callable[..., Any], checkpoint: Path, tmp_pa
     values = answer.json()
     assert values.keys() >= PLAN_KEYS
     assert values["classes"] == ["bag", "sneaker"]
-    assert read_plan(tmp_path / "plan.json").to_dict() == values
+    plan = read_plan(tmp_path / "plan.json")
+    assert plan.to_dict() == values
     shown = call("-q", *command, "--convention", "paper")
     assert (shown.code, shown.err) == (0, "")
     assert {"bag, sneaker", "learngene", "dense fp32", "one image (s)"} <= set(_phrases(shown.out))
+    assert quality_view.predicted_warning(dataclasses.replace(plan, predicted_loss_increase=0.2)) is None
+    seen = quality_view.predicted_warning(dataclasses.replace(plan, predicted_loss_increase=0.3))
+    assert seen is not None
+    assert seen.startswith("predicted loss +30 %")
     refused = call("export", checkpoint, "--plan", tmp_path / "plan.json", "--classes", "bag")
     assert (refused.code, refused.out) == (2, "")
     assert "--classes" in refused.err
     other = call("export", checkpoint, "--plan", tmp_path / "plan.json", "--profile", "apple-m4")
     assert (other.code, other.out) == (2, "")
+
+
+def test_what_plan_tells_to_try_next_can_be_pasted(call: Callable[..., Any], checkpoint: Path, tmp_path: Path) -> None:
+    """Spaces in names, and a device that only a file knows."""
+    board, wanted = tmp_path / "my board.toml", tmp_path / "my plan.json"
+    board.write_text(packaged_text("raspberry-pi-5"), encoding="utf-8")
+    shown = call("plan", checkpoint, "--profile", board, "--steps", 2, "-o", wanted)
+    command = shlex.split(shown.out.splitlines()[-1].split("next")[1])
+    assert command == ["kind-edge", "export", str(checkpoint), "--profile", str(board), "--plan", str(wanted)]
 
 
 def _phrases(text: str) -> list[str]:

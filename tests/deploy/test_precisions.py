@@ -9,15 +9,21 @@ from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 
 from kind_edge.budget.plan import read_plan
 from kind_edge.budget.precision import PRECISIONS, Precision, denoiser_path
 from kind_edge.cli.options import PrecisionChoice
 from kind_edge.deploy import pipeline
+from kind_edge.deploy.cut import make_cut
+from kind_edge.deploy.merge import fold
 from kind_edge.deploy.parity import psnr_db
+from kind_edge.deploy.request import open_model
 from kind_edge.deploy.runtime import load_bundle
+from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.verify import load_reference
 from kind_edge.errors import InputError, UsageError
+from kind_edge.registry import exporters
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 PHONE, CLASSES = "snapdragon8g3", ["shirt", "bag"]
@@ -60,6 +66,19 @@ def test_a_bundle_of_another_precision(
     if static:
         again = pipeline.export(tiny_folder, plan=plan, output=tmp_path / "again")
         assert (again.path / file).read_bytes() == (bundle / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_file_in_int8_keeps_the_size_that_its_plan_promised(tmp_path: Path) -> None:
+    """Or `plan --max-size -o` would write plans that `export --plan` refuses: never larger, and by little smaller."""
+    model = open_model("fashion-mnist")
+    plan = pipeline.plan(model, profile=PHONE, classes=["bag"], form="single", precision="int8", max_size="1MiB")
+    table = sampler_table(plan.sampler, model.checkpoint.spec.objective, plan.steps)
+    plain = fold(make_cut(model, plan).truncated, plan, torch.from_numpy(table.timestep))
+    (onnx,) = exporters(("onnx",))
+    onnx.export(plain, tmp_path, ("int8",))
+    spare_bytes = plan.weight_bytes - (tmp_path / denoiser_path("int8")).stat().st_size
+    assert 0 <= spare_bytes <= 0.01 * plan.weight_bytes
 
 
 def test_a_plan_says_what_it_is(tiny_folder: Path, made_once: MadeOnce, tmp_path: Path) -> None:

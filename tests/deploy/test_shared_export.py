@@ -13,7 +13,7 @@ import torch
 from kind_edge.budget.deployed import deployed_fixed_cost
 from kind_edge.budget.plan import MatrixPlan, Plan, check_replayable
 from kind_edge.budget.precision import PRECISIONS, denoiser_path
-from kind_edge.budget.problem import GRAPH_BYTES_PER_OPERATOR
+from kind_edge.budget.problem import GRAPH_BYTES_PER_OPERATOR, TAILOR_BYTES_PER_OPERATOR
 from kind_edge.deploy.inspection import inspect
 from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.merge_check import check_merge
@@ -126,7 +126,9 @@ def test_a_plan_counts_once_what_blocks_have_in_common(planned: Plan, folder: Pa
     checkpoint = load_checkpoint(folder)
     params, flops, operators = recounted(checkpoint.spec, planned)
     assert (planned.params, planned.flops) == (params, flops)
-    assert planned.weight_bytes == 4 * params + GRAPH_BYTES_PER_OPERATOR * operators <= 100_000
+    of_tailors = 5 * sum(1 for matrix in planned.matrices.values() if matrix.tailor_rank)
+    graph = GRAPH_BYTES_PER_OPERATOR * (operators - of_tailors) + TAILOR_BYTES_PER_OPERATOR * of_tailors
+    assert planned.weight_bytes == 4 * params + graph <= 100_000
     assert planned.binding == ("max_size",)
     assert not planned.dropped_branches
     for kind, first in checkpoint.spec.weight_types().items():
