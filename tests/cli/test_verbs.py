@@ -145,7 +145,7 @@ def test_inspect_a_checkpoint(call: Callable[..., Any], checkpoint: Path) -> Non
     assert values["kind"] == "checkpoint"
     assert values["ranks"] == {"learngene": [12, 12], "tailor": [2, 2]}
     assert values["provenance"] == {"seed": 0}
-    weights = {name: size for name, size in values["parts"].items() if name != "sensitivity"}
+    weights = {name: size for name, size in values["parts"].items() if name not in ("sensitivity", "calibration")}
     assert sum(weights.values()) == 4 * values["parameters"]  # float32
     shown = call("inspect", checkpoint).out
     assert "learngene 12, tailor 2" in shown
