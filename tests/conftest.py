@@ -216,6 +216,16 @@ def autoencoders(made_once: Callable[[str, Callable[[Path], object]], Path]) -> 
 
 
 @pytest.fixture(scope="session")
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """Every file below a folder, by path with forward slashes."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def parse_swift() -> Callable[[str], Any]:
     """The syntax tree of Swift source; what is no Swift fails here."""
     import tree_sitter

@@ -20,6 +20,7 @@ from kind_edge.budget.deployed import baked_table_values
 from kind_edge.budget.plan import MatrixPlan, dropped_branches, file_precision
 from kind_edge.budget.precision import Unit
 from kind_edge.budget.problem import Deployment
+from kind_edge.budget.profile import DeviceProfile
 from kind_edge.model.names import weight_type
 from kind_edge.model.spec import FREQUENCY_WIDTH, MatrixShape, ModelSpec
 
@@ -85,12 +86,26 @@ def reached_units(providers: Sequence[str]) -> tuple[Unit, ...]:
     return tuple(unit for unit, provider in _PROVIDERS.items() if provider in providers)
 
 
-def coreml_estimate(
-    deployment: Deployment, matrices: Mapping[str, MatrixPlan], packaging: Packaging | None = None
-) -> dict[str, int | float | str]:
-    """What a plan says of its packages: how they are made, bytes of each, and seconds of an image by unit.
+def most_app_bytes(limits: Mapping[str, float], profile: DeviceProfile) -> dict[str, int]:
+    """`limit_bytes`: the most that an app's model files may take, by a plan's limits and by the device's store; nothing
+    where neither says."""
+    said = [limits["max_size"]] if "max_size" in limits else []
+    if profile.store is not None:
+        said.append(profile.store.model_bytes.value)
+    return {"limit_bytes": int(min(said))} if said else {}
 
-    `app_bytes` is what an app needs of them. A unit without figures for fp16 has no time.
+
+def coreml_estimate(
+    deployment: Deployment,
+    matrices: Mapping[str, MatrixPlan],
+    packaging: Packaging | None = None,
+    limits: Mapping[str, float] | None = None,
+) -> dict[str, int | float | str]:
+    """What a plan with such `limits` says of its packages: how they are made, bytes of each, and seconds of an image by
+    unit.
+
+    `app_bytes` is what an app needs of them, `limit_bytes` the most that it may be. A unit without figures for fp16 has
+    no time.
     """
     packaging = packaging or Packaging()
     candidate = deployment.candidate
@@ -100,8 +115,9 @@ def coreml_estimate(
         "mark": "E", "target": packaging.target, "layout": layout, "weights": weights,
         **dict(_package_bytes(deployment, matrices, packaging, layout, weights)),
     }  # fmt: skip
-    found["app_bytes"] = sum(int(found.get(f"{role}_bytes", 0)) for role in APP_ROLES)
     profile = deployment.request.profile
+    found["app_bytes"] = sum(int(found.get(f"{role}_bytes", 0)) for role in APP_ROLES)
+    found |= most_app_bytes(limits or {}, profile)
     halves = {
         name: each if each.gone else dataclasses.replace(each, precision="fp16") for name, each in matrices.items()
     }

@@ -204,7 +204,7 @@ _RESIZE = ("depth", "width", "method", "heal_s")
 _DECODER = ("autoencoder_sha256", "precision", "tiles", "params", "flops", "weight_bytes")
 _COREML = ("mark", "target", "layout", "weights", "denoiser_bytes", "app_bytes")
 _COREML_FIGURES = (
-    "sampler_bytes", "decoder_bytes",
+    "sampler_bytes", "decoder_bytes", "limit_bytes",
     *(f"{unit}_{name}_s" for unit in ("npu", "gpu") for name in ("image_latency", "sustained_image_latency")),
 )  # fmt: skip
 

@@ -249,6 +249,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
     increase = source.losses(candidate.form, request.classes).increase(matrices)
     precision = file_precision(matrices)
     limits = {limit_name(cost): float(limit) for cost, limit in deployment.limits().items()}
+    reached = reached_units(request.profile.execution_providers)
     return Plan(
         model=source.name,
         checkpoint_sha256=source.checkpoint_sha256,
@@ -288,7 +289,7 @@ def figures_of(source: Source, way: Way, matrices: Mapping[str, MatrixPlan]) -> 
         burst=request.burst,
         decoder=deployment.decoder.to_dict(precision),
         resize=source.resize,
-        coreml=coreml_estimate(deployment, matrices) if reached_units(request.profile.execution_providers) else {},
+        coreml=coreml_estimate(deployment, matrices, limits=limits) if reached else {},
     )
 
 

@@ -142,8 +142,10 @@ def _at_full_rank(rank: int, loss: float) -> NDArray[np.float64]:
     return np.array([*[math.inf] * rank, loss])
 
 
-def make_plan_of_any_size(sources: Sequence[Source], request: Request) -> Plan:
-    """The best plan over the whole model, which is the first of `sources`, and its other sizes.
+def make_plan_of_any_size(
+    sources: Sequence[Source], request: Request, solve: Callable[[Source, Request], Plan] = make_plan
+) -> Plan:
+    """The best plan over the whole model, which is the first of `sources`, and its other sizes, each found by `solve`.
 
     Percentages of limits, and the plan's comparison, are of the dense model of the whole one's shape. Raises what
     `make_plan` does: if nothing fits at any size, the refusal of the whole model.
@@ -154,7 +156,7 @@ def make_plan_of_any_size(sources: Sequence[Source], request: Request) -> Plan:
     failures: list[NoPlanError] = []
     for source in sources:
         try:
-            plans.append(make_plan(source, asked))
+            plans.append(solve(source, asked))
         except NoPlanError as error:
             failures.append(error)
     if not plans:

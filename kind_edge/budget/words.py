@@ -53,6 +53,9 @@ def coreml_words(coreml: Mapping[str, int | float | str]) -> Iterator[tuple[str,
             f"{coreml['target']}, {coreml['layout']}"
         ),
     )
+    most = float(coreml.get("limit_bytes", "inf"))
+    if float(coreml["app_bytes"]) > most:
+        yield "", f"an app may have {format_bytes(most)}: with --formats coreml the model is cut until they fit"
     for unit, name in _COREML_UNITS.items():
         if f"{unit}_image_latency_s" in coreml:
             first, lasting = (

@@ -14,7 +14,6 @@ from kind_edge.cli import export_many, options, quality_view, refusal_view, tabl
 from kind_edge.cli.tables import Cell
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
-from kind_edge.registry import FORMATS
 from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
@@ -36,10 +35,7 @@ def export(
             show_default="./<model>-<profile>",
         ),
     ] = None,
-    formats: Annotated[
-        str,
-        typer.Option("--formats", metavar="|".join(FORMATS), help="What to write beside onnx, comma separated."),
-    ] = "onnx",
+    formats: options.Formats = "onnx",
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Replay a plan instead of making one; it has its own choices."),
@@ -103,19 +99,14 @@ def export(
         export_many.check(profile, profiles, classes, classes_file, plan_file)
     elif profile is None and plan_file is None:
         raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
-    wanted = _known_formats(formats)
+    wanted = options.known_formats(formats)
     choices = {
         "classes": options.split_names(classes), "steps": steps, "guidance": guidance, "sampler": sampler,
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
         "max_quality_loss": max_quality_loss, "minimize": minimize, "form": form, "precision": precision, "unit": unit,
         "modulation": modulation, "burst": burst, "autoencoder": autoencoder,
     }  # fmt: skip
-    coreml: dict[str, object] = {
-        "target": coreml_target, "weights": coreml_weights, "layout": coreml_layout, "batch": coreml_batch,
-        "functions": options.class_sets(coreml_function),
-    }  # fmt: skip
-    if "coreml" not in wanted and tuple(coreml.values()) != options.COREML_DEFAULTS:
-        raise UsageError("--coreml-...: no Core ML packages are written; add coreml to --formats, or leave that out")
+    coreml = options.coreml_choices(wanted, coreml_target, coreml_weights, coreml_layout, coreml_function, coreml_batch)
     options.check_writable(output or Path("bundle"))
     key = options.signing_key(sign)
     if many:
@@ -166,18 +157,6 @@ def _healing_kept(terminal: Terminal, heal: str | None) -> Iterator[None]:
 
 def _healing_details(now: HealingProgress) -> str:
     return f"step {now.step}, loss {now.loss:.4f}"
-
-
-def _known_formats(text: str) -> list[str]:
-    from kind_edge.errors import unknown
-
-    names = options.split_names(text) or []
-    if not names:
-        raise UsageError(f"--formats: none given; known: {', '.join(FORMATS)}")
-    for name in names:
-        if name not in FORMATS:
-            raise unknown("format", name, FORMATS)
-    return names
 
 
 def print_bundle(terminal: Terminal, bundle: Bundle) -> None:

@@ -17,7 +17,8 @@ from kind_edge.units import format_seconds
 
 if TYPE_CHECKING:
     from kind_edge.cli.terminal import OnCount
-    from kind_edge.deploy.fleet import Fleet, FleetBundle, FleetProgress
+    from kind_edge.deploy.fleet import Fleet, FleetBundle
+    from kind_edge.deploy.fleet_progress import FleetProgress
 
     OnProgress = Callable[[FleetProgress], None]
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kind_edge.errors import UsageError, unknown
+from kind_edge.registry import FORMATS
 from kind_edge.units import Kind, parse_duration, parse_quantity, parse_share
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ CoreMLLayoutChoice = Literal["auto", "tokens", "channels"]
 CoreMLBatchChoice = Literal["fixed", "flexible"]
 
 COREML = "Core ML packages (--formats coreml)"
-COREML_DEFAULTS = ("iOS18", "auto", "auto", "fixed", ())
+_COREML_DEFAULTS = ("iOS18", "auto", "auto", "fixed", ())
 CHOICES, LIMITS = "What to deploy", "Limits, each with a unit, or as a share of the dense fp32 model (40%)"
 SHIPPED = "fashion-mnist"
 PASSPHRASE = "KIND_EDGE_PASSPHRASE"
@@ -50,6 +51,33 @@ def class_sets(texts: list[str] | None) -> tuple[tuple[str, tuple[str, ...]], ..
             raise UsageError(f"--coreml-function: got {text!r}, want a name and its classes: shoes=sneaker,sandal")
         found.append((name.strip(), tuple(split_names(classes) or ())))
     return tuple(found)
+
+
+def known_formats(text: str) -> list[str]:
+    """ "onnx, coreml" -> ["onnx", "coreml"]."""
+    names = split_names(text) or []
+    if not names:
+        raise UsageError(f"--formats: none given; known: {', '.join(FORMATS)}")
+    for name in names:
+        if name not in FORMATS:
+            raise unknown("format", name, FORMATS)
+    return names
+
+
+def coreml_choices(
+    formats: Sequence[str], target: str, weights: str, layout: str, functions: list[str] | None, batch: str = "fixed"
+) -> dict[str, Any]:
+    """What the exporter of Core ML is to be told; `UsageError` where it is not among the formats."""
+    asked = {
+        "target": target,
+        "weights": weights,
+        "layout": layout,
+        "batch": batch,
+        "functions": class_sets(functions),
+    }
+    if "coreml" not in formats and tuple(asked.values()) != _COREML_DEFAULTS:
+        raise UsageError("--coreml-...: no Core ML packages are written; add coreml to --formats, or leave that out")
+    return asked
 
 
 def known_profile(text: str | None) -> str | None:
@@ -240,6 +268,10 @@ MaxQualityLoss = Annotated[
 Minimize = Annotated[
     MinimizeChoice | None,
     typer.Option("--minimize", help="What smallest means: size by default.", rich_help_panel=LIMITS),
+]
+Formats = Annotated[
+    str,
+    typer.Option("--formats", metavar="|".join(FORMATS), help="What to write beside onnx, comma separated."),
 ]
 CoreMLTarget = Annotated[
     CoreMLTargetChoice,

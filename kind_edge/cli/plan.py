@@ -12,6 +12,7 @@ from rich.text import Text
 from kind_edge.cli import options, plan_many, quality_view, refusal_view, tables
 from kind_edge.cli.terminal import Terminal, terminal_of
 from kind_edge.errors import UsageError
+from kind_edge.registry import FORMATS
 
 if TYPE_CHECKING:
     from kind_edge.budget.architecture import ArchitectureCost
@@ -52,6 +53,14 @@ def plan(
     max_size: options.MaxSize = None,
     max_quality_loss: options.MaxQualityLoss = None,
     minimize: options.Minimize = None,
+    formats: Annotated[
+        str,
+        typer.Option("--formats", metavar="|".join(FORMATS), help="What export is to write: the plan fits all of it."),
+    ] = "onnx",
+    coreml_target: options.CoreMLTarget = "iOS18",
+    coreml_weights: options.CoreMLWeights = "auto",
+    coreml_layout: options.CoreMLLayout = "auto",
+    coreml_function: options.CoreMLFunction = None,
     pareto: Annotated[
         bool,
         typer.Option(
@@ -114,6 +123,8 @@ def plan(
         "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
         "max_quality_loss": max_quality_loss, "minimize": minimize,
     }  # fmt: skip
+    wanted = options.known_formats(formats)
+    coreml = options.coreml_choices(wanted, coreml_target, coreml_weights, coreml_layout, coreml_function)
     if arch is not None:
         fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
         fixed |= {
@@ -121,6 +132,7 @@ def plan(
             "pareto": "" if pareto else None,
             "profiles": profiles,
             "burst": burst or None,
+            "formats": None if wanted == ["onnx"] else formats,
         }
         chosen = {"form": form, "modulation": modulation}
         fixed |= {"autoencoder": autoencoder}
@@ -141,11 +153,14 @@ def plan(
     }  # fmt: skip
     if allow_resize is not None and (devices or pareto):
         raise UsageError("--allow-resize goes with one plan; leave out --pareto and --profiles")
+    written: dict[str, Any] = {"formats": wanted, "format_choices": {"coreml": coreml}}
     if devices:
-        plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices, output, as_json)
+        plan_many.profiles(terminal, checkpoint or options.SHIPPED, devices, choices | written, output, as_json)
         return
     assert profile is not None  # one of the two is given
     if pareto:
+        if wanted != ["onnx"]:
+            raise UsageError("--pareto shows model files in ONNX, so it does not go with --formats")
         plan_many.pareto(terminal, checkpoint or options.SHIPPED, profile, choices, output, as_json)
         return
     with refusal_view.shown(terminal, as_json), terminal.stages() as begin, terminal.measuring() as on_measure:
@@ -155,7 +170,7 @@ def plan(
         made = pipeline.plan(
             checkpoint or options.SHIPPED, profile=profile, allow_resize=allow_resize, on_measure=on_measure,
             on_healing=lambda now: begin.count(now.seconds, now.total_s, "s", f"step {now.step}, loss {now.loss:.4f}"),
-            **choices,
+            **written, **choices,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
     if (warning := quality_view.predicted_warning(made)) is not None:

@@ -180,22 +180,28 @@ def latency_gate(plan: Plan, device: DeviceProfile, image: LatencyReport) -> Non
         )
 
 
-def missing_bytes(plan: Plan, model_bytes: int, last: bool) -> int:
-    """By how much prediction fell short of a file that misses --max-size, 0 for one that keeps it.
+def missing_bytes(plan: Plan, model_bytes: int, package_bytes: int, last: bool) -> int:
+    """By how much prediction fell short of a model file, or of Core ML packages, that miss their limit; 0 where they
+    keep it.
 
-    Raises `GateError` where it must have fitted at `last`.
+    Raises `GateError` where they must have fitted at `last`.
     """
-    excess = model_bytes - plan.limits.get("max_size", float("inf"))
-    if excess <= 0:
-        return 0
-    if last:
-        asked_kib = int(plan.limits["max_size"] - (model_bytes - plan.weight_bytes)) // 1024
-        raise GateError(
-            f"--max-size: the model file takes {format_bytes(model_bytes)}, {format_bytes(excess)} over the limit and "
-            f"more than was predicted; plan again with --max-size {asked_kib}KiB, "
-            "or give export the limit itself in place of --plan: then it plans until the file fits"
-        )
-    return max(0, model_bytes - plan.weight_bytes)
+    package_limit = float(plan.coreml.get("limit_bytes", float("inf")))
+    written = (
+        ("the model file takes", model_bytes, plan.weight_bytes, plan.limits.get("max_size", float("inf"))),
+        ("the Core ML packages take", package_bytes, int(plan.coreml.get("app_bytes", 0)), package_limit),
+    )
+    short = [0]
+    for what, size, predicted, limit in written:
+        if size > limit and last:
+            raise GateError(
+                f"--max-size: {what} {format_bytes(size)}, {format_bytes(size - limit)} over the limit and more than "
+                f"was predicted; plan again with --max-size {int(limit - (size - predicted)) // 1024}KiB, "
+                "or give export the limit itself in place of --plan: then it plans until the file fits"
+            )
+        if size > limit:
+            short.append(size - predicted)
+    return max(short)
 
 
 def draw_preview(folder: Path, manifest: Manifest) -> None:

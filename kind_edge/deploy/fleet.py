@@ -20,9 +20,10 @@ from kind_edge.deploy import assemble
 from kind_edge.deploy.bundle import check_replaceable
 from kind_edge.deploy.class_sets import check_set_name
 from kind_edge.deploy.fleet_crew import Crew
+from kind_edge.deploy.fleet_progress import FleetProgress, Now
 from kind_edge.deploy.fleet_record import RECORD, Record, digest
 from kind_edge.deploy.fleet_schedule import Group, Schedule
-from kind_edge.deploy.fleet_tasks import Failure, Finish, Job, MakeFiles, MeasureSensitivity, Open, Opened, Order, Task
+from kind_edge.deploy.fleet_tasks import Failure, Finish, Job, MeasureSensitivity, Open, Opened, Order, Task
 from kind_edge.deploy.made import Measured, measure
 from kind_edge.deploy.manifest import MANIFEST_NAME, Manifest, read_manifest
 from kind_edge.errors import KindEdgeError, UsageError, unknown
@@ -44,15 +45,6 @@ _CODES = (70, 4, 2, 1, 3, 0)
 """Exit codes, worst first."""
 
 OnCount = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class FleetProgress:
-    """`now`: what each worker does, by the name of the bundle."""
-
-    done: int
-    total: int
-    now: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -168,7 +160,7 @@ def _exported(
     load_profile(HOST)  # what is predicted for this machine: measured on first use, while nothing else runs
     cores = _cores()
     most = workers or cores
-    now = _Now(len(jobs), on_progress or (lambda _: None))
+    now = Now(len(jobs), on_progress or (lambda _: None))
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_leftovers, place, jobs)
         crew = stack.enter_context(Crew(order, min(most, len(jobs)), cores, now.stage, on_measure or (lambda *_: None)))
@@ -176,9 +168,10 @@ def _exported(
         opened = _opened(crew)
         _check_classes(jobs, opened)
         asked = {job: _asked(order, job, opened) for job in jobs}
-        kept = {job for job in jobs if _is_kept(job, record, asked[job])}
+        changes = {job: record.changes(job, asked[job]) for job in jobs}
+        kept = {job for job in jobs if changes[job] == [] and record.is_whole(job)}
         todo = [job for job in jobs if job not in kept]
-        _tell_of_others(jobs, todo, asked, record, on_note)
+        _tell_of_others(todo, changes, record, on_note)
         for job in todo:
             check_replaceable(job.destination)
         _remove_leftovers(place, jobs)
@@ -191,7 +184,7 @@ def _exported(
     return Fleet(place, tuple(_bundle(job, job in kept, schedule.outcome.get(job)) for job in jobs))
 
 
-def _work(crew: Crew, schedule: Schedule, now: _Now, complete: Callable[[Job], None]) -> None:
+def _work(crew: Crew, schedule: Schedule, now: Now, complete: Callable[[Job], None]) -> None:
     """Until nothing is left to be done."""
     while True:
         for number in crew.idle():
@@ -223,46 +216,6 @@ def _measured(group: Group) -> Measured | Failure:
         return measure(group.folder, group.made)
     except KindEdgeError as error:
         return Failure(type(error).__name__, str(error), error.exit_code)
-
-
-class _Now:
-    """Tells how far everything is."""
-
-    def __init__(self, total: int, tell: Callable[[FleetProgress], None]) -> None:
-        self._total, self._tell = total, tell
-        self._done = self._kept = 0
-        self._names: dict[int, str] = {}
-        self._stages: dict[int, str] = {}
-
-    def begins(self, number: int, task: Task) -> None:
-        name = task.job.name if isinstance(task, Finish) else task.name if isinstance(task, MakeFiles) else ""
-        self._names[number] = name
-        self.stage(number, "")
-
-    def alone(self, what: str) -> None:
-        self._names.clear()
-        self._stages = {0: what}
-        self._say()
-
-    def stage(self, number: int, what: str) -> None:
-        name = self._names.get(number, "")
-        self._stages[number] = f"{name}: {what}" if name and what else what
-        self._say()
-
-    def rest(self, numbers: set[int]) -> None:
-        self._stages = {number: stage for number, stage in self._stages.items() if number not in numbers}
-
-    def kept(self, count: int) -> None:
-        self._kept = count
-        self._say()
-
-    def count(self, done: int) -> None:
-        self._done = done
-        self._say()
-
-    def _say(self) -> None:
-        told = dict.fromkeys(stage for _, stage in sorted(self._stages.items()) if stage)
-        self._tell(FleetProgress(self._kept + self._done, self._total, tuple(told)))
 
 
 def _jobs(place: Path, profiles: Sequence[str], sets: Mapping[str | None, Any]) -> tuple[Job, ...]:
@@ -328,25 +281,19 @@ def _asked(order: Order, job: Job, opened: Opened) -> dict[str, Any]:
     }
 
 
-def _is_kept(job: Job, record: Record, asked: Mapping[str, Any]) -> bool:
-    return record.changes(job, asked) == [] and record.is_whole(job)
-
-
 def _tell_of_others(
-    jobs: Sequence[Job],
     todo: Sequence[Job],
-    asked: Mapping[Job, Mapping[str, Any]],
+    changes: Mapping[Job, Sequence[str] | None],
     record: Record,
     tell: Callable[[str], None],
 ) -> None:
-    """What becomes of bundles of earlier calls that are not simply kept."""
-    changes = {job.name: record.changes(job, asked[job]) for job in todo}
-    if other := {name: each for name, each in changes.items() if each}:
+    """What becomes of earlier bundles that are not simply kept; `changes`: by `Record.changes`, of every job."""
+    if other := {job.name: each for job in todo if (each := changes[job])}:
         what = ", ".join(sorted({each.replace("_", " ") for found in other.values() for each in found}))
         tell(f"made anew, as something else was asked for or given before ({what}): {', '.join(other)}")
-    if damaged := [name for name, each in changes.items() if each == []]:
+    if damaged := [job.name for job in todo if changes[job] == []]:
         tell(f"made anew, as the bundle is damaged or gone: {', '.join(damaged)}")
-    if left := sorted(set(record.entries) - {job.name for job in jobs}):
+    if left := sorted(set(record.entries) - {job.name for job in changes}):
         tell(f"left as they are, of an earlier export and not asked for now: {', '.join(left)}")
 
 

@@ -65,14 +65,14 @@ class Record:
         return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
     def is_whole(self, job: Job) -> bool:
-        """Whether a complete bundle is still there: its very manifest, and every file of its size."""
+        """Whether a complete bundle is still there: its very manifest, and every file that it names unchanged."""
         entry = self.entries[job.name]
         try:
             same = hash_file(job.destination / MANIFEST_NAME) == entry["manifest_sha256"]
             if not same or is_signed(job.destination) != (entry["asked"].get("sign") is not None):
                 return False
             files = read_manifest(job.destination).files
-            return all((job.destination / name).stat().st_size == each.size_bytes for name, each in files.items())
+            return all(hash_file(job.destination / name) == each.sha256 for name, each in files.items())
         except (OSError, InputError):
             return False
 

@@ -127,7 +127,7 @@ class Schedule:
         self._solved[job] += 1
         try:
             last = self._solved[job] >= SIZE_ATTEMPTS
-            spare_bytes = missing_bytes(self._plans[job], group.made.model_bytes, last)
+            spare_bytes = missing_bytes(self._plans[job], group.made.model_bytes, group.made.package_bytes, last)
         except GateError as error:
             group.waiting.remove(job)
             self.outcome[job] = Failure("GateError", str(error), error.exit_code)

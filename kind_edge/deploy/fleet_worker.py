@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile, load_profile
 from kind_edge.deploy.assemble import latency_gate
 from kind_edge.deploy.bundle import MANIFEST_NAME, hash_file, writing_bundle
-from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import healing_state, make_cut
 from kind_edge.deploy.fleet_tasks import (
     Failure,
@@ -35,8 +33,8 @@ from kind_edge.deploy.fleet_tasks import (
 )
 from kind_edge.deploy.made import Made
 from kind_edge.deploy.making import Formats, draw, make_models, tell
-from kind_edge.deploy.packs_bundle import check_packable
-from kind_edge.deploy.pipeline import for_formats, heal_cut
+from kind_edge.deploy.pipeline import heal_cut
+from kind_edge.deploy.planning import choices_for, make_plan_for
 from kind_edge.deploy.request import Choices, OpenedModel, ask, make_source, open_model
 from kind_edge.errors import KindEdgeError, UsageError
 from kind_edge.model.checkpoint import CALIBRATION, HELDOUT, Checkpoint
@@ -106,23 +104,15 @@ class Worker:
     def _asked(self, job: Job) -> tuple[DeviceProfile, Request]:
         choices: Choices = {**self.order.choices, "classes": job.classes}  # type: ignore[typeddict-item]
         device = load_profile(job.profile)
-        return device, ask(self.model, device, self.source, **for_formats(choices, self.formats))[1]
-
-    def _packages(self, device: DeviceProfile) -> Packages:
-        asked = self.order.format_choices.get("coreml", {}) if "coreml" in self.order.formats else None
-        return Packages(self.source, device, asked)
+        return device, ask(self.model, device, self.source, **choices_for(choices, self.formats))[1]
 
     def _planned(self, job: Job, spare_bytes: int) -> Plan | Failure:
         self.stage("planning")
         try:
-            device, request = self._asked(job)
-            plan = make_plan(self.source, dataclasses.replace(request, spare_bytes=spare_bytes))
-            if self.formats.packs:
-                check_packable(plan)
-            plan = self._packages(device).settled(plan)
+            _, request = self._asked(job)
+            return make_plan_for(self.source, dataclasses.replace(request, spare_bytes=spare_bytes), self.formats)
         except KindEdgeError as error:
             return failure_of(error)
-        return plan
 
     def _made(self, task: MakeFiles) -> Made:
         shutil.rmtree(task.folder, ignore_errors=True)
@@ -154,7 +144,6 @@ class Worker:
         facts = (task.made, task.measured, self.formats, (self.source, request))
         with writing_bundle(job.destination, self.order.keep_failed, self.order.sign) as folder:
             share_files(task.folder, folder)
-            self._packages(device).check(task.made.values["models"], plan)
             latency_gate(plan, device, task.measured.image)
             tell(self.model, plan, device, folder, *facts, self.stage)
 

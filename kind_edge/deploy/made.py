@@ -13,13 +13,15 @@ from kind_edge.deploy.bench import LatencyReport
 
 @dataclass(frozen=True)
 class Made:
-    """Model files that are written and proven. `values` are those of the manifest, `model_bytes` what an app loads,
-    `rows` how many times the sampler asks, `parity` the worst dB by file."""
+    """Model files that are written and proven. `values` are those of the manifest, `model_bytes` what an app loads of
+    them, `rows` how many times the sampler asks, `parity` the worst dB by file; `package_bytes` what an app loads of
+    Core ML's packages instead (0: there are none)."""
 
     values: Mapping[str, Any]
     model_bytes: int
     rows: int
     parity: Mapping[str, float | None]
+    package_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from kind_edge.budget.coreml import APP_ROLES
 from kind_edge.budget.plan import Plan
 from kind_edge.budget.precision import decoder_path
 from kind_edge.budget.problem import Request, Source
@@ -78,16 +79,19 @@ class Bundle:
 
 @dataclass(frozen=True)
 class Formats:
-    """What is written: model files by exporters, and what packagers make of them."""
+    """What is written: model files by exporters, and what packagers make of them. `coreml` are the choices for Core
+    ML's packages, None where none are written."""
 
     exporters: tuple[Exporter, ...]
     packagers: tuple[Packager, ...]
     packs: bool
+    coreml: Mapping[str, Any] | None
 
     @classmethod
     def of(cls, names: Sequence[str], choices: Mapping[str, Mapping[str, Any]] | None = None) -> Formats:
         """ONNX is always among them: what an app loads, what is measured and what draws the preview."""
-        return cls(exporters(("onnx", *names), choices), packagers(names), PACKS in names)
+        coreml = (choices or {}).get("coreml", {}) if "coreml" in names else None
+        return cls(exporters(("onnx", *names), choices), packagers(names), PACKS in names, coreml)
 
     def check(self, spec: ModelSpec) -> None:
         """`UsageError` before any work for a model that one of them has no place for."""
@@ -133,7 +137,8 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
         **({"packs": dict(core)} if core else {}),
         **({"healing": {**cut.healing.to_dict(), "told": cut.healing.told()}} if cut.healing else {}),
     }
-    return Made(values, size, len(table.timestep), verification.parity)
+    packages = sum(entry.get("package_bytes", 0) for entry in entries.values() if entry["role"] in APP_ROLES)
+    return Made(values, size, len(table.timestep), verification.parity, packages)
 
 
 def draw(model: OpenedModel, plan: Plan, folder: Path, made: Made) -> None:

@@ -14,13 +14,11 @@ import torch
 
 from kind_edge.budget.front import Curve, front
 from kind_edge.budget.plan import Plan
-from kind_edge.budget.planner import make_plan
 from kind_edge.budget.problem import Request, Source
 from kind_edge.budget.profile import DeviceProfile, load_profile, profile_names
 from kind_edge.budget.sizes import make_plan_of_any_size
 from kind_edge.deploy.assemble import SIZE_ATTEMPTS, latency_gate, missing_bytes
 from kind_edge.deploy.bundle import check_replaceable, open_bundle, verified_manifest, writing_bundle
-from kind_edge.deploy.coreml_plan import Packages
 from kind_edge.deploy.cut import Cut, healing_key, healing_state, judged, make_cut, truncated_by
 from kind_edge.deploy.made import Made, measure
 from kind_edge.deploy.making import (
@@ -34,8 +32,8 @@ from kind_edge.deploy.making import (
     tell,
 )
 from kind_edge.deploy.merge import class_indices
-from kind_edge.deploy.packs_bundle import check_packable
 from kind_edge.deploy.parity import VerifyReport
+from kind_edge.deploy.planning import check_replayed, choices_for, make_plan_for
 from kind_edge.deploy.probe import OnProgress
 from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.replay import check_replay
@@ -67,14 +65,19 @@ def plan(
     model: str | Path | OpenedModel = DEFAULT_MODEL,
     *,
     profile: str,
+    formats: Sequence[str] = ("onnx",),
     autoencoder: str | Path | None = None,
     allow_resize: str | None = None,
+    format_choices: Mapping[str, Mapping[str, Any]] | None = None,
     on_measure: OnProgress | None = None,
     on_healing: OnHealing | None = None,
     **choices: Unpack[Choices],
 ) -> Plan:
-    """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%".
+    """The best plan for a device and classes under limits such as max_size="2MiB", max_latency="4s", max_flops="40%":
+    the one that `export` makes of the same.
 
+    `formats` and `format_choices` are those of `export`: Core ML's packages have to keep --max-size, and what the
+    device's store takes, and class packs need the form that keeps classes apart.
     `allow_resize`: a time such as "10m"; smaller depths and widths are choices, too, with their quality after so long a
     healing, which is measured first, once for the model.
     `autoencoder`: the folder of what turns a latent model's latents into pictures; its decoder is counted.
@@ -82,12 +85,15 @@ def plan(
     Raises `UsageError` for what cannot be understood, `NoPlanError` when nothing fits.
     """
     device = load_profile(profile)
+    wanted = Formats.of(formats, format_choices)
     opened = open_model(model, on_measure, autoencoder)
-    source, request = ask(opened, device, **choices)
+    wanted.check(opened.checkpoint.spec)
+    source, request = ask(opened, device, **choices_for(choices, wanted))
+    solve = partial(make_plan_for, formats=wanted)
     if allow_resize is None:
-        return make_plan(source, request)
+        return solve(source, request)
     heal_s = parse_duration(allow_resize, "--allow-resize")
-    return make_plan_of_any_size([source, *sized_sources(opened, source, heal_s, on_healing)], request)
+    return make_plan_of_any_size([source, *sized_sources(opened, source, heal_s, on_healing)], request, solve)
 
 
 def pareto(
@@ -150,16 +156,14 @@ def export(
             raise UsageError("--profile is missing: which device is it for? kind-edge profiles list shows all")
         stage("planning")
         device = load_profile(profile)
-        source, request = ask(opened, device, **for_formats(choices, wanted))
-        plan = make_plan(source, request)
+        source, request = ask(opened, device, **choices_for(choices, wanted))
+        plan = make_plan_for(source, request, wanted)
     else:
         device, source, plan = _replayed(opened, plan, profile, heal_s, choices)
-    if wanted.packs:
-        check_packable(plan)
+        plan = check_replayed(source, device, plan, wanted)
     destination = Path(output) if output is not None else Path(f"{opened.name}-{device.name}")
-    packages = Packages(source, device, (format_choices or {}).get("coreml", {}) if "coreml" in formats else None)
     with writing_bundle(destination, keep_failed, sign) as folder:
-        plan, cut, made = _fitted(opened, packages.settled(plan), packages, request, folder, wanted, stage)
+        plan, cut, made = _fitted(opened, plan, (source, request), folder, wanted, stage)
         if heal_s is not None:
             stage("healing")
             cut = heal_cut(opened, plan, cut, heal_s, healing_state(destination), on_healing)
@@ -188,31 +192,26 @@ def _replayed(
     return device, source, as_replayed(plan, source, device, model.checkpoint.spec)
 
 
-def for_formats(choices: Choices, formats: Formats) -> Choices:
-    """Class packs need the form that keeps classes apart, where another one is not asked for."""
-    return {**choices, "form": "switch"} if formats.packs and choices.get("form", "auto") == "auto" else choices
-
-
 def _fitted(
     model: OpenedModel,
     plan: Plan,
-    packages: Packages,
-    request: Request | None,
+    asked: tuple[Source, Request | None],
     folder: Path,
     formats: Formats,
     stage: OnStage,
 ) -> tuple[Plan, Cut, Made]:
-    """Proven model files within --max-size; where prediction was short by a little, `request` is solved again."""
+    """Proven model files within their limits; where prediction was short by a little, they are planned again."""
+    source, request = asked
     for attempt in range(SIZE_ATTEMPTS):
         stage("merging")
         cut = make_cut(model, plan)
         made = make_models(model, plan, folder, formats, stage, cut)
-        spare_bytes = missing_bytes(plan, made.model_bytes, last=request is None or attempt == SIZE_ATTEMPTS - 1)
+        last = request is None or attempt == SIZE_ATTEMPTS - 1
+        spare_bytes = missing_bytes(plan, made.model_bytes, made.package_bytes, last)
         if request is None or not spare_bytes:
             break
         request = dataclasses.replace(request, spare_bytes=request.spare_bytes + spare_bytes)
-        plan = packages.settled(make_plan(packages.source, request))
-    packages.check(made.values["models"], plan)
+        plan = make_plan_for(source, request, formats)
     return plan, cut, made
 
 

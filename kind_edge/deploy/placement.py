@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kind_edge.deploy.ort import require_onnxruntime, runtime_errors
 from kind_edge.deploy.providers import CONTROL_FLOW, resolve_provider, short_name
 from kind_edge.deploy.session import open_session
 from kind_edge.errors import GateError, UsageError
@@ -111,7 +112,10 @@ def require_control_flow(model: str, operators: Collection[str], provider: str) 
 def trace(model: Path, feeds: Mapping[str, Any], provider: str, threads: int | None, scratch: Path) -> Records:
     """The node records of one profiled run; ONNX Runtime writes its trace to `scratch`."""
     session = open_session(model, threads, provider, profile_prefix=str(scratch / "trace"))
-    session.run(None, dict(feeds))
+    try:
+        session.run(None, dict(feeds))
+    except runtime_errors(require_onnxruntime()) as error:
+        raise UsageError(f"{model.name}: provider {short_name(provider)!r} cannot run it: {error}") from error
     return node_records(json.loads(Path(session.end_profiling()).read_text(encoding="utf-8")))
 
 

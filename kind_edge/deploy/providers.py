@@ -52,6 +52,9 @@ _FOUND_IN: Mapping[str, str] = MappingProxyType({
 _SIMULATED_NPU: Mapping[str, str] = MappingProxyType({"soc_model": "57", "htp_arch": "75"})
 """The Snapdragon 8 Gen 3; without a model the simulator takes a small old one, which has no floating point."""
 
+_REAL_DEVICE: Mapping[str, str] = MappingProxyType({"qnn": "NPU", "webgpu": "GPU"})
+"""What a plug-in runs on, if it is no simulation."""
+
 _DEVICE_TYPES = ("NPU", "GPU", "CPU")
 """Of a plug-in's devices the first of these is taken."""
 
@@ -99,10 +102,11 @@ def plugin_options(name: str) -> dict[str, str]:
 def is_simulated(name: str) -> bool:
     """Whether a provider's (long) name is a simulation here: what it takes and computes is true, its times are not.
 
-    QNN's package for PCs has a simulator of Qualcomm's NPUs.
+    QNN's package for PCs has a simulator of Qualcomm's NPUs; WebGPU runs on a Vulkan driver in software where there is
+    no GPU, and only if it is told that it may (`ORT_WEBGPU_EP_ALLOW_SOFTWARE_ADAPTER=1`).
     """
-    device = plugin_device(name)
-    return short_name(name) == "qnn" and device is not None and device.device.type.name != "NPU"
+    device, real = plugin_device(name), _REAL_DEVICE.get(short_name(name))
+    return device is not None and real is not None and device.device.type.name != real
 
 
 def _find_plugin(runtime: ModuleType, name: str) -> bool:

@@ -22,6 +22,7 @@ from kind_edge.budget.profile import DeviceProfile
 from kind_edge.budget.sensitivity import loss_model
 from kind_edge.budget.solver import LOSS
 from kind_edge.budget.ways import Way
+from kind_edge.budget.whole_model import model_cost
 from kind_edge.deploy.decoder import decoder_costs, planned_decoder
 from kind_edge.deploy.merge import class_indices
 from kind_edge.deploy.probe import OnProgress, measure_sensitivity
@@ -30,7 +31,7 @@ from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.deploy.sensitivity_file import find_sensitivity, keep_sensitivity
 from kind_edge.errors import InputError, UsageError, unknown
 from kind_edge.model.autoencoder import Autoencoder, open_autoencoder
-from kind_edge.model.calibration import Calibration, calibrate_on_samples, load_calibration
+from kind_edge.model.calibration import Calibration, calibrate_on_samples, keep_calibration, load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, checkpoint_hash, load_checkpoint
 from kind_edge.model.one_thread import one_thread
 from kind_edge.model.shipped import find_model
@@ -48,6 +49,11 @@ MINIMISED: Mapping[str, Objective] = {name.removeprefix("max_"): cost for name, 
 
 _MOST_FEWER = 64
 """So many smaller step counts are tried at most where nothing fits."""
+
+WALKS_FLOPS, LEAST_WALKS = 3e12, 8
+"""Of a calibration, about two minutes of one core; and so many images are drawn for it even where that takes longer."""
+EVALUATIONS_OF_WALK = 60
+"""About: ten steps, each drawn, seen with and without its class, and once backwards."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,12 @@ class OpenedModel:
 
     @functools.cached_property
     def calibration(self) -> Calibration:
-        """What is stored; else it is measured, when it is first asked for: a refusal need not wait for that."""
+        """What is stored; else it is measured when first asked for, as a refusal need not wait for that, and kept."""
         if self.stored_calibration is not None:
             return self.stored_calibration
         with one_thread():  # the factors follow from it
-            return calibrate_on_samples(self.checkpoint.model())
+            measured = calibrate_on_samples(self.checkpoint.model(), images=_walks(self.checkpoint.spec))
+        return keep_calibration(measured, self.checkpoint)
 
     @functools.cached_property
     def sensitivity(self) -> Sensitivity:
@@ -84,6 +91,11 @@ class OpenedModel:
         measured = measure_sensitivity(self.checkpoint, self.sha256, self.calibration, on_progress=self.on_measure)
         keep_sensitivity(measured, self.checkpoint.path)
         return measured
+
+
+def _walks(spec: ModelSpec) -> int:
+    """How many images are drawn to calibrate on."""
+    return max(LEAST_WALKS, int(WALKS_FLOPS / (EVALUATIONS_OF_WALK * model_cost(spec, "exact").flops)))
 
 
 def open_model(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from kind_edge.deploy.ort import require_onnxruntime, runtime_errors
-from kind_edge.deploy.providers import plugin_device, plugin_options, resolve_provider
+from kind_edge.deploy.providers import PROVIDERS, plugin_device, plugin_options, resolve_provider
 from kind_edge.errors import InputError, UsageError
 
 __all__ = ["open_session", "return_freed_blocks", "runtime_errors"]
+
+_NOT_STARTED = "Error creating execution provider"
+"""What ONNX Runtime says of a plug-in that finds nothing to run on."""
 
 _M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES = -3, 128 * 1024
 """glibc's mallopt parameter, and the value with which it starts: larger blocks are mappings of their own."""
@@ -25,7 +29,7 @@ def open_session(
 
     `threads` None leaves the number to ONNX Runtime (one per physical core). Idle threads sleep instead of spinning:
     on shared cores spinning slows everything down, our own timings included. With `profile_prefix` the session records
-    what runs where. Raises `InputError` for a file that is not a model, `UsageError` if the provider cannot start.
+    what runs where. WebGPU gets the nodes that it takes (see `webgpu`), for which onnx is needed. Raises `InputError` for a file that is not a model, `UsageError` if the provider cannot start.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads: got {threads}, want at least 1")
@@ -44,9 +48,16 @@ def open_session(
     device = plugin_device(name)
     if device is not None:
         options.add_provider_for_devices([device], plugin_options(name))
+    model = _for_webgpu(path) if name == PROVIDERS["webgpu"] else str(path)
+    chosen: dict[str, Any] = {"providers": [name]} if device is None else {"enable_fallback": 0}
     try:
-        session = runtime.InferenceSession(str(path), options, providers=None if device is not None else [name])
-    except runtime_errors(runtime) as error:
+        session = runtime.InferenceSession(model, options, **chosen)
+    except (*runtime_errors(runtime), RuntimeError) as error:
+        if _NOT_STARTED in str(error):
+            why = str(error).strip().rsplit(" was false. ", 1)[-1]
+            raise UsageError(
+                f"provider {provider!r} cannot start here: {why}; check its driver and libraries"
+            ) from error
         raise InputError(f"{path}: ONNX Runtime cannot load it: {error}") from error
     if name not in session.get_providers():
         raise UsageError(
@@ -54,6 +65,18 @@ def open_session(
             "check its driver and libraries, or name that provider"
         )
     return session
+
+
+def _for_webgpu(path: Path | str) -> str | bytes:
+    """The file with the nodes that WebGPU takes; an `.ort` file, which cannot be rewritten, as it is."""
+    if not str(path).endswith(".onnx"):
+        return str(path)
+    if importlib.util.find_spec("onnx") is None:
+        raise UsageError("provider 'webgpu' takes other nodes than the CPU, for which onnx is needed: pip install onnx")
+    from kind_edge.deploy.graph_facts import load_graph
+    from kind_edge.deploy.webgpu import for_webgpu
+
+    return bytes(for_webgpu(load_graph(Path(path))).SerializeToString())
 
 
 def return_freed_blocks() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kind_edge.deploy.bundle import hash_files
+from kind_edge.deploy.graph_facts import load_graph
 from kind_edge.deploy.manifest import MANIFEST_NAME
 from kind_edge.deploy.notice import NOTICE, notice
 from kind_edge.deploy.packs import CORE_FILE, read_core
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 FOLDER = "web"
 _FOR_TOOLS = ("kind-edge.d.ts", "package.json")
-PAGE, WORKER = ("index.html", "page.js", "kind-edge.js", "packs.js", *_FOR_TOOLS), "offline.js"
+PAGE = ("index.html", "page.js", "kind-edge.js", "noise.js", "packs.js", "webgpu.js", *_FOR_TOOLS)
+WORKER = "offline.js"
 _KEYS = (
     "schema_version",
     "name",
@@ -59,6 +61,7 @@ def _write_page(web: Path, folder: Path, values: Mapping[str, Any], models: Mapp
     (web / "models").mkdir(parents=True)
     for path, place in models.items():
         shutil.copyfile(folder / path, web / place)
+    nodes = _webgpu_nodes(folder, values, web, models)
     cores = _core_files(folder, models) if "packs" in values else {}
     if cores:
         (web / CORE_FILE).parent.mkdir()
@@ -66,7 +69,7 @@ def _write_page(web: Path, folder: Path, values: Mapping[str, Any], models: Mapp
     gpu = any(values["models"][path]["precision"].startswith("fp") for path in models)
     copy_runtime(web / "runtime", (*CPU_FILES, *(GPU_FILES if gpu else ())))
     (web / NOTICE).write_text(f"{notice(values)}\nruntime/\n  {RUNTIME_NOTICE}\n", encoding="utf-8")
-    (web / MANIFEST_NAME).write_text(_manifest(values, models, cores, web), encoding="utf-8")
+    (web / MANIFEST_NAME).write_text(_manifest(values, models, cores, nodes, web), encoding="utf-8")
     for name in PAGE:
         (web / name).write_bytes(_template(name))
     (web / WORKER).write_text(_worker(web, models[values["default_model"]], models), encoding="utf-8")
@@ -78,19 +81,44 @@ def _models(values: Mapping[str, Any]) -> dict[str, str]:
     return {path: f"models/{PurePosixPath(path).name}" for path in wanted}
 
 
+def _webgpu_nodes(folder: Path, values: Mapping[str, Any], web: Path, models: Mapping[str, str]) -> dict[str, str]:
+    """Nodes of the models that a GPU can run, as WebGPU takes them, where it does not take their own: by the model's
+    place, where theirs is."""
+    from kind_edge.deploy.webgpu import webgpu_nodes
+
+    written = {}
+    for path, place in models.items():
+        if not values["models"][path]["precision"].startswith("fp"):
+            continue
+        nodes = webgpu_nodes(load_graph(folder / path))
+        if nodes is not None:
+            written[place] = f"{place.removesuffix('.onnx')}.webgpu"
+            (web / written[place]).write_bytes(nodes.SerializeToString(deterministic=True))
+    return written
+
+
 def _core_files(folder: Path, models: Mapping[str, str]) -> dict[str, str]:
     """The models here that take class packs: their names in the core."""
     core = read_core((folder / CORE_FILE).read_bytes(), CORE_FILE)
     return {place: path for path, place in models.items() if path in core.files}
 
 
-def _manifest(values: Mapping[str, Any], models: Mapping[str, str], cores: Mapping[str, str], web: Path) -> str:
+def _manifest(
+    values: Mapping[str, Any],
+    models: Mapping[str, str],
+    cores: Mapping[str, str],
+    nodes: Mapping[str, str],
+    web: Path,
+) -> str:
     """The part of the bundle's manifest that the script reads, with the paths of this folder."""
     hashes = hash_files(web)
-    checked = [*models.values(), *([CORE_FILE] if cores else [])]
+    checked = [*models.values(), *nodes.values(), *([CORE_FILE] if cores else [])]
     written = {
         **{key: values[key] for key in _KEYS if key in values},
-        "models": {place: values["models"][path] for path, place in models.items()},
+        "models": {
+            place: {**values["models"][path], **({"webgpu": nodes[place]} if place in nodes else {})}
+            for path, place in models.items()
+        },
         "default_model": models[values["default_model"]],
         "files": {place: {"bytes": hashes[place].size_bytes, "sha256": hashes[place].sha256} for place in checked},
         **({"core_files": dict(cores)} if cores else {}),

@@ -1,30 +1,37 @@
-"""Input covariances of every factored matrix: what makes truncation minimise the error of a layer's *output*.
+"""Covariances at both sides of every factored matrix: what makes truncation minimise the error of the *prediction*.
 
-E[x x^T] over images, tokens and timesteps, once pooled over the classes and once with every gate closed (the null
-branch; not of a distilled model, which is deployed without one). Stored as fp16 lower triangles of the covariance over
-its mean diagonal, and that scale in float32.
+*Inputs*: E[x x^T] over images, tokens and timesteps, once pooled over the classes and once with every gate closed (the
+null branch; not of a distilled model, which is deployed without one). *Outputs*, where ranks do not nest: E[g g^T] with
+g the gradient, by the matrix's output, of a random projection of the prediction; so g^T e is what the prediction sees
+of an error e. Stored as fp16 lower triangles of the covariance over its mean diagonal, and that scale in float32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from kind_edge.errors import InputError
-from kind_edge.model.checkpoint import read_tensors, write_tensors
+from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import CALIBRATION, Checkpoint, read_tensors, write_tensors
 from kind_edge.model.diffusion import TRAIN_STEPS, add_noise, draw_timesteps
 from kind_edge.model.dit import DiT
-from kind_edge.model.gated_linear import ClassGate, GatedLinear
+from kind_edge.model.gated_linear import GatedLinear
 from kind_edge.model.sampling import Denoiser, denoiser, sample
 from kind_edge.model.spec import ModelSpec
 
 RIDGE = 1e-3
 """Added to the diagonal, as a share of its mean: keeps the whitening finite where calibration saw little."""
+
+BRANCHES = ("pooled", "null", "outputs")
+"""Of a stored covariance; the inputs' first."""
 
 Inputs = tuple[Tensor, ...]
 """What the network takes: sample [B, ch, H, W], timestep [B], class index [B], and the span [B] if it is distilled."""
@@ -33,39 +40,79 @@ Batches = Iterable[Inputs]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Covariances [m, m] by matrix name. `source` says what they were measured on.
+    """Covariances by matrix name, of inputs [m, m] and of gradients at the outputs [n, n]; `source` says what they were
+    measured on.
 
-    `null` is empty for a distilled model.
+    `null` is empty for a distilled model; `outputs` for one whose ranks nest, as nothing orders its learngene anew, and
+    tailors alone gain next to nothing by it.
     """
 
     pooled: Mapping[str, Tensor]
     null: Mapping[str, Tensor]
     source: str
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def covariances(model: DiT, batches: Batches) -> dict[str, Tensor]:
     """E[x x^T] of the input of every factored matrix over all batches, float64, ridge added."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-    hooks = []
-    for name, module in model.named_modules():
-        if not isinstance(module, GatedLinear):
-            continue
+    found = _Products()
 
-        def collect(_: object, inputs: tuple[Tensor, ClassGate], name: str = name) -> None:
-            x = inputs[0].flatten(0, -2)
-            sums[name] = sums.get(name, 0.0) + (x.T @ x).double()
-            counts[name] = counts.get(name, 0) + len(x)
+    def collect(name: str, layer: GatedLinear) -> RemovableHandle:
+        return layer.register_forward_pre_hook(lambda _, inputs: found.add(name, inputs[0]))
 
-        hooks.append(module.register_forward_pre_hook(collect))
+    with _watching(model, collect), torch.no_grad():
+        for inputs in batches:
+            model(*inputs)
+    return found.means()
+
+
+def output_covariances(model: DiT, batches: Batches, seed: int = 0) -> dict[str, Tensor]:
+    """E[g g^T] of the gradient by the output of every factored matrix over all batches, float64, ridge added.
+
+    Of v^T y with y the prediction and v normal noise: its square is in expectation that of the whole prediction.
+    """
+    found, generator = _Products(), torch.Generator().manual_seed(seed)
+
+    def collect(name: str, layer: GatedLinear) -> RemovableHandle:
+        def at_output(_: object, inputs: object, output: Tensor) -> None:
+            output.register_hook(lambda gradient: found.add(name, gradient))
+
+        return layer.register_forward_hook(at_output)
+
+    with _watching(model, collect), torch.enable_grad():
+        for x, *conditions in batches:
+            prediction = model(x.detach().requires_grad_(), *conditions)
+            noise = torch.randn(prediction.shape, generator=generator)
+            torch.autograd.backward(prediction, noise.to(prediction))
+    return found.means()
+
+
+class _Products:
+    """Means of outer products of rows, by name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, name: str, rows: Tensor) -> None:
+        rows = rows.detach().flatten(0, -2)
+        self.sums[name] = self.sums.get(name, 0.0) + (rows.T @ rows).double()
+        self.counts[name] = self.counts.get(name, 0) + len(rows)
+
+    def means(self) -> dict[str, Tensor]:
+        """float64, ridge added."""
+        return {name: _with_ridge(total / self.counts[name]) for name, total in self.sums.items()}
+
+
+@contextmanager
+def _watching(model: DiT, collect: Callable[[str, GatedLinear], RemovableHandle]) -> Iterator[None]:
+    """Hooks that `collect` puts on every factored matrix, while it lasts."""
+    hooks = [collect(name, module) for name, module in model.named_modules() if isinstance(module, GatedLinear)]
     try:
-        with torch.no_grad():
-            for inputs in batches:
-                model(*inputs)
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return {name: _with_ridge(total / counts[name]) for name, total in sums.items()}
 
 
 def _with_ridge(covariance: Tensor) -> Tensor:
@@ -84,7 +131,8 @@ def calibrate_on_images(model: DiT, images: Tensor, labels: Tensor, seed: int = 
             yield noised, timestep, torch.full_like(classes, spec.num_classes) if null else classes, *span
 
     null = {} if spec.distilled else covariances(model, batches(True))
-    return Calibration(covariances(model, batches(False)), null, "training images")
+    outputs = {} if spec.nested else output_covariances(model, batches(False))
+    return Calibration(covariances(model, batches(False)), null, "training images", outputs)
 
 
 def _draw_steps(spec: ModelSpec, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -96,12 +144,17 @@ def _draw_steps(spec: ModelSpec, count: int, generator: torch.Generator) -> tupl
     return TRAIN_STEPS * (1 - steps / counts), TRAIN_STEPS / counts
 
 
-def calibrate_on_samples(model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0) -> Calibration:
+def calibrate_on_samples(
+    model: DiT, per_class: int = 4, steps: int = 10, seed: int = 0, images: int | None = None
+) -> Calibration:
     """Covariances over the model's own sampling trajectories: for checkpoints that come without calibration.
 
-    A distilled model takes each of its step counts instead of `steps`.
+    A distilled model takes each of its step counts instead of `steps`. `images`: no more than so many, of evenly spread
+    classes.
     """
-    return calibrate_on_inputs(model, trajectory_inputs(model, per_class, steps, seed))
+    seen = trajectory_inputs(model, per_class, steps, seed, images)
+    outputs = {} if model.spec.nested else output_covariances(model, seen)
+    return dataclasses.replace(calibrate_on_inputs(model, seen), outputs=outputs)
 
 
 def trajectory_inputs(
@@ -132,7 +185,7 @@ def trajectory_inputs(
 
 
 def calibrate_on_inputs(model: DiT, seen: Sequence[Inputs]) -> Calibration:
-    """Covariances over sampling trajectories, this model's own or another's of the same images and classes."""
+    """Covariances of inputs over sampling trajectories, this model's own or another's of the same images."""
     source, classes = "own sampling trajectories", model.spec.num_classes
     if model.spec.distilled:
         return Calibration(covariances(model, seen), {}, source)
@@ -142,7 +195,7 @@ def calibrate_on_inputs(model: DiT, seen: Sequence[Inputs]) -> Calibration:
 
 def save_calibration(path: Path, calibration: Calibration) -> None:
     tensors: dict[str, Tensor] = {}
-    for branch in ("pooled", "null"):
+    for branch in BRANCHES:
         for name, covariance in getattr(calibration, branch).items():
             scale = covariance.diagonal().mean()
             rows, columns = torch.tril_indices(len(covariance), len(covariance))
@@ -151,24 +204,44 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
     write_tensors(path, tensors, {"source": calibration.source})
 
 
+def keep_calibration(calibration: Calibration, checkpoint: Checkpoint) -> Calibration:
+    """Beside the checkpoint for the next time, and as it comes back from there, so that every time is like the first.
+
+    Where it cannot be written it holds for this process.
+    """
+    if checkpoint.path is None:
+        return calibration
+    try:
+        save_calibration(checkpoint.path / CALIBRATION, calibration)
+    except (UsageError, OSError):
+        return calibration
+    return load_calibration(checkpoint.path / CALIBRATION, checkpoint.spec)
+
+
 def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
     """Read covariances back; a file of another model is an `InputError`."""
     tensors = read_tensors(path)
-    pooled: dict[str, Tensor] = {}
-    null: dict[str, Tensor] = {}
-    for branch, out in [("pooled", pooled)] if spec.distilled else [("pooled", pooled), ("null", null)]:
+    found: dict[str, dict[str, Tensor]] = {branch: {} for branch in BRANCHES}
+    for branch in BRANCHES:
+        kept = any(name.endswith(f".{branch}.covariance") for name in tensors)
+        if (branch == "null" and spec.distilled) or (branch == "outputs" and not kept):
+            continue
         for shape in spec.matrices():
-            packed, scale = (tensors.get(f"{shape.name}.{branch}.{part}") for part in ("covariance", "scale"))
-            wanted = shape.inputs * (shape.inputs + 1) // 2
-            if packed is None or scale is None or packed.shape != (wanted,) or scale.shape != (1,):
-                got = "nothing" if packed is None else f"shape {tuple(packed.shape)}"
-                raise InputError(f"{path}: {shape.name}.{branch}: file has {got}, model wants {wanted} values")
-            if not (torch.isfinite(packed).all() and torch.isfinite(scale).all() and scale > 0):
-                raise InputError(
-                    f"{path}: {shape.name}.{branch}: holds NaN or infinity; remove the file or calibrate anew"
-                )
-            rows, columns = torch.tril_indices(shape.inputs, shape.inputs)
-            covariance = torch.zeros(shape.inputs, shape.inputs, dtype=torch.float64)
-            covariance[rows, columns] = packed.double() * scale.double()
-            out[shape.name] = covariance + covariance.tril(-1).T
-    return Calibration(pooled, null, "stored with the checkpoint")
+            size = shape.outputs if branch == "outputs" else shape.inputs
+            found[branch][shape.name] = _covariance(path, tensors, f"{shape.name}.{branch}", size)
+    return Calibration(found["pooled"], found["null"], "stored with the checkpoint", found["outputs"])
+
+
+def _covariance(path: Path, tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+    """One of them [size, size], float64."""
+    packed, scale = (tensors.get(f"{name}.{part}") for part in ("covariance", "scale"))
+    wanted = size * (size + 1) // 2
+    if packed is None or scale is None or packed.shape != (wanted,) or scale.shape != (1,):
+        got = "nothing" if packed is None else f"shape {tuple(packed.shape)}"
+        raise InputError(f"{path}: {name}: file has {got}, model wants {wanted} values")
+    if not (torch.isfinite(packed).all() and torch.isfinite(scale).all() and scale > 0):
+        raise InputError(f"{path}: {name}: holds NaN or infinity; remove the file or calibrate anew")
+    rows, columns = torch.tril_indices(size, size)
+    covariance = torch.zeros(size, size, dtype=torch.float64)
+    covariance[rows, columns] = packed.double() * scale.double()
+    return covariance + covariance.tril(-1).T

@@ -226,9 +226,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def write_text(path: Path, text: str) -> None:
+    """`write_file` in UTF-8."""
+    write_file(path, text.encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all: under a temporary name, then renamed. Raises `OSError`."""
     temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_text(text)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,7 +1,9 @@
-"""Truncation of folded factors: the best rank-r matrix under the layer's own inputs.
+"""Truncation of folded factors: the best rank-r matrix under the layer's own inputs, for what its output is used for.
 
 With C = E[x x^T] the input covariance, the rank-r W_r that minimises E|W x - W_r x|^2 is the SVD of W C^(1/2), cut to
 r and multiplied by C^(-1/2) (whitened SVD); its squared singular values are the output energy each component carries.
+With G = E[g g^T] of the gradients g at the output, what minimises E|G^(1/2) (W - W_r) x|^2, the change that the
+prediction sees if g and x are independent, is likewise that of G^(1/2) W C^(1/2) (whitened on both sides).
 A nested learngene has been trained so that its leading components do without the later ones: it is cut where it stands.
 Symbols: W n x m = A B^T with A n x k, B m x k.
 """
@@ -26,7 +28,8 @@ _FLOOR = 1e-6
 class SortedFactors:
     """U diag(s) V^T, U n x k, s k, V m x k, float64, components in the order in which they are worth keeping.
 
-    `energy` k: the output energy that goes with each when it is dropped after all later ones; s^2 of an SVD.
+    `energy` k: the output energy (whitened, if outputs are) that goes with each when it is dropped after all later
+    ones; s^2 of an SVD.
     """
 
     U: Tensor
@@ -52,16 +55,17 @@ class Whitening:
         return cls(vectors * values.sqrt() @ vectors.T, vectors * values.rsqrt() @ vectors.T)
 
 
-def sorted_factors(a: Tensor, b: Tensor, whitening: Whitening | None) -> SortedFactors:
-    """The (whitened) SVD of A B^T, through two thin QRs; signs are fixed so that equal input gives equal bytes."""
+def sorted_factors(a: Tensor, b: Tensor, inputs: Whitening | None, outputs: Whitening | None = None) -> SortedFactors:
+    """The SVD of A B^T, whitened where a side is given, through two thin QRs; signs are fixed so that equal input gives
+    equal bytes."""
     a, b = a.double(), b.double()
     k = min(a.shape[1], *a.shape[:1], *b.shape[:1])
-    left, left_r = torch.linalg.qr(a)
-    right, right_r = torch.linalg.qr(b if whitening is None else whitening.root @ b)
+    left, left_r = torch.linalg.qr(a if outputs is None else outputs.root @ a)
+    right, right_r = torch.linalg.qr(b if inputs is None else inputs.root @ b)
     p, s, qt = torch.linalg.svd(left_r @ right_r.T)
     u, v = left @ p[:, :k], right @ qt[:k].T
-    if whitening is not None:
-        v = whitening.inverse_root @ v
+    u = u if outputs is None else outputs.inverse_root @ u
+    v = v if inputs is None else inputs.inverse_root @ v
     sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     return SortedFactors(u * sign, s[:k], v * sign, s[:k].square())
 
@@ -138,17 +142,19 @@ def fold_matrix(
 
     switch: learngene shared (whitened over class and null branches, where there is a null branch; as it lies where it
     is nested, or on factors that other blocks have, too), tailors apart. single and union: learngene and the kept
-    tailors as one product.
+    tailors as one product. Outputs are whitened, too, where the calibration knows how.
     """
     t, spec = checkpoint.tensors, checkpoint.spec
     u, s, v = (t[spec.factor_name(name, part)].double() for part in "UsV")
     tu, ts, tv = (t[f"{name}.tailors.{part}"].double()[classes] for part in "UsV")
     own = None if calibration is None else Whitening.of(calibration.pooled[name])
+    outputs = None if calibration is None or not calibration.outputs else Whitening.of(calibration.outputs[name])
     if form == "switch":
         both = None if calibration is None else both_branches(calibration, name)
         in_order = spec.nested or spec.shared_factors
-        shared = as_they_lie(u, s, v, both) if in_order else sorted_factors(u * s, v, both)
-        return FoldedMatrix(shared, tuple(sorted_factors(tu[c] * ts[c], tv[c], own) for c in range(len(classes))))
+        shared = as_they_lie(u, s, v, both) if in_order else sorted_factors(u * s, v, both, outputs)
+        tailors = (sorted_factors(tu[c] * ts[c], tv[c], own, outputs) for c in range(len(classes)))
+        return FoldedMatrix(shared, tuple(tailors))
     a = torch.cat([u * s, *(tu * ts.unsqueeze(1)).unbind()], 1)
     b = torch.cat([v, *tv.unbind()], 1)
-    return FoldedMatrix(sorted_factors(a, b, own), ())
+    return FoldedMatrix(sorted_factors(a, b, own, outputs), ())

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -30,6 +29,7 @@ from torch.nn import functional
 
 from kind_edge.bounded import read_bytes, read_object
 from kind_edge.errors import InputError
+from kind_edge.model.checkpoint import write_file
 from kind_edge.training.data import CLASS_NAMES, FashionMNIST, load_fashion_mnist
 
 CLASSIFIER_FILE = "classifier.safetensors"
@@ -223,13 +223,6 @@ def _from_bytes(content: bytes, path: str) -> Classifier:
     network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, strict=False)
     # With channels last, convolutions on a CPU take half the time.
     return network.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def main(arguments: list[str] | None = None) -> None:

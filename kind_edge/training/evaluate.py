@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kind_edge.errors import InputError, UsageError
-from kind_edge.training.classifier import Classifier, embed, load_classifier, shipped_judge_folder, write_file
+from kind_edge.model.checkpoint import write_file
+from kind_edge.training.classifier import Classifier, embed, load_classifier, shipped_judge_folder
 from kind_edge.training.data import CLASS_NAMES, DATA_SHA256, IMAGE_SIDE, find_fashion_mnist, load_fashion_mnist
 from kind_edge.training.inception import Inception, RealFeatures
 from kind_edge.training.metrics import (

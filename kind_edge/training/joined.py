@@ -78,7 +78,8 @@ def mix(old: Calibration, new: Calibration, classes: tuple[int, int]) -> Calibra
         return {name: torch.lerp(a[name], b[name], share) for name in a}
 
     source = "training images of the new classes, and what was stored of the old"
-    return Calibration(mixed(old.pooled, new.pooled), mixed(old.null, new.null), source)
+    sides = (mixed(old.pooled, new.pooled), mixed(old.null, new.null), mixed(old.outputs, new.outputs))
+    return Calibration(sides[0], sides[1], source, sides[2])
 
 
 def stored_heldout(request: Request) -> dict[str, Tensor]:

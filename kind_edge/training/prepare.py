@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from kind_edge.errors import InputError, UsageError
+from kind_edge.model.checkpoint import write_file
 from kind_edge.training.pictures import Picture, UnreadablePictureError, decode
 from kind_edge.units import format_count
 
@@ -214,7 +215,7 @@ def _make(work: Work, partial: Path, sha256_of: Callable[[Path], str], report: R
         report("what is prepared so far is kept; the same command goes on")
         raise
     _list_failures(failures, partial)
-    _write(partial / INDEX, json.dumps({"schema_version": SCHEMA_VERSION, "key": work.key}).encode())
+    write_file(partial / INDEX, json.dumps({"schema_version": SCHEMA_VERSION, "key": work.key}).encode())
 
 
 def _write_shard(work: Work, partial: Path, number: int, pool: Executor) -> Iterator[tuple[int, list[tuple[str, str]]]]:
@@ -244,7 +245,7 @@ def _write_shard(work: Work, partial: Path, number: int, pool: Executor) -> Iter
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     record = {"sha256": sha256, "labels": labels, "digests": digests, "failures": failures, "enlarged": enlarged}
-    _write(partial / f"{number:05d}.json", json.dumps({**record, "sealed": _seal(record)}).encode())
+    write_file(partial / f"{number:05d}.json", json.dumps({**record, "sealed": _seal(record)}).encode())
 
 
 def _read(work: Work, item: int) -> bytes | str:
@@ -289,7 +290,7 @@ def _list_failures(failures: Sequence[tuple[str, str]], partial: Path) -> Path:
     path = failures_file(partial)
     path.unlink(missing_ok=True)
     if failures:
-        _write(path, "".join(f"{name}\t{why}\n" for name, why in failures).encode("utf-8", "surrogateescape"))
+        write_file(path, "".join(f"{name}\t{why}\n" for name, why in failures).encode("utf-8", "surrogateescape"))
     return path
 
 
@@ -308,10 +309,4 @@ def _save_array(path: Path, array: NDArray[Any]) -> None:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -18,7 +18,8 @@ import safetensors.numpy
 
 from kind_edge.bounded import read_bytes, read_object
 from kind_edge.errors import InputError
-from kind_edge.training.classifier import FEATURES, Classifier, embed, load_classifier, write_file
+from kind_edge.model.checkpoint import write_file
+from kind_edge.training.classifier import FEATURES, Classifier, embed, load_classifier
 from kind_edge.training.data import CLASS_NAMES, FashionMNIST
 from kind_edge.training.metrics import Float64s, Gaussian, gaussian_of
 

@@ -26,6 +26,7 @@ from kind_edge.deploy.pipeline import plan as make_plan
 from kind_edge.deploy.probe import NULL_SHARE
 from kind_edge.deploy.request import OpenedModel, open_model
 from kind_edge.errors import UsageError
+from kind_edge.model.calibration import Calibration
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.model.diffusion import add_noise, draw_timesteps
 from kind_edge.model.dit import DiT
@@ -92,7 +93,7 @@ class Prediction:
 
     @cached_property
     def folded(self) -> dict[str, FoldedMatrix]:
-        return folded_matrices(self.model.checkpoint, self.model)
+        return folded_matrices(self.model.checkpoint, self.model.calibration)
 
     def run(self) -> list[Record]:
         records = []
@@ -119,16 +120,18 @@ class Prediction:
         return deployed_flops(self.spec, matrices, self.base)
 
     def _truncations(self) -> dict[str, Any]:
-        """Held-out increase of the uniform cut: as the model is cut, and by the SVD, also of what is nested.
+        """Held-out increase of the uniform cut: as the model is cut, and by SVDs that know inputs alone and nothing,
+        also of what is nested.
 
         And of equal FLOPs, shared out over the matrices by their influence.
         """
         matrices, whole = uniform(self.spec, PERCENT), self.model.checkpoint
         flat = dataclasses.replace(whole, spec=dataclasses.replace(self.spec, nested=False))
+        inputs_alone = dataclasses.replace(self.model.calibration, outputs={})
         ways = {
             "shared_out": cut_model(whole, self.folded, self._shared_out(self.flops(matrices))),
             "whitened": cut_model(whole, self.folded, matrices),
-            "whitened_svd": cut_model(flat, folded_matrices(flat, self.model), matrices),
+            "whitened_svd": cut_model(flat, folded_matrices(flat, inputs_alone), matrices),
             "plain": cut_model(flat, folded_matrices(flat, None), matrices),
         }
         return {"images": self.heldout.images, **{way: self.heldout.increase(model) for way, model in ways.items()}}
@@ -152,9 +155,8 @@ class Prediction:
         return found
 
 
-def folded_matrices(checkpoint: Checkpoint, calibrated: OpenedModel | None) -> dict[str, FoldedMatrix]:
+def folded_matrices(checkpoint: Checkpoint, calibration: Calibration | None) -> dict[str, FoldedMatrix]:
     """Every matrix for all classes, ready to be cut; without whitening where there is no calibration."""
-    calibration = calibrated.calibration if calibrated else None
     everyone = list(range(checkpoint.spec.num_classes))
     names = [shape.name for shape in checkpoint.spec.matrices()]
     return {name: fold_matrix(checkpoint, name, everyone, "switch", calibration) for name in names}

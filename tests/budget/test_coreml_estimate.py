@@ -22,8 +22,9 @@ from kind_edge.budget.profile import Figure, Store, load_profile
 from kind_edge.budget.profile_file import parse_profile
 from kind_edge.budget.profile_text import profile_text
 from kind_edge.deploy.coreml_plan import Packages
-from kind_edge.errors import GateError, InputError, NoPlanError
+from kind_edge.errors import InputError, NoPlanError
 from kind_edge.model.spec import ModelSpec
+from kind_edge.units import Quantity, format_bytes, parse_quantity
 
 APPLE, ANDROID = load_profile("apple-a18"), load_profile("snapdragon8g3")
 CLASSES = ("cat", "dog", "owl")
@@ -34,12 +35,12 @@ SPEC = ModelSpec(
 )  # fmt: skip
 
 
-def source(spec: ModelSpec = SPEC) -> Source:
-    """Where every rank less costs the same."""
+def source(spec: ModelSpec = SPEC, power: int = 1) -> Source:
+    """Where every rank less costs the same, or ever more with a higher `power`."""
 
     def losses(form: str, classes: tuple[str, ...]) -> LossModel:
         def falling(rank: int) -> Any:
-            return np.linspace(0.01, 0, rank + 1)
+            return 0.01 * np.linspace(1, 0, rank + 1) ** power
 
         matrices = {
             m.name: MatrixLoss(falling(spec.ranks(m.name).learngene), falling(spec.ranks(m.name).tailor), 1e-4)
@@ -99,24 +100,87 @@ def test_what_a_store_takes_is_a_limit(plan: Callable[..., Plan]) -> None:
     assert "raise --max-size" not in str(caught.value), "nobody can raise it"
 
 
-def test_packages_that_no_app_may_hold_are_refused(plan: Callable[..., Plan]) -> None:
+def test_stored_plans_whose_packages_no_app_may_hold_are_refused(plan: Callable[..., Plan]) -> None:
     made = plan(precision="int8", unit="cpu")
-    whole = Packages(source(), APPLE, {"weights": "fp16", "target": "iOS17"}).settled(made)
+    whole = Packages(source(), APPLE, {"weights": "fp16", "target": "iOS17"}).checked(made)
     assert (whole.coreml["weights"], whole.coreml["target"]) == ("fp16", "iOS17")
-    assert Packages(source(), APPLE, None).settled(made) is made
+    assert Packages(source(), APPLE, None).checked(made) is made
     packs = {"weights": "fp16", "functions": (("one", ("cat",)), ("two", ("dog",)))}
-    more = Packages(source(), APPLE, packs).settled(made).coreml["app_bytes"]
+    more = Packages(source(), APPLE, packs).checked(made).coreml["app_bytes"]
     assert whole.coreml["app_bytes"] < more < 1.2 * int(whole.coreml["app_bytes"]), "a program each, and no weights"
     size = int(whole.coreml["app_bytes"])
     small = dataclasses.replace(APPLE, store=Store("Shop", Figure(size - 1, "P", "its page")))
-    asked = Packages(source(), small, {"weights": "fp16"})
-    with pytest.raises(NoPlanError, match=r"Shop allows \(its page\); take --coreml-weights .*; or keep fewer classes"):
-        asked.settled(made)
-    entries = {"coreml/Denoiser.mlpackage": {"role": "denoiser", "package_bytes": size},
-               "coreml/Sampler.mlpackage": {"role": "sampler", "package_bytes": size}}  # fmt: skip
-    with pytest.raises(GateError, match="more than"):
-        asked.check(entries, made)
-    Packages(source(), APPLE, {}).check(entries, made)
+    told = r"Shop allows \(its page\); plan with --formats coreml; or take --coreml-weights .*; or keep fewer classes"
+    with pytest.raises(NoPlanError, match=told):
+        Packages(source(), small, {"weights": "fp16"}).checked(made)
+
+
+SMALL = ModelSpec(
+    image_size=8, patch_size=2, channels=1, width=64, depth=1, heads=2, num_classes=3, factored=True,
+    learngene_rank=24, tailor_rank=4,
+)  # fmt: skip
+PACKAGES = st.fixed_dictionaries({
+    "target": st.sampled_from(("iOS17", "iOS18")),
+    "weights": st.sampled_from(("auto", "fp16", "palette6")),
+    "layout": st.sampled_from(("auto", "channels")),
+    "functions": st.sampled_from(((), (("one", ("cat",)),))),
+})  # fmt: skip
+
+
+@settings(max_examples=8)
+@given(
+    st.sampled_from(("apple-a18", "apple-m4", "snapdragon8g3")),
+    st.sampled_from(("auto", "fp16", "int8")),
+    st.booleans(),
+    st.integers(40_000, 130_000),
+    PACKAGES,
+)
+def test_a_plan_for_packages_fits_with_them_or_no_plan_does(
+    name: str, precision: Any, of_store: bool, limit: int, choices: dict[str, Any]
+) -> None:
+    """Whoever sets the limit. What a refusal advises is enough; a plan that fits anyway stays as it is."""
+    device, model = load_profile(name), source(SMALL, power=2)
+    limits = {} if of_store else {"max_size": Quantity(limit, "bytes")}
+    store = Store("Shop", Figure(limit, "P", "its page")) if of_store else None
+    device = dataclasses.replace(device, store=store)
+    packages = Packages(model, device, choices)
+    request = Request(device, CLASSES, SAMPLING, "switch", precision, limits=limits)
+    try:
+        best = make_plan(model, request)
+    except NoPlanError:
+        with pytest.raises(NoPlanError):
+            packages.best_plan(request)
+        return
+    found, told = outcome(packages, request)
+    if found is None:
+        assert f"more than the {format_bytes(limit)} that" in told
+        assert ("raise --max-size" in told) is not of_store
+        if of_store:
+            return
+        enough = parse_quantity(told.split("raise --max-size to at least ")[1].split(";")[0], "bytes")
+        request, limit = dataclasses.replace(request, limits={"max_size": enough}), int(enough.value)
+        found, best = packages.best_plan(request), make_plan(model, request)
+    assert int(found.coreml["app_bytes"]) <= limit
+    assert found.weight_bytes <= limit
+    assert packages.checked(found) == found, "as export finds it"
+    if coreml_size(packages, best) <= limit:
+        assert found.matrices == best.matrices
+    else:
+        assert found.weight_bytes < best.weight_bytes
+
+
+def outcome(packages: Packages, request: Request) -> tuple[Plan | None, str]:
+    """The plan, or what is told instead."""
+    try:
+        return packages.best_plan(request), ""
+    except NoPlanError as error:
+        return None, str(error)
+
+
+def coreml_size(packages: Packages, plan: Plan) -> int:
+    """What the packages of a plan take, whoever allows how much."""
+    unlimited = dataclasses.replace(packages, device=dataclasses.replace(packages.device, store=None))
+    return int(unlimited.checked(dataclasses.replace(plan, limits={})).coreml["app_bytes"])
 
 
 def test_profiles_say_what_their_store_takes() -> None:

@@ -33,6 +33,9 @@ USAGE = {
     "format": (("export", "--profile", "apple-a18", "--formats", "onx"), "onnx"),
     "no format": (("export", "--profile", "apple-a18", "--formats", ","), "onnx"),
     "Core ML not asked for": (("export", "--profile", "apple-a18", "--coreml-target", "iOS16"), "add coreml"),
+    "Core ML of a plan": ((*PLAN, "--coreml-weights", "int8"), "add coreml"),
+    "front of packages": ((*PLAN, "--pareto", "--formats", "coreml"), "--formats"),
+    "packages without weights": ((*ARCH, "--num-classes", "9", "--formats", "coreml"), "--formats"),
     "nameless class pack": (
         ("export", "--profile", "apple-a18", "--formats", "coreml", "--coreml-function", "bag"), "shoes=",
     ),

@@ -24,6 +24,7 @@ from kind_edge.deploy.bundle import (
 )
 from kind_edge.errors import InputError, KindEdgeError, UsageError
 
+Contents = Callable[[Path], dict[str, bytes]]
 MODELS = ["onnx/denoiser.onnx", "onnx/denoiser.int8.onnx", "onnx/sampler.onnx"]
 
 
@@ -52,42 +53,46 @@ def fail_halfway(destination: Path, failure: BaseException, keep_failed: bool = 
         raise failure
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def test_written_bundle_verifies_and_replaces_the_earlier_one(light: Callable[[str], Path]) -> None:
+def test_written_bundle_verifies_and_replaces_the_earlier_one(light: Callable[[str], Path], contents: Contents) -> None:
     folder = light("old")
-    before = content(folder)
+    before = contents(folder)
     assert light("new") == folder
-    assert content(folder) != before
+    assert contents(folder) != before
     manifest = verify_hashes(folder)
     assert sorted(manifest.files) == sorted(MODELS)
     assert manifest.files[MODELS[0]].sha256 == hash_file(folder / MODELS[0])
     assert [p.name for p in folder.parent.iterdir()] == ["out"]
     assert light("old") == folder
-    assert content(folder) == before  # equal input, equal bytes
+    assert contents(folder) == before  # equal input, equal bytes
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(3)])
 @pytest.mark.parametrize("earlier", [True, False])
 def test_failure_leaves_what_was_there(
-    tmp_path: Path, light: Callable[[str], Path], failure: BaseException, earlier: bool
+    tmp_path: Path,
+    light: Callable[[str], Path],
+    failure: BaseException,
+    earlier: bool,
+    contents: Contents,
 ) -> None:
-    before = content(light("old")) if earlier else {}
+    before = contents(light("old")) if earlier else {}
     with pytest.raises(type(failure)):
         fail_halfway(tmp_path / "out", failure)
     assert [p.name for p in tmp_path.iterdir()] == (["out"] if earlier else [])
-    assert content(tmp_path / "out") == before
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.mark.parametrize("failing_call", [1, 2])
 @pytest.mark.parametrize("failure", [OSError("disk"), KeyboardInterrupt()])
 def test_failed_rename_restores_the_earlier_bundle(
-    light: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, failing_call: int, failure: BaseException
+    light: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    failing_call: int,
+    failure: BaseException,
+    contents: Contents,
 ) -> None:
     folder = light("old")
-    before = content(folder)
+    before = contents(folder)
     rename, calls = Path.rename, 0
 
     def failing(self: Path, target: Path) -> Path:
@@ -100,7 +105,7 @@ def test_failed_rename_restores_the_earlier_bundle(
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(type(failure)):
         light("new")
-    assert content(folder) == before
+    assert contents(folder) == before
     assert [p.name for p in folder.parent.iterdir()] == ["out"]
 
 
@@ -202,13 +207,15 @@ def test_tables_must_be_finite_and_equally_long(light: Callable[[str], Path]) ->
         Manifest.from_bytes(text.replace("0.75", "NaN").encode())
 
 
-def test_zip_is_deterministic_and_equal_to_the_folder(light: Callable[[str], Path], tmp_path: Path) -> None:
+def test_zip_is_deterministic_and_equal_to_the_folder(
+    light: Callable[[str], Path], tmp_path: Path, contents: Contents
+) -> None:
     first = zip_bundle(light("x"))
     assert first == tmp_path / "out.zip"
     os.utime(tmp_path / "out" / MODELS[0], (1, 1))
     assert zip_bundle(tmp_path / "out", tmp_path / "second.zip").read_bytes() == first.read_bytes()
     with open_bundle(first) as folder:
-        assert content(folder) == content(tmp_path / "out")
+        assert contents(folder) == contents(tmp_path / "out")
     assert verify_hashes(first) == read_manifest(tmp_path / "out")
     (tmp_path / "out" / MODELS[0]).write_text("touched")
     with pytest.raises(InputError, match=r"denoiser\.onnx"):

@@ -153,7 +153,7 @@ def test_what_it_was_not_distilled_for_is_refused_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     save_checkpoint(tmp_path / "few", make_checkpoint(**FEW))  # without calibration, which would have to be measured
-    monkeypatch.setattr(request_module, "calibrate_on_samples", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(request_module, "calibrate_on_samples", lambda *_, **__: pytest.fail("work was done"))
     for verb in (pipeline.plan, pipeline.export):
         with pytest.raises(UsageError) as caught:
             verb(tmp_path / "few", profile=DEVICE, **asked)

@@ -22,13 +22,10 @@ from kind_edge.deploy.sampler_table import sampler_table
 from kind_edge.model.checkpoint import Checkpoint
 from kind_edge.registry import exporter
 
+Contents = Callable[[Path], dict[str, bytes]]
 CLASSES = ("sneaker", "bag", "coat", "shirt")
 FoldPlan = Callable[[Path, Plan], Any]
 FP32 = "onnx/denoiser.onnx"
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("modulation", ["network", "baked", "baked-fp16"])
@@ -82,7 +79,11 @@ exporter("onnx").export(plain, Path("every"), tuple(PRECISIONS))
 
 
 def test_another_process_writes_the_same_bytes(
-    packed: Path, tiny_folder: Path, fold_plan: FoldPlan, tmp_path: Path
+    packed: Path,
+    tiny_folder: Path,
+    fold_plan: FoldPlan,
+    tmp_path: Path,
+    contents: Contents,
 ) -> None:
     """The same checkpoint, plan and tools, in every precision: whatever the folder, the order of sets, the threads."""
     exporter("onnx").export(
@@ -96,8 +97,8 @@ def test_another_process_writes_the_same_bytes(
     done = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     for here, name in ((packed, "again"), (tmp_path / "every", "every")):
-        wanted = {path: data for path, data in files_of(here).items() if path.startswith(("onnx/", "packs/"))}
-        found = {path: data for path, data in files_of(elsewhere / name).items() if path in wanted}
+        wanted = {path: data for path, data in contents(here).items() if path.startswith(("onnx/", "packs/"))}
+        found = {path: data for path, data in contents(elsewhere / name).items() if path in wanted}
         assert len(wanted) == (3 + len(CLASSES) + 2 if name == "again" else len(PRECISIONS) + 1)
         assert [path for path in wanted if found.get(path) != wanted[path]] == []
 

@@ -115,7 +115,10 @@ def test_opening_a_model_reads_what_lies_beside_it(tiny_folder: Path, tmp_path: 
     save_checkpoint(tmp_path / "bare", checkpoint)
     bare = open_model(tmp_path / "bare")
     assert bare.heldout is None
-    assert bare.calibration.source == "own sampling trajectories"
+    measured = bare.calibration
+    again = open_model(tmp_path / "bare").stored_calibration  # kept for the next time
+    assert again is not None
+    assert all(torch.equal(again.pooled[name], covariance) for name, covariance in measured.pooled.items())
     for name in (CALIBRATION, HELDOUT):
         (tmp_path / "bare" / name).write_bytes(b"not safetensors")
         with pytest.raises(InputError, match=f"{name}: truncated or corrupt"):

@@ -359,14 +359,19 @@ def test_a_bundle_with_packages_proves_itself(
     tiny_folder: Path, tmp_path: Path, parse_swift: Callable[[str], Any]
 ) -> None:
     asked: dict[str, Any] = {"profile": "apple-a18", "classes": ["shirt", "bag"], "precision": "int8"}
-    choices = {"coreml": {"target": "iOS17", "layout": "channels"}}
-    bundle = pipeline.export(tiny_folder, **asked, output=tmp_path / "b", formats=["coreml"], format_choices=choices)
+    uncut = pipeline.plan(tiny_folder, **asked)
+    written = {"formats": ["coreml"], "format_choices": {"coreml": {"target": "iOS17", "layout": "channels"}}}
+    limit = int(uncut.coreml["app_bytes"])  # of smaller packages than these
+    asked |= {**written, "max_size": f"{limit}B"}
+    bundle = pipeline.export(tiny_folder, **asked, output=tmp_path / "b")
+    assert bundle.plan == pipeline.plan(tiny_folder, **asked)
+    assert bundle.plan.weight_bytes < uncut.weight_bytes < limit, "the packages alone were too large"
     assert bundle.parity[DENOISER] >= COREML_GATES_DB["int8"]
     assert DENOISER not in bundle.latency  # Core ML runs on Apple's systems alone
     entry = read_manifest(bundle.path).raw["models"][DENOISER]
     assert (entry["precision"], entry["target"], entry["layout"]) == ("int8", "iOS17", "channels")
     size = sum(size for name, size in bundle.files.items() if name.startswith(DENOISER))
-    assert size == entry["package_bytes"]
+    assert size == entry["package_bytes"] <= limit
     assert (bundle.plan.coreml["weights"], bundle.plan.coreml["target"]) == ("int8", "iOS17")
     assert pipeline.verify(bundle.path).parity == bundle.parity
     report = (bundle.path / "report.html").read_text()

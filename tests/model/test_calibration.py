@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import torch
 
 from kind_edge.errors import InputError
 from kind_edge.model.calibration import (
+    BRANCHES,
     RIDGE,
     Calibration,
     calibrate_on_images,
     calibrate_on_samples,
     covariances,
     load_calibration,
+    output_covariances,
     save_calibration,
 )
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint
@@ -77,12 +80,45 @@ def test_the_null_branch_sees_no_tailor(make_checkpoint: MakeCheckpoint, calibra
     assert not torch.allclose(calibration.pooled["blocks.1.attn.q"], calibration.null["blocks.1.attn.q"], rtol=1e-2)
 
 
+def test_the_prediction_sees_of_an_error_what_the_output_covariance_says(make_checkpoint: MakeCheckpoint) -> None:
+    """Against finite differences: the same error of every token, in the direction seen most and in one seen less."""
+    model, generator = make_checkpoint().model().double(), torch.Generator().manual_seed(1)
+    x, classes = torch.randn(32, 1, 8, 8, generator=generator, dtype=torch.float64), torch.arange(32) % 5
+    timestep, name, size = torch.full((32,), 400.0, dtype=torch.float64), "blocks.0.mlp.fc1", 1e-4
+    whole = model(x, timestep, classes).detach()
+    found = output_covariances(model, [(x, timestep, classes)] * 20)[name]
+    layer, tokens = model.get_submodule(name), model.spec.tokens
+    values, vectors = torch.linalg.eigh(found)
+    for value, direction in zip(values[[-1, 20]], vectors.T[[-1, 20]], strict=True):
+        changes = []
+        for _ in range(20):
+            error = size * torch.randn(32, tokens, 1, generator=generator, dtype=torch.float64) * direction
+            hook = layer.register_forward_hook(lambda _, inputs, output, error=error: output + error)
+            changes.append(float((model(x, timestep, classes).detach() - whole).square().sum()))
+            hook.remove()
+        seen = sum(changes) / len(changes) / size**2 / (32 * tokens)
+        ridge = RIDGE / (1 + RIDGE) * float(found.diagonal().mean())
+        assert seen == pytest.approx(float(value) - ridge, rel=0.15)
+
+
+def test_outputs_are_weighed_unless_ranks_nest(make_checkpoint: MakeCheckpoint, calibration: Calibration) -> None:
+    checkpoint = make_checkpoint()
+    assert {name: len(c) for name, c in calibration.outputs.items()} == {
+        shape.name: shape.outputs for shape in checkpoint.spec.matrices()
+    }
+    nested = dataclasses.replace(checkpoint, spec=dataclasses.replace(checkpoint.spec, nested=True))
+    assert calibrate_on_images(nested.model(), IMAGES[:8], LABELS[:8]).outputs == {}
+    assert calibrate_on_samples(nested.model(), per_class=1, steps=2).outputs == {}
+
+
 def test_stored_covariances_come_back_within_fp16(
     calibration: Calibration, tmp_path: Path, make_checkpoint: MakeCheckpoint
 ) -> None:
     save_calibration(tmp_path / CALIBRATION, calibration)
     stored = load_calibration(tmp_path / CALIBRATION, make_checkpoint().spec)
-    for mine, theirs in ((calibration.pooled, stored.pooled), (calibration.null, stored.null)):
+    for branch in BRANCHES:
+        mine, theirs = getattr(calibration, branch), getattr(stored, branch)
+        assert mine.keys() == theirs.keys()
         for name, covariance in mine.items():
             got = theirs[name]
             assert torch.equal(got, got.T)

@@ -67,6 +67,21 @@ def test_whitened_truncation_is_optimal_at_every_rank(seed: int) -> None:
     assert output_error(x, w, product(whitened.cut(k))) < 1e-15 * float(whitened.s.square().sum())
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_whitened_on_both_sides_it_is_optimal_for_what_the_outputs_are_used_for(seed: int) -> None:
+    n, m, k = 12, 16, 10
+    a, b, x, readout = random(seed, n, k), random(seed + 5, m, k), inputs_of(seed, m), random(seed + 7, 30, n)
+    w, sides = a @ b.T, (Whitening.of(x.T @ x / len(x)), Whitening.of(readout.T @ readout))
+    one, both = sorted_factors(a, b, sides[0]), sorted_factors(a, b, *sides)
+    torch.testing.assert_close(product(both), w, rtol=1e-6, atol=1e-8)
+    for rank in range(1, k):
+        ours, inputs_alone = (output_error(x, readout @ w, readout @ product(each.cut(rank))) for each in (both, one))
+        assert ours < inputs_alone
+        assert ours == pytest.approx(float(both.energy[rank:].sum()), rel=1e-3)
+        best = output_error(x, readout @ w, reduced_rank_regression(x, readout @ w, rank))  # knows nothing of W
+        assert ours == pytest.approx(best, rel=1e-3)
+
+
 def test_whitening_and_its_inverse_undo_each_other_though_fp16_lost_some() -> None:
     x = inputs_of(0, 24, count=40)
     covariance = x.T @ x / 40

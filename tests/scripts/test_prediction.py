@@ -30,7 +30,7 @@ def test_a_plan_is_cut_as_export_cuts_it(
         shape.name: MatrixPlan("factored", "fp32", 6 - number % 3, 2 - number % 2)
         for number, shape in enumerate(opened.checkpoint.spec.matrices())
     }
-    own = cut_model(opened.checkpoint, folded_matrices(opened.checkpoint, opened), matrices).state_dict()
+    own = cut_model(opened.checkpoint, folded_matrices(opened.checkpoint, opened.calibration), matrices).state_dict()
     exported = truncate(opened.checkpoint, dataclasses.replace(base, matrices=matrices), opened.calibration)
     wanted = exported.model().state_dict()
     assert own.keys() == wanted.keys()
@@ -38,7 +38,7 @@ def test_a_plan_is_cut_as_export_cuts_it(
     heldout = FixedHeldout.of(opened)
     whole = {name: MatrixPlan("factored", "fp32", 6, 2) for name in matrices}
     assert heldout.increase(cut_model(opened.checkpoint, {}, whole)) == pytest.approx(0, abs=1e-9)
-    cut = cut_model(opened.checkpoint, folded_matrices(opened.checkpoint, opened), matrices)
+    cut = cut_model(opened.checkpoint, folded_matrices(opened.checkpoint, opened.calibration), matrices)
     assert heldout.increase(cut) != pytest.approx(0, abs=1e-6)
 
 

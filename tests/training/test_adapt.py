@@ -17,7 +17,8 @@ from kind_edge.deploy.pipeline import plan as make_plan
 from kind_edge.deploy.reference import load_heldout
 from kind_edge.errors import InputError, UsageError
 from kind_edge.model.calibration import Calibration, load_calibration
-from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, load_checkpoint, read_tensors
+from kind_edge.model.checkpoint import CALIBRATION, CONFIG, HELDOUT, load_checkpoint, read_tensors, save_checkpoint
+from kind_edge.model.resize import resized, target_spec
 from kind_edge.training.adapt import adapt, adapt_config, adapt_to
 from kind_edge.training.data import DataSplit, in_memory
 from kind_edge.training.joined import mix
@@ -97,6 +98,27 @@ def test_only_new_rows_are_new(source: Path, adapted: Path) -> None:
     begun = begun_with(source)
     for name in grown:
         assert not torch.isclose(new[name][4:6].float(), begun[name][:2], atol=1e-4).all(), f"{name} did not learn"
+
+
+@pytest.mark.parametrize(("size", "method"), [((1, 16), "front"), ((3, 24), "bot")])
+def test_a_resized_model_takes_new_classes_and_leaves_the_old_as_they_are(
+    tiny_folder: Path, images: Path, tmp_path: Path, size: tuple[int, int], method: str
+) -> None:
+    """The old are drawn bit for bit as by the resized model; the new ones have tailors of their own."""
+    whole = load_checkpoint(tiny_folder)
+    save_checkpoint(tmp_path / "sized", resized(whole, target_spec(whole.spec, *size), method))
+    grown = adapt(tmp_path / "sized", images, NEW, tmp_path / "grown", images=IMAGES, device="cpu")
+    before, after = load_checkpoint(tmp_path / "sized"), load_checkpoint(grown)
+    assert after.spec == dataclasses.replace(before.spec, num_classes=6)
+    assert after.provenance["resized"] == before.provenance["resized"]
+    stream = torch.Generator().manual_seed(0)
+    x, t = torch.randn(10, 1, 8, 8, generator=stream), torch.rand(10, generator=stream) * 1000
+    classes = torch.tensor([0, 1, 2, 3, 4, 4, 3, 2, 1, 0])
+    old, new = before.model()(x, t, classes), after.model()
+    assert torch.equal(old, new(x, t, torch.where(classes == 4, 6, classes)))
+    dog, cat, null = (new(x, t, torch.full((10,), number)) for number in (4, 5, 6))
+    assert not torch.isclose(dog, null).all()
+    assert not torch.isclose(dog, cat).all()
 
 
 def begun_with(source: Path, start: str | None = None) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from kind_edge.deploy.serve import make_server, page_folder
 from kind_edge.deploy.web import PACKAGER
 
 pytestmark = pytest.mark.slow
+Contents = Callable[[Path], dict[str, bytes]]
 CLASSES = ["sneaker", "bag"]
 DRAWN = "!document.querySelector('#draw').disabled && document.querySelectorAll('#gallery a').length == %d"
 FAILED = "document.querySelector('#status.failed')"
@@ -38,17 +39,23 @@ def bundle(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     return made_once("web", make) / "out"
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+@contextmanager
+def chromium(*flags: str) -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None and "CI" not in os.environ:
         pytest.skip("no Chromium on this machine: scripts/fetch-chromium brings it")
     with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        running = driver.chromium.launch(executable_path=found, args=["--no-sandbox", *flags])
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as running:
+        yield running
 
 
 @contextmanager
@@ -61,8 +68,8 @@ def served(folder: Path) -> Iterator[str]:
         thread.join()
 
 
-@pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
+@contextmanager
+def fresh_page(browser: Any) -> Iterator[Any]:
     """A browser without any past, on a phone's screen; an uncaught error of the page fails the test."""
     errors: list[str] = []
     with browser.new_context(viewport={"width": 390, "height": 844}) as context:
@@ -71,6 +78,12 @@ def page(browser: Any) -> Iterator[Any]:
         opened.on("pageerror", lambda error: errors.append(str(error)))
         yield opened
     assert not errors
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    with fresh_page(browser) as opened:
+        yield opened
 
 
 def psnr_db(reference: np.ndarray, found: np.ndarray) -> float:
@@ -102,6 +115,42 @@ def test_pictures_are_those_of_python(bundle: Path, page: Any) -> None:
             assert psnr_db(reference, found) >= 25
             if precision == "fp32":
                 assert np.abs(reference - found).max() / 2 < 1e-3
+
+
+def test_draws_on_webgpu_what_python_draws(tiny_folder: Path, tmp_path: Path) -> None:
+    """On Chromium's own GPU in software; of a small model, as each of its evaluations takes long."""
+    choices: dict[str, Any] = {"classes": ["shirt", "bag"], "formats": ["web"], "steps": 2}
+    export(tiny_folder, profile="snapdragon8g3", output=tmp_path / "b", **choices)
+    draw = """async ([model, seed]) => {
+        const { load } = await import("/kind-edge.js");
+        const opened = await load(".", { model, backend: "gpu" });
+        const pictures = await opened.generate("bag", { n: 1, seed });
+        return pictures.map((picture) => Array.from(picture.values));
+    }"""
+    lose = """async () => {
+        const ort = await import("/runtime/ort.webgpu.min.mjs");
+        (await ort.env.webgpu.device).destroy();
+    }"""
+    with served(tmp_path / "b") as url, chromium("--enable-unsafe-webgpu") as browser, fresh_page(browser) as page:
+        page.goto(url)
+        page.wait_for_selector("#draw:not([disabled])")
+        if not page.evaluate("async () => Boolean(await navigator.gpu?.requestAdapter())"):
+            pytest.skip("this Chromium has no WebGPU: no GPU, no Vulkan driver, and not Debian's SwiftShader")
+        offered = page.get_by_label("Runs on").locator("option").all_inner_texts()
+        assert offered == ["CPU, fp32", "GPU in software, fp32", "CPU, int8"], "integers stay on the CPU"
+        page.get_by_label("Runs on").select_option("GPU in software, fp32")
+        page.get_by_role("spinbutton", name="Pictures").fill("1")
+        page.click("#draw")
+        page.wait_for_function(DRAWN % 1)
+        assert page.get_by_role("status").inner_text().endswith("on the GPU in software, fp32.")
+        found = np.array(page.evaluate(draw, ["fp32", "3"])).reshape(1, 8, 8)
+        assert np.abs(expected(load_bundle(tmp_path / "b", "fp32"), "bag", 3, 1) - found).max() / 2 < 1e-3
+        with pytest.raises(Exception, match="WebGPU has no kernels for int8; run it on the CPU"):
+            page.evaluate(draw, ["int8", "3"])
+        page.evaluate(lose)
+        page.click("#draw")
+        page.wait_for_function(FAILED)
+        assert page.get_by_role("status").inner_text().startswith("The GPU is gone (")
 
 
 def test_draws_by_keyboard_and_again_without_a_network(bundle: Path, page: Any) -> None:
@@ -186,11 +235,7 @@ def test_takes_a_class_that_was_left_out(bundle: Path, page: Any, tmp_path: Path
         assert "bag is there already" in page.get_by_role("status").inner_text()
 
 
-def test_the_page_is_the_same_when_it_is_written_again(bundle: Path, tmp_path: Path) -> None:
+def test_the_page_is_the_same_when_it_is_written_again(bundle: Path, tmp_path: Path, contents: Contents) -> None:
     again = shutil.copytree(bundle, tmp_path / "again", ignore=shutil.ignore_patterns("web"))
     PACKAGER.write(again, json.loads((bundle / "manifest.json").read_text()))
-    first, second = (
-        {path.relative_to(web): path.read_bytes() for path in web.rglob("*") if path.is_file()}
-        for web in (bundle / "web", again / "web")
-    )
-    assert first == second
+    assert contents(bundle / "web") == contents(again / "web")

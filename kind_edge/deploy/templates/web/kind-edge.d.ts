@@ -5,7 +5,7 @@ export class KindEdgeError extends Error {}
 export interface LoadOptions {
   /** A precision such as "int8", or a model file of the manifest; the bundle's own choice if left out. */
   model?: string;
-  /** Browsers only: "gpu" runs on WebGPU. */
+  /** Browsers only: "gpu" runs on WebGPU, or is refused. */
   backend?: "cpu" | "gpu";
   threads?: number;
   /** Bytes of class packs, whose classes are added after the bundle's own. */
@@ -43,6 +43,7 @@ export interface Model {
   readonly name: string;
   readonly classes: readonly string[];
   readonly precision: string;
+  readonly backend: "cpu" | "gpu";
   readonly steps: number;
   /** Whether a class can be chosen; otherwise all classes are merged into one. */
   readonly switches: boolean;

@@ -8,7 +8,11 @@
  * The same seed gives the same picture as in Python: docs/noise.md specifies the noise, manifest.json the sampler.
  */
 
+import { gaussianNoise } from "./noise.js";
 import { joinFile, readPack, sha256, takeApart } from "./packs.js";
+import { findGpu, lossOf, withNodes } from "./webgpu.js";
+
+export { gaussianNoise };
 
 const IN_NODE = typeof process !== "undefined" && Boolean(process.versions?.node);
 const MAX_THREADS = 4; // beyond that phones slow down: the rest are small cores
@@ -29,15 +33,18 @@ export async function load(folder = ".", options = {}) {
   const entry = chooseModel(manifest, options.model);
   const backend = options.backend ?? "cpu";
   const threads = options.threads ?? manifest.threads;
+  if (backend === "gpu") await checkGpu(entry);
   const ort = options.ort ?? (await importRuntime(folder, backend, threads));
   const decoder = chooseDecoder(manifest, entry);
   const sessions = [];
   for (const each of [entry, decoder].filter(Boolean)) {
     const bytes = await readModel(folder, given, each.path, options);
     const joined = each === entry && packs.length ? await addClasses(folder, given, each.path, bytes, packs, options) : bytes;
-    sessions.push(await openSession(ort, joined, each.path, backend, threads));
+    const nodes = backend === "gpu" && each.webgpu ? await readModel(folder, given, each.webgpu, options) : undefined;
+    const model = nodes ? withNodes(joined, nodes) : joined;
+    sessions.push(await openSession(ort, model, each.path, backend, threads));
   }
-  return new Model(manifest, entry, ort, sessions);
+  return new Model(manifest, entry, ort, sessions, backend);
 }
 
 class Model {
@@ -46,8 +53,9 @@ class Model {
   #ort;
   #session;
   #decoder;
+  #gone; // rejects once the GPU is gone
 
-  constructor(manifest, entry, ort, [session, decoder]) {
+  constructor(manifest, entry, ort, [session, decoder], backend) {
     this.#manifest = manifest;
     this.#entry = entry;
     this.#ort = ort;
@@ -55,6 +63,9 @@ class Model {
     this.#decoder = decoder;
     this.classes = Object.freeze([...manifest.classes]);
     this.precision = entry.precision;
+    this.backend = backend;
+    this.#gone = backend === "gpu" ? lossOf(ort) : undefined;
+    this.#gone?.catch(() => {}); // who runs then is told
     this.steps = manifest.sampler.steps;
     this.name = manifest.name;
   }
@@ -139,7 +150,7 @@ class Model {
       const shape = name === "sample" ? [batch, channels, height, width] : [batch];
       feeds[name] = this.#tensor(values[name], dtype, shape);
     }
-    const output = (await this.#session.run(feeds))[this.#entry.outputs[0].name];
+    const output = (await this.#run(this.#session, feeds))[this.#entry.outputs[0].name];
     const [wanted, made] = [channels * height * width, output.data.length / batch];
     if (wanted === made) return output.data;
     const kept = new Float32Array(batch * wanted);
@@ -147,11 +158,24 @@ class Model {
     return kept;
   }
 
+  /** On a GPU that is lost meanwhile a run would never end. */
+  async #run(session, feeds) {
+    if (!this.#gone) return session.run(feeds);
+    const gone = this.#gone.catch((error) => {
+      throw new KindEdgeError(`The GPU is gone (${error.message}): load the page again, or run on the CPU.`);
+    });
+    const run = session.run(feeds).catch(async (error) => {
+      await Promise.race([gone, new Promise((resolve) => setTimeout(resolve, 100))]); // if that is why, it is said soon
+      throw new KindEdgeError(`${this.#entry.path}: this GPU cannot run it: ${error.message}. Run it on the CPU.`);
+    });
+    return Promise.race([run, gone]);
+  }
+
   async #decode(sample) {
     const { channels, height, width } = this.#shape;
     if (!this.#decoder) return new Picture(width, height, channels, sample.map((x) => Math.min(1, Math.max(-1, x))));
     const feeds = { latent: this.#tensor(sample, "float32", [1, channels, height, width]) };
-    const { data, dims } = (await this.#decoder.run(feeds)).image;
+    const { data, dims } = (await this.#run(this.#decoder, feeds)).image;
     return new Picture(dims[3], dims[2], dims[1], data.map((x) => 2 * x - 1));
   }
 
@@ -192,40 +216,6 @@ export class Picture {
     }
     return pixels;
   }
-}
-
-/** Standard normal noise of image `image` under a key of two 32-bit words; see docs/noise.md. */
-export function gaussianNoise(key, image, count) {
-  const noise = new Float32Array(Math.ceil(count / 4) * 4);
-  for (let start = 0; start < noise.length; start += 4) {
-    const words = philox4x32([start / 4, image, 0, 0], key);
-    for (let pair = 0; pair < 4; pair += 2) {
-      const radius = Math.sqrt(-2 * Math.log((words[pair] + 0.5) / 4294967296));
-      const angle = 6.283185307179586 * ((words[pair + 1] + 0.5) / 4294967296);
-      noise[start + pair] = radius * Math.cos(angle);
-      noise[start + pair + 1] = radius * Math.sin(angle);
-    }
-  }
-  return noise.slice(0, count);
-}
-
-function philox4x32([c0, c1, c2, c3], [k0, k1]) {
-  for (let round = 0; round < 10; round++) {
-    const [high0, low0] = [highHalf(0xd2511f53, c0), Math.imul(0xd2511f53, c0) >>> 0];
-    const [high1, low1] = [highHalf(0xcd9e8d57, c2), Math.imul(0xcd9e8d57, c2) >>> 0];
-    [c0, c1, c2, c3] = [(high1 ^ c1 ^ k0) >>> 0, low1, (high0 ^ c3 ^ k1) >>> 0, low0];
-    k0 = (k0 + 0x9e3779b9) >>> 0;
-    k1 = (k1 + 0xbb67ae85) >>> 0;
-  }
-  return [c0, c1, c2, c3];
-}
-
-/** The upper 32 bits of a 64-bit product, put together from 16-bit halves. */
-function highHalf(a, b) {
-  const low = (a & 0xffff) * (b & 0xffff);
-  const middle = (a >>> 16) * (b & 0xffff) + Math.floor(low / 65536);
-  const other = (a & 0xffff) * (b >>> 16) + (middle % 65536);
-  return ((a >>> 16) * (b >>> 16) + Math.floor(middle / 65536) + Math.floor(other / 65536)) >>> 0;
 }
 
 function parseSeed(seed) {
@@ -305,6 +295,15 @@ function ofRole(manifest, role) {
     .filter((entry) => entry.role === role && entry.path.endsWith(".onnx"));
 }
 
+/** What runs on WebGPU, and where: refused in words before anything is fetched. */
+async function checkGpu({ path, precision }) {
+  if (IN_NODE) throw new KindEdgeError("backend gpu: only in a browser; in Node everything runs on the CPU");
+  if (!/^fp/.test(precision)) throw new KindEdgeError(`${path}: WebGPU has no kernels for ${precision}; run it on the CPU`);
+  const gpu = await findGpu();
+  if (!gpu) throw new KindEdgeError("this browser gives us no WebGPU; run it on the CPU");
+  if (precision === "fp16" && !gpu.half) throw new KindEdgeError(`${path}: this GPU has no fp16; run it on the CPU`);
+}
+
 async function importRuntime(folder, backend, threads) {
   if (IN_NODE) {
     const runtime = await import("onnxruntime-node");
@@ -312,7 +311,12 @@ async function importRuntime(folder, backend, threads) {
   }
   const file = backend === "gpu" ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs";
   const base = new URL(`${folder}/runtime/`, document.baseURI).href;
-  const ort = await import(base + file);
+  let ort;
+  try {
+    ort = await import(base + file);
+  } catch (error) {
+    throw new KindEdgeError(`cannot fetch runtime/${file}: ${error.message}. Is the network there?`);
+  }
   ort.env.wasm.wasmPaths = base;
   ort.env.wasm.proxy = backend === "cpu"; // in a worker: the page stays alive, and can be stopped
   ort.env.wasm.numThreads = globalThis.crossOriginIsolated
@@ -321,8 +325,10 @@ async function importRuntime(folder, backend, threads) {
   return ort;
 }
 
+/** On the backend that was asked for, and on no other. */
 async function openSession(ort, bytes, path, backend, threads) {
-  const options = { executionProviders: IN_NODE ? ["cpu"] : backend === "gpu" ? ["webgpu", "wasm"] : ["wasm"] };
+  const provider = IN_NODE ? "cpu" : backend === "gpu" ? "webgpu" : "wasm";
+  const options = { executionProviders: [provider], logSeverityLevel: 3 }; // errors alone: they come as exceptions
   if (IN_NODE && threads) options.intraOpNumThreads = threads;
   try {
     return await ort.InferenceSession.create(bytes, options);

@@ -83,13 +83,13 @@ function rowBytes({ dtype, shape }) {
   return shape.reduce((a, b) => a * b, Number(dtype.slice(-2).replace(/\D/g, "")) / 8);
 }
 
-function varint(value) {
+export function varint(value) {
   const out = [];
   for (; value > 127; value = Math.floor(value / 128)) out.push((value % 128) + 128);
   return Uint8Array.from([...out, value]);
 }
 
-function concat(chunks) {
+export function concat(chunks) {
   const out = new Uint8Array(chunks.reduce((sum, chunk) => sum + chunk.length, 0));
   let at = 0;
   for (const chunk of chunks) {

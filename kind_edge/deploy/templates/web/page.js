@@ -1,5 +1,6 @@
 /** The page around kind-edge.js: choose, draw, watch, save. */
 import { load } from "./kind-edge.js";
+import { findGpu } from "./webgpu.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("controls");
@@ -37,14 +38,15 @@ if ("serviceWorker" in navigator) {
   );
 }
 
-/** int8 runs on the CPU alone: WebGPU has no integer products. */
+/** int8 runs on the CPU alone: WebGPU has no integer products. Nor has every GPU fp16; and some are none. */
 async function offerRunners() {
-  const gpu = navigator.gpu ? await navigator.gpu.requestAdapter().catch(() => null) : null;
+  const gpu = await findGpu();
   for (const [path, { role, precision }] of Object.entries(manifest.models)) {
     if (role !== "denoiser") continue;
     const chosen = path === manifest.default_model;
     runner.add(new Option(`CPU, ${precision}`, `${precision}/cpu`, chosen, chosen));
-    if (gpu && /^fp/.test(precision)) runner.add(new Option(`GPU, ${precision}`, `${precision}/gpu`));
+    if (!gpu || !(precision === "fp32" || (precision === "fp16" && gpu.half))) continue;
+    runner.add(new Option(`GPU${gpu.software ? " in software" : ""}, ${precision}`, `${precision}/gpu`));
   }
 }
 
