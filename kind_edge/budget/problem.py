@@ -29,6 +29,7 @@ from kind_edge.budget.cost import (
     runs_on_one_thread,
 )
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
+from kind_edge.budget.deployed import GRAPH_BYTES_PER_OPERATOR, file_bytes
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
@@ -39,15 +40,6 @@ from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
 from kind_edge.model.spec import Branch, Form, MatrixShape, ModelSpec
 from kind_edge.units import Quantity
-
-GRAPH_BYTES_PER_OPERATOR = 180
-"""Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
-
-DYNAMIC_BYTES_PER_OPERATOR = 310
-"""The same of the two operators of a product in int8, which are five nodes: a cast and two scales come with them."""
-
-TAILOR_BYTES_PER_OPERATOR = 100
-"""The same of a tailor's operators, which have no constants of their own: all gathers are from the same few tables."""
 
 Objective = Literal["loss", "flops", "weight_bytes", "peak_memory_bytes", "latency_ns"]
 
@@ -226,24 +218,14 @@ class Deployment:
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": self._file_bytes(cost),
+            "weight_bytes": file_bytes(cost, self._operator_bytes),
             "peak_memory_bytes": memory_bytes,
             "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
 
-    def _file_bytes(self, cost: MatrixCost | FixedCost) -> int:
-        """What the file takes for values and for the graph round them: rather too much than too little."""
-        each = self._operator_bytes
-        if isinstance(cost, MatrixCost) and each == GRAPH_BYTES_PER_OPERATOR:
-            if cost.layer.tailor_rank:
-                each = TAILOR_BYTES_PER_OPERATOR
-            elif cost.layer.precision == "int8":
-                each = DYNAMIC_BYTES_PER_OPERATOR
-        return cost.weight_bytes + cost.operators * each
-
     @property
     def _operator_bytes(self) -> int:
-        return PRECISIONS[self.candidate.precision].operator_bytes or GRAPH_BYTES_PER_OPERATOR
+        return PRECISIONS[self.candidate.precision].operator_bytes
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
         profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
@@ -270,14 +252,13 @@ class Deployment:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, self.decoder
         precision = self.candidate.precision
-        file_bytes = fixed.weight_bytes + decoder.weight_bytes(precision)
-        file_bytes += fixed.operators * self._operator_bytes
-        file_bytes += decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
+        whole_bytes = file_bytes(fixed, self._operator_bytes) + decoder.weight_bytes(precision)
+        whole_bytes += decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
             "flops": fixed.flops,
-            "weight_bytes": file_bytes + self.request.spare_bytes,
+            "weight_bytes": whole_bytes + self.request.spare_bytes,
             "peak_memory_bytes": fixed_memory_bytes(fixed, self.evaluations_per_step, decoder),
             "latency_ns": _ns(seconds),
         }
@@ -383,7 +364,8 @@ class Deployment:
         for matrix in self.spec.matrices():
             ranks = self.spec.ranks(matrix.name)
             shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
-            largest += max(map(self._file_bytes, shared)) + self._file_bytes(self.tailors(matrix, ranks.tailor, "fp32"))
+            largest += max(file_bytes(cost, self._operator_bytes) for cost in shared)
+            largest += file_bytes(self.tailors(matrix, ranks.tailor, "fp32"), self._operator_bytes)
         return largest
 
 

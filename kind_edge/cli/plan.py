@@ -173,21 +173,25 @@ def plan(
             **written, **choices,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
-    if (warning := quality_view.predicted_warning(made)) is not None:
-        terminal.say_warning(warning)
-    replay = [checkpoint] if checkpoint else []
-    replay += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
-    replay += ["--autoencoder", autoencoder] if autoencoder else []
-    _show(terminal, made, paper, replay, output, as_json)
+    _show(terminal, made, paper, _replay(made, checkpoint, profile, autoencoder), output, as_json)
+
+
+def _replay(made: Plan, checkpoint: str | None, profile: str, autoencoder: str | None) -> list[str]:
+    """What export must be given beside the plan."""
+    words = [checkpoint] if checkpoint else []
+    words += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
+    words += ["--autoencoder", autoencoder] if autoencoder else []
+    return words + (["--heal", f"{made.resize['heal_s']:.0f}s"] if made.resize else [])
 
 
 def _show(
     terminal: Terminal, made: Plan, paper: PaperRow | None, replay: list[str], output: Path | None, as_json: bool
 ) -> None:
-    """`replay`: what export must be given beside the plan."""
     from kind_edge.cli.plan_view import print_plan
 
     values = made.to_dict()
+    if (warning := quality_view.predicted_warning(made)) is not None:
+        terminal.say_warning(warning)
     if output is not None:
         write_text(output, json.dumps(values, indent=2) + "\n")
     if as_json:
@@ -200,8 +204,7 @@ def _show(
     terminal.out.print()
     if output is not None:
         terminal.line(Text.assemble(("  written  ", "dim"), str(output)))
-        heal = ["--heal", f"{made.resize['heal_s']:.0f}s"] if made.resize else []
-        terminal.next("export", *replay, "--plan", str(output), *heal)
+        terminal.next("export", "--plan", str(output), *replay)
 
 
 def write_text(path: Path, text: str) -> None:

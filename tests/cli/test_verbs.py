@@ -111,7 +111,7 @@ def test_what_plan_tells_to_try_next_can_be_pasted(call: Callable[..., Any], che
     board.write_text(packaged_text("raspberry-pi-5"), encoding="utf-8")
     shown = call("plan", checkpoint, "--profile", board, "--steps", 2, "-o", wanted)
     command = shlex.split(shown.out.splitlines()[-1].split("next")[1])
-    assert command == ["kind-edge", "export", str(checkpoint), "--profile", str(board), "--plan", str(wanted)]
+    assert command == ["kind-edge", "export", "--plan", str(wanted), str(checkpoint), "--profile", str(board)]
 
 
 def _phrases(text: str) -> list[str]:

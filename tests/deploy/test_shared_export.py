@@ -10,10 +10,9 @@ import onnx
 import pytest
 import torch
 
-from kind_edge.budget.deployed import deployed_fixed_cost
+from kind_edge.budget.deployed import GRAPH_BYTES_PER_OPERATOR, TAILOR_BYTES_PER_OPERATOR, deployed_fixed_cost
 from kind_edge.budget.plan import MatrixPlan, Plan, check_replayable
 from kind_edge.budget.precision import PRECISIONS, denoiser_path
-from kind_edge.budget.problem import GRAPH_BYTES_PER_OPERATOR, TAILOR_BYTES_PER_OPERATOR
 from kind_edge.deploy.inspection import inspect
 from kind_edge.deploy.merge import fold, truncate
 from kind_edge.deploy.merge_check import check_merge
