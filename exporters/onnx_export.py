@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from kind_edge.budget.precision import PRECISIONS, decoder_path, decoder_precisi
 from kind_edge.deploy.ort import require_onnxruntime
 from kind_edge.deploy.session import open_session, runtime_errors
 from kind_edge.errors import InputError
-from kind_edge.model.provenance import data_words
+from kind_edge.model.provenance import file_metadata
 from kind_edge.registry import Arrays, ExportedFile, Interpreter
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class OnnxExporter:
 
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         made, plan, written = Precisions(model), model.origin.plan, []
-        props = _props(model.origin.lineage())
+        props = file_metadata(model.origin.lineage())
         left = {shape.name for shape in model.spec.matrices()}
 
         def write(rounded: Rounded, path: str, role: str, precision: str) -> None:
@@ -86,21 +85,6 @@ class OnnxExporter:
                 raise InputError(f"{path}: ONNX Runtime cannot run it: {error}") from error
 
         return run
-
-
-def _props(told: Mapping[str, Any]) -> dict[str, str]:
-    """What a file says of itself: what belongs to the weights, so that it is the same however they are exported. The
-    model's name is no part of that: it is whatever the folder is called.
-
-    `model_author` and `model_license` are ONNX's own names for them.
-    """
-    props = {
-        "checkpoint_sha256": told.get("checkpoint_sha256", ""),
-        "model_license": told["licence"],
-        "model_author": told.get("author", ""),
-        "training_data": "; ".join(data_words(each) for each in told.get("data", [])),
-    }
-    return {key: value for key, value in props.items() if value}
 
 
 EXPORTER = OnnxExporter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -53,6 +53,19 @@ class Precisions:
         """Names of the block matrices that are left."""
         return tuple(shape.name for shape in self.model.spec.matrices())
 
+    def _wide(
+        self,
+        rounded: Callable[[tuple[str, ...]], onnx.ModelProto],
+        candidates: Sequence[str],
+        wanted_db: float,
+        most: int,
+    ) -> tuple[str, ...]:
+        """What stays wide: as it was chosen for other classes on the same core, or found by measuring."""
+        given = self.model.origin.wide
+        if given is not None:
+            return tuple(name for name in given if name in candidates)
+        return chosen_wide(rounded, candidates, self.calls, wanted_db, most)
+
     def fp32(self) -> Rounded:
         return Rounded(self.graph)
 
@@ -60,7 +73,7 @@ class Precisions:
         def halved(wide: tuple[str, ...]) -> onnx.ModelProto:
             return onnx_fp16.halve(self.graph, wide)
 
-        wide = chosen_wide(halved, tuple(onnx_fp16.FLOAT_KINDS), self.calls, _wanted_db("fp16"), most=2)
+        wide = self._wide(halved, tuple(onnx_fp16.FLOAT_KINDS), _wanted_db("fp16"), most=2)
         return Rounded(halved(wide), wide)
 
     def int8(self) -> Rounded:
@@ -71,7 +84,7 @@ class Precisions:
             return quantize_int8(self.graph, [*kept, *wide])
 
         left = tuple(name for name in self.matrices if name not in kept)
-        wide = chosen_wide(narrow, left, self.calls, _wanted_db("int8", DYNAMIC_MARGIN_DB), most=5)
+        wide = self._wide(narrow, left, _wanted_db("int8", DYNAMIC_MARGIN_DB), most=5)
         return Rounded(narrow(wide), (FINAL, *wide))
 
     def blocks(self, precision: Precision) -> Rounded:
@@ -82,7 +95,7 @@ class Precisions:
         def narrow(wide: tuple[str, ...]) -> onnx.ModelProto:
             return onnx_blocks.quantize_blocks(graph, rounded, bits, wide)
 
-        wide = chosen_wide(narrow, self.matrices, self.calls, _wanted_db(precision), most=5)
+        wide = self._wide(narrow, self.matrices, _wanted_db(precision), most=5)
         return Rounded(narrow(wide), wide)
 
     def static(self, precision: Precision) -> Rounded:

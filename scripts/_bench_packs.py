@@ -80,9 +80,11 @@ def _plan(spec: ModelSpec) -> Plan:
 
 def _sized(name: str, precision: str, path: str, content: bytes, spec: ModelSpec) -> dict[str, Any]:
     """A pack with a reference of the right shapes, as `export --formats packs` writes it for this one file."""
-    core = make_core({path: content}, len(CLASSES), precision, {})[1]
+    core = make_core({path: content}, len(CLASSES), precision, {}, {})[1]
     shared, rows = take_apart(core, path, content, len(CLASSES))
-    pack = ClassPack(CLASSES[0], core.sha256, "0" * 64, rows[0], _reference(spec))
+    pack = ClassPack(
+        CLASSES[0], core.sha256, {"checkpoint_sha256": "0" * 64, "model_license": ""}, rows[0], _reference(spec)
+    )
     bare = len(join_file(core, path, shared, ()))
     return _row(name, precision, core, bare, len(pack_bytes(pack, core)), len(content))
 

@@ -172,7 +172,13 @@ def made_by(command: Command, values: dict[str, Any], model: Path, bundle: Path)
     """Put something like it where a long command would leave what it makes; whether it is such a command."""
     output = values.get("output")
     if command.verb in (*CHECKPOINTS, *BUNDLES) and output is not None and not Path(output).exists():
-        shutil.copytree(model if command.verb in CHECKPOINTS else bundle, output)
+        given = Path(str(values.get("checkpoint")))
+        shutil.copytree((given if given.exists() else model) if command.verb in CHECKPOINTS else bundle, output)
+        if command.verb == "adapt":  # its last classes stand for the new ones
+            config = json.loads((Path(output) / "config.json").read_text())
+            new = split_names(values["classes"]) or []
+            config["class_names"][-len(new) :] = new
+            (Path(output) / "config.json").write_text(json.dumps(config))
     return command.verb in (*CHECKPOINTS, *BUNDLES)
 
 

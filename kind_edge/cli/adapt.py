@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -87,6 +88,7 @@ def adapt(
     terminal.out.print(tables.facts(_result(folder)))
     terminal.out.print()
     terminal.next("export", str(folder), "--classes", ",".join(names), "--profile", "host", column=12)
+    terminal.line(f"              kind-edge pack make BUNDLE {shlex.quote(str(folder))}, for apps that are out already")
 
 
 def _result(folder: Path) -> Iterator[tuple[str, str]]:

@@ -29,9 +29,19 @@ def distill(
             show_default="as the checkpoint recommends",
         ),
     ] = None,
+    onto: Annotated[
+        str | None,
+        typer.Option(
+            "--onto",
+            metavar="CHECKPOINT",
+            help="A model that was distilled before: it stays as it is, and learns those classes that it has not.",
+        ),
+    ] = None,
     images: Annotated[
         int | None,
-        typer.Option("--images", min=1, metavar="N", help="Images drawn in training.", show_default="48000"),
+        typer.Option(
+            "--images", min=1, metavar="N", help="Images drawn in training.", show_default="48000 for all classes"
+        ),
     ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option("--device", help="Where to train.")] = "auto",
     resume: Annotated[
@@ -41,20 +51,21 @@ def distill(
     """Teach a model to draw in few steps, without guidance.
 
     Learngene and tailors are trained with the class gate, so the result is an ordinary checkpoint: plan it, cut it and
-    export it for any classes. No data is needed; the model is its own teacher.
+    export it for any classes. No data is needed; the model is its own teacher. With --onto only the tailors of new
+    classes are trained, so that packs of them fit what was exported before.
     """
     terminal = terminal_of(context)
     options.check_writable(output)
     with following(terminal, output) as on_progress:
         from kind_edge.model.shipped import find_model
-        from kind_edge.training.distill import IMAGES
         from kind_edge.training.distill import distill as run
 
         folder = run(
             find_model(checkpoint),
             output,
             guidance=guidance,
-            images=IMAGES if images is None else images,
+            onto=None if onto is None else find_model(onto),
+            images=images,
             device=device,
             resume=resume,
             on_progress=on_progress,

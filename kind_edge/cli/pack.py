@@ -1,4 +1,4 @@
-"""`kind-edge pack`: add classes to a bundle, or take some out, without exporting it again."""
+"""`kind-edge pack`: add classes to a bundle, take some out, or make packs for it, without exporting it again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from kind_edge.cli import options, tables
+from kind_edge.cli import options, quality_view, tables
 from kind_edge.cli.terminal import Terminal, terminal_of
 
 if TYPE_CHECKING:
     from kind_edge.deploy.packs_bundle import Changed, Listing
+    from kind_edge.deploy.packs_make import MadePacks
 
-app = typer.Typer(help="Add classes to a bundle, remove some, or list them; no PyTorch needed.", no_args_is_help=True)
+app = typer.Typer(
+    help="Add classes to a bundle, remove some, list them (no PyTorch needed); make packs of what was learned later.",
+    no_args_is_help=True,
+)
 
 Bundle = Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle: a folder, or a .zip of one.")]
 
@@ -51,6 +55,56 @@ def remove(
     A signature goes with the old manifest, unless --sign makes a new one.
     """
     _change(context, bundle, [], classes, sign, as_json)
+
+
+@app.command("make")
+def make(
+    context: typer.Context,
+    bundle: Bundle,
+    checkpoint: options.Checkpoint,
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            "--classes", metavar="A,B", help="Classes of the checkpoint.", show_default="all that the bundle lacks"
+        ),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="A folder for the packs, one file for each class.")
+    ] = Path("."),
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            "--calibration",
+            metavar="CHECKPOINT",
+            help="The checkpoint that the bundle was exported from; needed where its learngene was cut and does not "
+            "nest.",
+        ),
+    ] = None,
+    autoencoder: options.Autoencoder = None,
+    as_json: options.Json = False,
+) -> None:
+    """Make class packs for a bundle that was exported before.
+
+    CHECKPOINT is the one that BUNDLE was exported from, or what `kind-edge adapt` made of it: what all classes share
+    must be the same, bit for bit. Ranks and precision are the bundle's. The packs are proven in the bundle's own files,
+    and fit wherever its core is. A checkpoint with other weights exits with 4, a parity that is missed with 1; then
+    nothing is written.
+    """
+    terminal = terminal_of(context)
+    options.check_writable(output)
+    with terminal.stages() as begin:
+        begin("starting")
+        from kind_edge.deploy.packs_make import make_packs
+
+        names = options.split_names(classes)
+        made = make_packs(
+            bundle, checkpoint, names, output, calibration=calibration, autoencoder=autoencoder, on_stage=begin
+        )
+    if as_json:
+        terminal.json(made.to_dict())
+        return
+    _print_made(terminal, made)
+    terminal.line(f"  next        kind-edge pack add {bundle} {' '.join(made.files)}")
 
 
 @app.command("list")
@@ -108,6 +162,26 @@ def _change(
         terminal.json(changed.to_dict())
     else:
         _print_changed(terminal, changed)
+
+
+def _print_made(terminal: Terminal, made: MadePacks) -> None:
+    terminal.out.print(tables.heading("Class packs", f"for core {made.core_sha256[:12]}"))
+    terminal.out.print(tables.facts((file, tables.size(size)) for file, size in made.files.items()))
+    terminal.out.print(tables.heading("Proven", "the bundle's model files with these classes alone"))
+    rows = [
+        (
+            parity.file,
+            f"{parity.worst_db:.1f} dB" if parity.worst_db is not None else "none",
+            f"{parity.gate_db:.0f} dB",
+            tables.check(not parity.failures),
+        )
+        for parity in made.report.files
+    ]
+    terminal.out.print(tables.figures(("", "parity", "gate", ""), rows))
+    quality_view.print_quality(terminal.out, made.quality)
+    if warned := quality_view.warning({each.name: each.to_dict() for each in made.quality}):
+        terminal.say_warning(warned)
+    terminal.out.print()
 
 
 def _print_changed(terminal: Terminal, changed: Changed) -> None:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from kind_edge.budget.whole_model import PaperRow
 
 ARCHITECTURE = "A named architecture instead of a checkpoint: its cost, no solving"
+OF_ARCHITECTURE = {
+    "arch", "num_classes", "rank", "profile", "convention", "precision", "unit", "steps", "guidance", "output", "as_json",
+}  # fmt: skip
+"""Options that its cost depends on, or that say where it goes."""
 SEVERAL = "More plans than one"
 ConventionChoice = Literal["exact", "paper"]
 
@@ -119,24 +123,10 @@ def plan(
         )
     if output is not None:
         options.check_writable(output)
-    limits = {
-        "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
-        "max_quality_loss": max_quality_loss, "minimize": minimize,
-    }  # fmt: skip
     wanted = options.known_formats(formats)
     coreml = options.coreml_choices(wanted, coreml_target, coreml_weights, coreml_layout, coreml_function)
     if arch is not None:
-        fixed: dict[str, Any] = {"checkpoint": checkpoint, "classes": classes, "sampler": sampler, **limits}
-        fixed |= {
-            "allow_resize": allow_resize,
-            "pareto": "" if pareto else None,
-            "profiles": profiles,
-            "burst": burst or None,
-            "formats": None if wanted == ["onnx"] else formats,
-        }
-        chosen = {"form": form, "modulation": modulation}
-        fixed |= {"autoencoder": autoencoder}
-        _refuse_with_arch(fixed | {name: None if value == "auto" else value for name, value in chosen.items()})
+        _refuse_with_arch(context)
         assert profile is not None  # --profiles was refused
         costs, title = _architecture(arch, num_classes, rank, profile, convention, precision, unit, steps, guidance)
         _show_architecture(terminal, costs, title, output, as_json)
@@ -147,9 +137,9 @@ def plan(
         )
     choices: dict[str, Any] = {
         "classes": options.split_names(classes), "form": form, "precision": precision, "unit": unit,
-        "modulation": modulation, "steps": steps,
-        "guidance": guidance, "sampler": sampler, **limits, "burst": burst,
-        "autoencoder": autoencoder,
+        "modulation": modulation, "steps": steps, "guidance": guidance, "sampler": sampler,
+        "max_latency": max_latency, "max_memory": max_memory, "max_flops": max_flops, "max_size": max_size,
+        "max_quality_loss": max_quality_loss, "minimize": minimize, "burst": burst, "autoencoder": autoencoder,
     }  # fmt: skip
     if allow_resize is not None and (devices or pareto):
         raise UsageError("--allow-resize goes with one plan; leave out --pareto and --profiles")
@@ -213,8 +203,9 @@ def write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _refuse_with_arch(values: dict[str, Any]) -> None:
-    given = [name for name, value in values.items() if value is not None]
+def _refuse_with_arch(context: typer.Context) -> None:
+    asked = (name for name in context.params if name not in OF_ARCHITECTURE)
+    given = [name for name in asked if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
     if given:
         names = ", ".join("CHECKPOINT" if name == "checkpoint" else f"--{name.replace('_', '-')}" for name in given)
         raise UsageError(f"--arch has no weights to decide about, so it does not go with {names}; leave that out")

@@ -28,6 +28,7 @@ from kind_edge.deploy.made import Made, Measured, runnable
 from kind_edge.deploy.merge import class_indices, fold
 from kind_edge.deploy.model_files import recorded
 from kind_edge.deploy.packs_bundle import write_core
+from kind_edge.deploy.packs_make import shared_weights
 from kind_edge.deploy.quality import Healing, Quality
 from kind_edge.deploy.reference import make_images, make_reference
 from kind_edge.deploy.report import REPORT, write_report
@@ -117,7 +118,7 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
         for file in each.export(plain, folder, tuple(p for p in plan.precisions if p in each.precisions))
     }
     entries = recorded(folder, entries)
-    core = write_core(folder, entries, plan)
+    core = write_core(folder, entries, plan, shared_weights(truncated))
     stage("verifying")
     with one_thread() if formats.packs else contextlib.nullcontext():  # it goes into the packs
         images = make_images(truncated, plan, model.autoencoder, every_class=formats.packs)

@@ -22,7 +22,7 @@ def notice(values: Mapping[str, Any]) -> str:
     ]
     lines += [f"Learned from\n  {data_words(each)}" for each in told.get("data", [])]
     rest = {name: line for name, line in lineage_words(told).items() if name not in ("licence", "data")}
-    lines += [f"{name.capitalize()}\n  {line}" for name, line in rest.items()]
+    lines += [f"{name[0].upper()}{name[1:]}\n  {line}" for name, line in rest.items()]
     if told["licence"] == NOT_STATED:
         lines.append(
             "The licence of the weights was not stated by whoever trained them: ask them before you pass this on."

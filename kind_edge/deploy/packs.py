@@ -17,14 +17,15 @@ from kind_edge.bounded import is_safe_path, parse_json
 from kind_edge.errors import InputError
 
 CORE_FILE = "packs/core.json"
-CORE_SCHEMA = 1
+CORE_SCHEMA = 2
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
 """Element types by their names in safetensors."""
 
 Part: TypeAlias = int | Mapping[str, Any]
 """An integer n: the next n bytes that all classes share. {"rows": table}: the rows of that table, class after class.
 {"count": n}: K + n as a protobuf varint. {"int64": n}: K + n in 8 bytes, little-endian. {"message": parts}: the length
-of what follows, as a varint, then the parts. K is the number of classes."""
+of what follows, as a varint, then the parts. {"metadata": n}: all that is left, protobuf fields of number n: what the
+file says of itself. K is the number of classes."""
 
 Rows: TypeAlias = Mapping[str, bytes]
 """One class: its row of every table."""
@@ -44,7 +45,7 @@ class Table:
 
 @dataclass(frozen=True)
 class CoreFile:
-    """A model file: `sha256` is that of the file without any class."""
+    """A model file: `sha256` is that of the file without any class and without metadata."""
 
     sha256: str
     parts: tuple[Part, ...]
@@ -54,8 +55,9 @@ class CoreFile:
 class Core:
     """What packs are for: the files that an app loads, of one precision; its hash is that of its text.
 
-    `sampling` is what the packs' reference images were drawn with. The hash says everything about what the classes
-    share, and nothing about which classes there are.
+    `sampling` is what the packs' reference images were drawn with. `weights`: what the files were folded from, a digest
+    for every layer that all classes share, before rounding. The hash says everything about what the classes share, and
+    nothing about which classes there are, or what the files say of whose they are.
     """
 
     sha256: str
@@ -63,6 +65,7 @@ class Core:
     sampling: Mapping[str, Any]
     tables: Mapping[str, Table]
     files: Mapping[str, CoreFile]
+    weights: Mapping[str, str]
 
     @property
     def row_bytes(self) -> int:
@@ -82,6 +85,7 @@ def core_text(core: Core) -> bytes:
         "sampling": core.sampling,
         "tables": {name: {"dtype": table.dtype, "shape": table.shape} for name, table in core.tables.items()},
         "files": {path: {"sha256": file.sha256, "parts": file.parts} for path, file in core.files.items()},
+        "weights": core.weights,
     }
     return json.dumps(values, separators=(",", ":"), sort_keys=True, allow_nan=False).encode() + b"\n"
 
@@ -91,10 +95,15 @@ def read_core(text: bytes, where: str) -> Core:
     values = parse_json(text, where)
     try:
         if values["schema_version"] != CORE_SCHEMA:
-            raise InputError(f"{where}: schema_version {values['schema_version']}, this kind-edge reads {CORE_SCHEMA}")
+            raise InputError(
+                f"{where}: schema_version {values['schema_version']}, this kind-edge reads {CORE_SCHEMA}; export the "
+                "bundle again"
+            )
         tables = {name: _table(each["dtype"], each["shape"]) for name, each in values["tables"].items()}
         files = {path: CoreFile(str(each["sha256"]), _parts(each["parts"])) for path, each in values["files"].items()}
-        core = Core(hashlib.sha256(text).hexdigest(), values["precision"], dict(values["sampling"]), tables, files)
+        weights = {name: str(digest) for name, digest in values["weights"].items()}
+        sha256 = hashlib.sha256(text).hexdigest()
+        core = Core(sha256, values["precision"], dict(values["sampling"]), tables, files, weights)
         if not all(is_safe_path(path) and set(core.tables_of(path)) <= set(tables) for path in files):
             raise ValueError("files")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -110,7 +119,7 @@ def _table(dtype: Any, shape: Any) -> Table:
 
 def _parts(listed: Any) -> tuple[Part, ...]:
     """Parts are numbers and objects of one pair; the numbers count bytes, or what is added to the number of classes."""
-    kinds = {"rows": str, "count": int, "int64": int, "message": list}
+    kinds = {"rows": str, "count": int, "int64": int, "message": list, "metadata": int}
     for part in listed:
         if isinstance(part, dict) and len(part) == 1:
             ((kind, value),) = part.items()
@@ -150,8 +159,9 @@ def take_apart(
 
 
 def bare_sha256(core: Core, path: str, shared: bytes) -> str:
-    """SHA-256 of a model file without classes."""
-    return hashlib.sha256(join_file(core, path, shared, ())).hexdigest()
+    """SHA-256 of a model file without classes and without metadata: what its weights and its graph are."""
+    chunks, _ = _written(core.files[path].parts, _Reader(memoryview(shared)), (), metadata=False)
+    return hashlib.sha256(b"".join(chunks)).hexdigest()
 
 
 def varint(value: int) -> bytes:
@@ -176,14 +186,29 @@ class _Reader:
         self.at += count
         return self.content[self.at - count : self.at]
 
-    def varint(self) -> None:
-        """Skip one; what it says follows from the parts."""
-        while self.take(1)[0] & 0x80:
-            pass
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self.take(1)[0]
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                return value
+
+    def fields(self, number: int) -> memoryview:
+        """All that is left: fields of bytes of this number, and no others."""
+        start = self.at
+        while self.at < len(self.content):
+            if self.varint() != number << 3 | 2:
+                raise InputError("a model file holds more than the core says; export or copy the bundle again")
+            self.take(self.varint())
+        return self.content[start:]
 
 
-def _written(parts: Sequence[Part], reader: _Reader, classes: Sequence[Rows]) -> tuple[list[bytes | memoryview], int]:
-    """The parts as chunks, and how many bytes these are."""
+def _written(
+    parts: Sequence[Part], reader: _Reader, classes: Sequence[Rows], metadata: bool = True
+) -> tuple[list[bytes | memoryview], int]:
+    """The parts as chunks, and how many bytes these are; without what the file says of itself unless `metadata`."""
     chunks: list[bytes | memoryview] = []
     total = 0
     for part in parts:
@@ -193,9 +218,12 @@ def _written(parts: Sequence[Part], reader: _Reader, classes: Sequence[Rows]) ->
         else:
             (kind, value), *_ = part.items()
             if kind == "message":
-                new, inner = _written(value, reader, classes)
+                new, inner = _written(value, reader, classes, metadata)
                 new.insert(0, varint(inner))
                 size = inner + len(new[0])
+            elif kind == "metadata":
+                new = [reader.fields(value)] if metadata else []
+                size = sum(map(len, new))
             else:
                 new = list(_value(kind, value, classes))
                 size = sum(map(len, new))
@@ -228,6 +256,8 @@ def _read(
         if kind == "message":
             reader.varint()
             _read(core, value, reader, shared, rows)
+        elif kind == "metadata":
+            shared.append(reader.fields(value))
         elif kind == "rows":
             for own in rows:
                 own[value] = bytes(reader.take(core.tables[value].row_bytes))

@@ -39,6 +39,7 @@ from kind_edge.deploy.parity import VerifyReport
 from kind_edge.deploy.signing import SigningKey
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import UsageError
+from kind_edge.model.provenance import file_metadata
 from kind_edge.registry import packagers
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: On
     core = core_of(old, manifest, str(old))
     plan = _plan(joined.values["plan"], core, manifest.default_model, joined.classes)
     values = {**joined.values, "plan": plan, "verification": None}
-    _copy_files(old, new, manifest, joined)
+    copy_files(old, new, manifest, joined)
     on_stage("verifying")
     made = assemble.manifest_of(values, new)
     report = verify_models(new, made, joined.reference).require()
@@ -181,17 +182,17 @@ def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: On
     return report
 
 
-def _copy_files(old: Path, new: Path, manifest: Manifest, joined: Joined) -> None:
+def copy_files(old: Path, new: Path, manifest: Manifest, joined: Joined) -> None:
     """The joined model files, their reference, and what stays as it is."""
     for name, content in joined.models.items():
-        _write(new / name, content)
+        write_file(new / name, content)
     assemble.save_reference(new, joined.reference)
     for name in manifest.files:
         if name.startswith(_STAY) and name not in joined.models:
-            _write(new / name, (old / name).read_bytes())
+            write_file(new / name, (old / name).read_bytes())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
@@ -241,10 +242,13 @@ def check_packable(plan: Plan) -> None:
         )
 
 
-def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Plan) -> dict[str, Any] | None:
+def write_core(
+    folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Plan, weights: Mapping[str, str]
+) -> dict[str, Any] | None:
     """Write `packs/core.json` of the files that an app loads of a *switch* bundle, those of the plan's precision.
 
-    Returns the manifest's section; None where classes cannot be added or removed.
+    `weights` are digests of what they were folded from. Returns the manifest's section; None where classes cannot be
+    added or removed.
     """
     files = {
         path: (folder / path).read_bytes()
@@ -254,8 +258,8 @@ def write_core(folder: Path, entries: Mapping[str, Mapping[str, Any]], plan: Pla
     if plan.form != "switch" or not files:
         return None
     sampling = {"sampler": plan.sampler, "steps": plan.steps, "guidance": plan.strength}
-    text, core = make_core(files, len(plan.classes), plan.precision, sampling)
-    _write(folder / CORE_FILE, text)
+    text, core = make_core(files, len(plan.classes), plan.precision, sampling, weights)
+    write_file(folder / CORE_FILE, text)
     return {"core": core.sha256, "order": list(plan.classes)}
 
 
@@ -263,18 +267,19 @@ def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str,
     """Write a pack for every class, and the core as a bundle without classes; `values` are the bundle's manifest."""
     manifest = assemble.manifest_of(values, folder)
     core = core_of(folder, manifest, values["name"])
-    for pack, name in zip(
-        _class_packs(folder, manifest, reference), pack_names(manifest.classes).values(), strict=True
-    ):
-        _write(folder / PACKS_FOLDER / name, pack_bytes(pack, core))
+    files = {path: (folder / path).read_bytes() for path in core.files}
+    told = file_metadata(values["provenance"])
+    packs = class_packs(core, files, manifest.classes, reference, core.sha256, told)
+    for pack, name in zip(packs, pack_names(manifest.classes).values(), strict=True):
+        write_file(folder / PACKS_FOLDER / name, pack_bytes(pack, core))
     bare = join(folder, manifest, core, reference, remove=manifest.classes)
     with tempfile.TemporaryDirectory(prefix="kind-edge-") as temporary:
         with writing_bundle(Path(temporary, "core")) as new:
             for name in (CORE_FILE, *(name for name in hash_files(folder) if name.startswith(_STAY))):
                 if not name.startswith(f"{PACKS_FOLDER}/") or name == CORE_FILE:
-                    _write(new / name, (folder / name).read_bytes())
+                    write_file(new / name, (folder / name).read_bytes())
             for name, content in bare.models.items():
-                _write(new / name, content)
+                write_file(new / name, content)
             assemble.save_reference(new, bare.reference)
             (new / NOTICE).write_text(notice(values), encoding="utf-8")
             # Not what was measured, nor by which commit: the same weights give the same core.
@@ -282,14 +287,19 @@ def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str,
         zip_bundle(Path(temporary, "core"), folder / CORE_BUNDLE)
 
 
-def _class_packs(folder: Path, manifest: Manifest, reference: Mapping[str, NDArray[Any]]) -> Iterator[ClassPack]:
-    core = core_of(folder, manifest, manifest.name)
-    apart = [take_apart(core, path, (folder / path).read_bytes(), len(manifest.classes))[1] for path in core.files]
-    for index, name in enumerate(manifest.classes):
+def class_packs(
+    core: Core,
+    files: Mapping[str, bytes],
+    classes: Sequence[str],
+    reference: Mapping[str, NDArray[Any]],
+    fits: str,
+    told: Mapping[str, str],
+) -> Iterator[ClassPack]:
+    """Every class of the model files that `core` describes, as a pack for the core whose hash is `fits`."""
+    apart = [take_apart(core, path, content, len(classes))[1] for path, content in files.items()]
+    for index, name in enumerate(classes):
         rows = {table: row for own in apart for table, row in own[index].items()}
-        source = manifest.raw["source"]["checkpoint_sha256"]
-        shown = _one_per_point(class_reference(reference, index))
-        yield ClassPack(name, core.sha256, source, rows, shown)
+        yield ClassPack(name, fits, told, rows, _one_per_point(class_reference(reference, index)))
 
 
 def _one_per_point(rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

@@ -26,13 +26,15 @@ from kind_edge.deploy.packs import Core
 from kind_edge.errors import InputError
 
 PACK_SUFFIX = ".safetensors"
-PACK_SCHEMA = "1"
+PACK_SCHEMA = "2"
 DIGEST, DIGEST_BYTES = "sha256", 32
 REFERENCE = "verify/"
 POINTS = ("sample", "step_index", "timestep", "prediction")
 IMAGES = ("noise", "image", "latent")
 """Of whole images; latents only where a decoder makes images of them."""
-_KEYS = ("kind_edge_pack", "core", "class", "checkpoint_sha256")
+_TOLD = ("checkpoint_sha256", "model_license", "model_author", "training_data")
+"""Where a class comes from, named as in the metadata of ONNX files; what is not known is left out."""
+_KEYS = ("kind_edge_pack", "core", "class", *_TOLD[:2])
 _DTYPES = {"F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64}
 """Of reference arrays; rows are bytes."""
 _MAX_HEADER_BYTES = 100_000_000
@@ -41,11 +43,11 @@ _MAX_PACK_BYTES = 2**30
 
 @dataclass(frozen=True)
 class ClassPack:
-    """One class. `rows` by table; `reference` arrays of the class alone."""
+    """One class. `rows` by table; `reference` arrays of the class alone; `told`: where it comes from."""
 
     class_name: str
     core_sha256: str
-    checkpoint_sha256: str
+    told: Mapping[str, str]
     rows: Mapping[str, bytes]
     reference: Mapping[str, NDArray[Any]]
     sha256: str = ""
@@ -102,7 +104,7 @@ def _metadata(pack: ClassPack) -> dict[str, str]:
         "kind_edge_pack": PACK_SCHEMA,
         "core": pack.core_sha256,
         "class": pack.class_name,
-        "checkpoint_sha256": pack.checkpoint_sha256,
+        **pack.told,
     }
 
 
@@ -120,6 +122,9 @@ def read_pack(path: Path | str) -> ClassPack:
         raise InputError(
             f"{path}: pack of version {told['kind_edge_pack']}, this kind-edge reads {PACK_SCHEMA}; update"
         )
+    own = {key: told[key] for key in _TOLD if key in told}
+    if not all(isinstance(line, str) and line.isprintable() for line in own.values()):  # they go into NOTICE
+        raise InputError(f"{path}: want one line of text for each of {', '.join(own)}; export the pack again")
     data = memoryview(content)[8 + size :]
     tensors = _tensors(header, data, str(path))
     end = tensors.pop(DIGEST, ("", (), memoryview(b"")))[2]
@@ -137,7 +142,7 @@ def read_pack(path: Path | str) -> ClassPack:
         raise InputError(f"{path}: its reference cannot be read ({error}); export the pack again") from error
     rows = {name: bytes(view) for name, (_, _, view) in tensors.items() if not name.startswith(REFERENCE)}
     sha256 = hashlib.sha256(content).hexdigest()
-    return ClassPack(told["class"], told["core"], told["checkpoint_sha256"], rows, reference, sha256)
+    return ClassPack(told["class"], told["core"], own, rows, reference, sha256)
 
 
 def _tensors(
@@ -164,7 +169,8 @@ def check_pack(pack: ClassPack, core: Core, where: str) -> None:
     if pack.core_sha256 != core.sha256:
         raise InputError(
             f"{where}: the pack of {pack.class_name!r} is for core {pack.core_sha256[:12]}, this bundle has core "
-            f"{core.sha256[:12]}: another plan, model or precision; take the pack that was exported with this core"
+            f"{core.sha256[:12]}: another plan, model or precision; take the pack that was exported with this core, or "
+            "make one for it: kind-edge pack make"
         )
     wanted = {name: table.row_bytes for name, table in core.tables.items()}
     if {name: len(row) for name, row in pack.rows.items()} != wanted:

@@ -114,15 +114,22 @@ def _values(
     values["models"] = {path: values["models"][path] for path in kept}
     if manifest.sampler.null_index is not None:
         values["sampler"]["null_index"] = len(classes)
-    sources = {pack.class_name: pack.checkpoint_sha256 for pack in add}
-    sources = {name: sha256 for name, sha256 in sources.items() if sha256 != values["source"]["checkpoint_sha256"]}
-    sources = {
-        name: sha256 for name, sha256 in (values["packs"].get("sources", {}) | sources).items() if name in classes
-    }
-    values["packs"] = {"core": core.sha256, "order": order, **({"sources": sources} if sources else {})}
+    values["packs"] = {"core": core.sha256, "order": order}
+    values["provenance"] = _provenance(values, classes, add)
     quality = values.get("quality", {})  # of added classes nothing was measured here
     values["quality"] = {name: each for name, each in quality.items() if name in classes or name not in order}
     return values
+
+
+def _provenance(values: Mapping[str, Any], classes: list[str], add: Sequence[ClassPack]) -> dict[str, Any]:
+    """The lineage of the rest, and under `later` what packs of other checkpoints say of their classes."""
+    told = values.get("provenance")
+    found = dict(told) if isinstance(told, dict) else {}
+    before = found.pop("later", None)
+    later = {name: own for name, own in before.items() if name in classes} if isinstance(before, dict) else {}
+    source = values["source"]["checkpoint_sha256"]
+    later |= {pack.class_name: dict(pack.told) for pack in add if pack.told["checkpoint_sha256"] != source}
+    return {**found, **({"later": later} if later else {})}
 
 
 def _reference(

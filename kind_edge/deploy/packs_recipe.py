@@ -28,6 +28,8 @@ from kind_edge.errors import KindEdgeError
 _INNER = {("model", 7): "graph", ("graph", 1): "node", ("node", 5): "attribute", ("attribute", 6): "graph"}
 """Where graphs lie in a model, by message and field number; the body of a loop is an attribute of its node."""
 _INITIALIZER = ("graph", 5)
+_METADATA = 14
+"""Of a model: `metadata_props`, which lie at its end, as protobuf writes fields in the order of their numbers."""
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
 _VARINT, _EIGHT, _BYTES, _FOUR = 0, 1, 2, 5
 _TYPES = {1: "F32", 2: "U8", 3: "I8", 6: "I32", 7: "I64", 10: "F16", 16: "BF16"}
@@ -77,15 +79,16 @@ def joinable(path: str, entry: Mapping[str, Any]) -> bool:
 
 
 def make_core(
-    files: Mapping[str, bytes], count: int, precision: str, sampling: Mapping[str, Any]
+    files: Mapping[str, bytes], count: int, precision: str, sampling: Mapping[str, Any], weights: Mapping[str, str]
 ) -> tuple[bytes, Core]:
     """The core of a bundle's model files of one precision, of `count` classes; its text, and itself.
 
-    Tables of one name are the same in all files. The core is proven: every file is taken apart by it.
+    `weights`: digests of the layers that the files were folded from (see `packs_make.shared_weights`). Tables of one
+    name are the same in all files. The core is proven: every file is taken apart by it.
     """
     tables: dict[str, Table] = {}
-    parts = {path: tuple(_message(memoryview(each), "model", count, tables).found) for path, each in files.items()}
-    made = Core("", precision, sampling, tables, {path: CoreFile("", each) for path, each in parts.items()})
+    parts = {path: _file(memoryview(each), count, tables) for path, each in files.items()}
+    made = Core("", precision, sampling, tables, {path: CoreFile("", each) for path, each in parts.items()}, weights)
     rows: dict[str, bytes] = {}
     for path, content in files.items():
         made = _hashed(made, path, content, count, rows)
@@ -102,6 +105,12 @@ def _hashed(core: Core, path: str, content: bytes, count: int, rows: dict[str, b
             raise KindEdgeError(f"{path}: {name} is not what it is in the other files")
     file = CoreFile(bare_sha256(core, path, shared), core.files[path].parts)
     return dataclasses.replace(core, files={**core.files, path: file})
+
+
+def _file(data: memoryview, count: int, tables: dict[str, Table]) -> tuple[Part, ...]:
+    """Parts of a model file; its metadata, which are no part of the core, are the last."""
+    end = next((each.start for each in _fields(data) if each.number == _METADATA), len(data))
+    return (*_message(data[:end], "model", count, tables).found, {"metadata": _METADATA})
 
 
 def _message(data: memoryview, kind: str, count: int, tables: dict[str, Table]) -> _Parts:

@@ -275,6 +275,11 @@ def _is_healed(raw: Mapping[str, Any]) -> bool:
 def _fresh_reference(
     raw: Mapping[str, Any], folder: Path, checkpoint: str | Path, autoencoder: str | Path | None
 ) -> Mapping[str, Any]:
+    if later := raw.get("provenance", {}).get("later"):
+        raise UsageError(
+            f"--checkpoint: the bundle has classes of other checkpoints ({', '.join(later)}); leave it out: the stored "
+            "reference has them all"
+        )
     stored = Plan.from_dict(raw["plan"], "manifest.json: plan")
     model = open_model(checkpoint, autoencoder=autoencoder)
     check_replay(stored, model, stored.profile, {})

@@ -160,13 +160,15 @@ class ModulationNetwork(nn.Module):
 class Origin:
     """What a plain model was folded from: for formats that need more than its graph. `timesteps` [S] are the plan's.
 
-    `autoencoder`: what makes pictures of its latents, where one was given.
+    `autoencoder`: what makes pictures of its latents, where one was given. `wide`: the matrices or operators that stay
+    in higher precision, where that is not to be found by measuring: as it was measured for a core.
     """
 
     truncated: Checkpoint
     plan: Plan
     timesteps: Tensor
     autoencoder: Autoencoder | None = None
+    wide: tuple[str, ...] | None = None
 
     def lineage(self) -> dict[str, Any]:
         """What its files say of where they come from."""

@@ -29,7 +29,8 @@ def open_session(
 
     `threads` None leaves the number to ONNX Runtime (one per physical core). Idle threads sleep instead of spinning:
     on shared cores spinning slows everything down, our own timings included. With `profile_prefix` the session records
-    what runs where. WebGPU gets the nodes that it takes (see `webgpu`), for which onnx is needed. Raises `InputError` for a file that is not a model, `UsageError` if the provider cannot start.
+    what runs where. WebGPU gets the nodes that it takes (see `webgpu`), for which onnx is needed. Raises `InputError`
+    for a file that is not a model, `UsageError` if the provider cannot start.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads: got {threads}, want at least 1")

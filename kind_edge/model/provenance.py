@@ -105,8 +105,24 @@ def lineage_words(told: Mapping[str, Any]) -> dict[str, str]:
         "resized": str(told.get("resized", "")),
         "imported from": str(told.get("imported_from", "")),
         "autoencoder": _autoencoder_words(told.get("autoencoder")),
+        **{f"later class {name}": _later_words(each) for name, each in told.get("later", {}).items()},
     }
     return {name: line for name, line in lines.items() if line}
+
+
+def file_metadata(told: Mapping[str, Any]) -> dict[str, str]:
+    """What a model file or a class pack says of itself: what belongs to the weights, so that it is the same however
+    they are exported. The model's name is no part of that: it is whatever the folder is called.
+
+    `model_author` and `model_license` are ONNX's own names for them.
+    """
+    props = {
+        "checkpoint_sha256": told.get("checkpoint_sha256", ""),
+        "model_license": told["licence"],
+        "model_author": told.get("author", ""),
+        "training_data": "; ".join(data_words(each) for each in told.get("data", [])),
+    }
+    return {key: value for key, value in props.items() if value}
 
 
 def data_words(data: Mapping[str, Any]) -> str:
@@ -204,6 +220,12 @@ def _autoencoder_words(told: Any) -> str:
 def _without_folders(command: str) -> str:
     """The words of a command with the last part alone of every path: where things lay is nobody's business."""
     return " ".join(word.rstrip("/").rpartition("/")[2] if "/" in word else word for word in command.split())
+
+
+def _later_words(told: Mapping[str, str]) -> str:
+    """Of a class that was joined from a pack of another checkpoint; `told` are a file's metadata."""
+    words = [f"licence {told['model_license']}", told.get("model_author"), told.get("training_data")]
+    return ", ".join([*filter(None, words), f"sha256 {told['checkpoint_sha256'][:12]}"])
 
 
 def _text(value: Any) -> str:

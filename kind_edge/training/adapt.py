@@ -106,7 +106,7 @@ def adapt_to(
     nested = NestedLoss(config.spec.objective, config.seed) if config.spec.nested else None
     run(config, state, split.training, lambda s: save_state(output, config, s, choices), on_progress, nested)
     provenance = _provenance(request, config, state, split, origins)
-    joined = join(request, averaged_tensors(config, state), provenance)
+    joined = join(request.source, request.kept, request.classes, averaged_tensors(config, state), provenance)
     if calibration is not None or not request.kept:
         measured = measure(joined, split.training, len(request.kept))
         weights = len(request.kept), len(request.classes)

@@ -30,7 +30,15 @@ from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.spec import DEFAULT_GUIDANCE, DEFAULT_STEPS, default_sampler
 from kind_edge.training.config import TrainConfig
 from kind_edge.training.data import TrainingData, in_memory
-from kind_edge.training.distributed import Processes, check_division, check_shared, first_process, join
+from kind_edge.training.distill_onto import Onto
+from kind_edge.training.distributed import (
+    Processes,
+    check_division,
+    check_shared,
+    first_process,
+    join,
+    launched_processes,
+)
 from kind_edge.training.loop import Progress, run
 from kind_edge.training.sampled import check_judgeable, judged_labels, sample_checkpoint, score
 from kind_edge.training.state import TrainState, averaged_tensors, load_state, save_state, start_from
@@ -52,10 +60,11 @@ JUDGED_IMAGES = 2_000
 
 @dataclass(frozen=True)
 class Request:
-    """What is distilled, and which guidance goes inside."""
+    """What is distilled, which guidance goes inside, and the distilled model that new classes are to join, if any."""
 
     teacher: Checkpoint
     guidance: float
+    onto: Onto | None = None
 
     def __post_init__(self) -> None:
         spec = self.teacher.spec
@@ -68,11 +77,22 @@ class Request:
             )
         if not 1 <= self.guidance < 1000:
             raise UsageError(f"--guidance: got {self.guidance:g}, want at least 1 (1 is none)")
+        if self.onto is not None and self.guidance != self.onto.student.spec.inside_guidance:
+            inside = self.onto.student.spec.inside_guidance
+            raise UsageError(
+                f"--guidance {self.guidance:g}: {self.onto.student.path} has {inside} inside; leave it out"
+            )
+
+    @property
+    def taught(self) -> Checkpoint:
+        """The teacher, of those classes that are learned."""
+        return self.teacher if self.onto is None else self.onto.newcomers()
 
     def choices(self) -> dict[str, Any]:
         """What makes two runs the same, beside their configuration."""
         assert self.teacher.path is not None
-        return {"teacher_sha256": checkpoint_hash(self.teacher.path), "guidance": self.guidance}
+        own = {"teacher_sha256": checkpoint_hash(self.teacher.path), "guidance": self.guidance}
+        return own | (self.onto.choices() if self.onto else {})
 
 
 def distill(
@@ -80,7 +100,8 @@ def distill(
     output: Path,
     *,
     guidance: float | None = None,
-    images: int = IMAGES,
+    onto: Path | None = None,
+    images: int | None = None,
     device: str = "auto",
     resume: bool = False,
     on_progress: Callable[[Progress], None] = lambda _: None,
@@ -88,19 +109,28 @@ def distill(
 ) -> Path:
     """Distil a checkpoint into folder `output`, which becomes a checkpoint of few steps and no guidance branch.
 
-    `guidance` goes inside; the teacher's recommended one unless given. `images`: walks of the student in all. An
-    interrupted run goes on with `resume`.
+    `guidance` goes inside; the teacher's recommended one unless given. `onto`: a model that was distilled before; it
+    gets the classes of the teacher that it has not, and is otherwise the same. `images`: walks of the student in all,
+    `IMAGES` for all of the teacher's classes unless given. An interrupted run goes on with `resume`.
 
     Raises:
-        UsageError: a teacher that cannot be distilled, or an `output` that holds something.
+        UsageError: a teacher that cannot be distilled, or not onto this model, or an `output` that holds something.
         InputError: the checkpoint cannot be read.
     """
     place = pick_device(device)
     resume = is_begun(output, resume, on_note if first_process() else lambda _: None)
     teacher = load_checkpoint(checkpoint)
+    before = None if onto is None else Onto(load_checkpoint(onto), teacher)
+    if before is not None and launched_processes() > 1:
+        raise UsageError("--onto trains little, so it runs in one process: start it without a launcher")
+    if guidance is None and before is not None:
+        guidance = before.student.spec.inside_guidance
     advice = teacher.provenance.get("recommended", {})
-    request = Request(teacher, float(advice.get("guidance", DEFAULT_GUIDANCE) if guidance is None else guidance))
-    config = distill_config(request, images)
+    request = Request(
+        teacher, float(advice.get("guidance", DEFAULT_GUIDANCE) if guidance is None else guidance), before
+    )
+    share = request.taught.spec.num_classes / teacher.spec.num_classes
+    config = distill_config(request, round(IMAGES * share) if images is None else images)
     check_division(config)
     processes = join(place)
     check_shared(processes, resume, output)
@@ -117,11 +147,11 @@ def distill_to(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Path:
     """`distill` with everything chosen. Every process calls this."""
-    choices, data = request.choices(), blank_data(request.teacher)
-    model = student(request.teacher, config)
+    choices, data = request.choices(), blank_data(request.taught)
+    model = student(request.teacher, config) if request.onto is None else request.onto.begin(config.seed)
     state = load_state(output, config, processes, model, choices) if resume else start_from(config, model, processes)
     output.mkdir(parents=True, exist_ok=True)
-    teacher = request.teacher.model().to(state.processes.device)
+    teacher = request.taught.model().to(state.processes.device)
     loss = DistillationLoss(teacher, request.guidance, config.seed)
     run(config, state, data, lambda s: save_state(output, config, s, choices), on_progress, loss)
     weights = averaged_tensors(config, state)
@@ -133,13 +163,15 @@ def distill_to(
 
 def distill_config(request: Request, images: int = IMAGES, seed: int = 0) -> TrainConfig:
     """A run of the student, trained the way its teacher was, as far as it says how."""
-    spec = dataclasses.replace(request.teacher.spec, step_counts=STEP_COUNTS, inside_guidance=request.guidance)
+    spec = dataclasses.replace(request.taught.spec, step_counts=STEP_COUNTS, inside_guidance=request.guidance)
+    if request.onto is not None:
+        spec = dataclasses.replace(spec, step_counts=request.onto.student.spec.step_counts)
     trained = request.teacher.provenance.get("config", {})
     base = TrainConfig(spec, dataset="files", images=images, batch_size=BATCH_SIZE, seed=seed)
     kept = {key: trained[key] for key in ("weight_decay", "gradient_clip", "null_share") if key in trained}
     return dataclasses.replace(
         base,
-        **kept,
+        **{**kept, **({} if request.onto is None else {"null_share": 0.0})},
         learning_rate=float(trained.get("learning_rate", base.learning_rate)) * RATE_SHARE,
         warmup_steps=min(WARMUP_STEPS, base.steps),
         ema_decay=EMA_DECAY,
@@ -182,16 +214,22 @@ def finish(request: Request, config: TrainConfig, state: TrainState, weights: di
         "final_loss": state.loss,
         "tools": training_tools(),
     }
-    done = Checkpoint(config.spec, teacher.class_names, weights, {**old, "distilled": distilled, "recommended": advice})
+    provenance = {**old, "distilled": distilled, "recommended": advice}
+    if request.onto is None:
+        done = Checkpoint(config.spec, teacher.class_names, weights, provenance)
+    else:
+        distilled["before"] = request.onto.student.provenance.get("distilled")
+        done = request.onto.join(weights, provenance)
     if config.spec.factored:
         save_calibration(output / CALIBRATION, calibrate_on_samples(done.model(), CALIBRATION_WALKS))
     assert teacher.path is not None
     if (teacher.path / HELDOUT).exists():
         write_tensors(output / HELDOUT, read_tensors(teacher.path / HELDOUT))
-    save_checkpoint(output, done, torch.float16)
+    dtype = torch.float16 if request.onto is None else None  # else what was there keeps its bytes
+    save_checkpoint(output, done, dtype)
     quality = quality_by_steps(load_checkpoint(output))
     if quality:
-        save_checkpoint(output, dataclasses.replace(done, provenance={**done.provenance, **quality}), torch.float16)
+        save_checkpoint(output, dataclasses.replace(done, provenance={**done.provenance, **quality}), dtype)
 
 
 def quality_by_steps(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,28 @@ from kind_edge.training.nested import CALIBRATION_IMAGES
 from kind_edge.training.newcomers import LABELS, Request
 
 
-def join(request: Request, trained: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> Checkpoint:
-    """Old classes, then new ones, then the null label. All old tensors keep their bytes; new rows take their dtype."""
-    source, tensors = request.source, {}
+def join(
+    source: Checkpoint,
+    kept_classes: Sequence[str],
+    new_classes: Sequence[str],
+    trained: Mapping[str, Tensor],
+    provenance: Mapping[str, Any],
+) -> Checkpoint:
+    """The first classes of `source` that are kept, then new ones, then the null label.
+
+    All old tensors keep their bytes; new rows take their dtype.
+    """
+    tensors = {}
     for name, old in _stored_tensors(source).items():
         new = trained[name].to(old.dtype) if ".tailors." in name or name == LABELS else None
-        kept = [old[: len(request.kept)]]
+        kept = [old[: len(kept_classes)]]
         if new is None:
             tensors[name] = old
         elif name == LABELS:
             tensors[name] = torch.cat([*kept, new[:-1], old[-1:]])
         else:
             tensors[name] = torch.cat([*kept, new])
-    classes = (*request.kept, *request.classes)
+    classes = (*kept_classes, *new_classes)
     spec = dataclasses.replace(source.spec, num_classes=len(classes))
     return Checkpoint(spec, classes, tensors, provenance)
 

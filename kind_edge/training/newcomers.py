@@ -43,7 +43,7 @@ class Request:
         if spec.distilled:
             raise UsageError(
                 f"{self.source.path} is distilled, and a tailor learned from images alone would not fit its few steps; "
-                "adapt the model that it was distilled from, and distil that again"
+                "adapt the model that it was distilled from, and distil what comes of it: distill --onto this one"
             )
         if not self.classes:
             raise UsageError("--classes: name at least one class of the data")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kind_edge.deploy.packs_file import read_pack
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
@@ -44,6 +47,24 @@ def test_classes_come_and_go(call: Callable[..., Any], exported: Path, tmp_path:
     assert "sneaker, bag, coat" in shown.out
     assert "25 dB" in shown.out
     assert "sneaker, bag, coat" in call("pack", "list", bundle).out
+
+
+def test_a_pack_is_made_for_a_bundle_that_lacks_the_class(
+    call: Callable[..., Any], exported: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    """Of the checkpoint that it was exported from: the same rows as in the pack of the export."""
+    bundle = shutil.copytree(exported, tmp_path / "bundle")
+    call("pack", "remove", bundle, "bag")
+    shown = call("pack", "make", bundle, tiny_folder, "-o", tmp_path / "new")
+    made = tmp_path / "new/bag.safetensors"
+    assert shown.code == 0
+    assert re.search(rf"{re.escape(str(made))}\s.*\n.*Proven.*denoiser.int8.onnx.*25 dB", shown.out, re.DOTALL)
+    assert f"kind-edge pack add {bundle} {made}" in shown.out
+    assert "held-out" in shown.out
+    assert read_pack(made).rows == read_pack(exported / "packs/bag.safetensors").rows
+    assert call("pack", "add", bundle, made).code == 0
+    nothing = call("pack", "make", bundle, tiny_folder, "-o", tmp_path / "none")
+    assert (nothing.code, (tmp_path / "none").exists()) == (2, False)
 
 
 def test_what_does_not_fit_ends_with_its_code(call: Callable[..., Any], exported: Path, bundle: Path) -> None:

@@ -17,6 +17,7 @@ import kind_edge.training.healing as healing
 from kind_edge.deploy import pipeline
 from kind_edge.deploy.cut import judged, make_cut
 from kind_edge.deploy.manifest import read_manifest
+from kind_edge.deploy.packs_make import make_packs
 from kind_edge.deploy.request import open_model
 from kind_edge.errors import GateError, InputError, UsageError
 from kind_edge.model.checkpoint import load_checkpoint
@@ -78,6 +79,13 @@ def test_it_is_verified_against_its_own_gated_checkpoint(
     assert healed.provenance["healed"]["steps"] > 0
     with pytest.raises(InputError, match="the plan's guidance is not that inside the model"):
         pipeline.verify(bundle / "b", checkpoint=tiny_folder)
+
+
+@pytest.mark.slow
+def test_a_class_of_the_checkpoint_that_was_healed_does_not_fit(bundle: Path, distilled_folder: Path) -> None:
+    """Healing has changed what the classes share."""
+    with pytest.raises(InputError, match=r"layers that all classes share differ .* was healed, so .* its own healed/"):
+        make_packs(bundle / "b", distilled_folder, ["coat"], bundle / "packs")
 
 
 @pytest.mark.parametrize(("factor", "told"), [(1.5, r"\(.* % -> .* %\)"), (math.nan, r"\(.* % -> no number\)")])

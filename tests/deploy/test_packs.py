@@ -89,10 +89,10 @@ def test_core_and_packs_are_a_direct_export(packed: Path, direct: Path, tmp_path
 
 def test_files_in_fp32_are_joined_alike(packed: Path, direct: Path) -> None:
     whole, wanted = (folder / FP32 for folder in (packed, direct))
-    core = make_core({FP32: whole.read_bytes()}, 4, "fp32", {})[1]
+    core = make_core({FP32: whole.read_bytes()}, 4, "fp32", {}, {})[1]
     shared, rows = take_apart(core, FP32, whole.read_bytes(), 4)
     assert join_file(core, FP32, shared, [rows[0], rows[2]]) == wanted.read_bytes()
-    assert make_core({FP32: wanted.read_bytes()}, 2, "fp32", {})[1] == core
+    assert make_core({FP32: wanted.read_bytes()}, 2, "fp32", {}, {})[1] == core
 
 
 def test_a_plan_for_other_classes_costs_what_it_is_planned_to(
@@ -218,7 +218,7 @@ def test_a_pack_is_an_ordinary_safetensors_file(packed: Path) -> None:
     assert {name: tensors[name].shape for name in core.tables} == {n: t.shape for n, t in core.tables.items()}
     assert all(np.array_equal(tensors[f"verify/{name}"], array) for name, array in pack.reference.items())
     assert len(pack.reference["prediction"]) == 4  # one of every timestep
-    assert pack.checkpoint_sha256 == read_manifest(packed).raw["source"]["checkpoint_sha256"]
+    assert pack.told["checkpoint_sha256"] == read_manifest(packed).raw["source"]["checkpoint_sha256"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no Node here")
@@ -266,7 +266,7 @@ def test_joining_and_taking_apart_are_inverse(
     parts: list[Any] = [{"count": extra}, {"message": [{"rows": "a"}, extra]}, {"int64": extra}]
     for size in inner:
         parts = [size, {"message": [*parts, size]}]
-    core = Core("", "", {}, {"a": Table("U8", (row,))}, {"f": CoreFile("", (*parts, 1))})
+    core = Core("", "", {}, {"a": Table("U8", (row,))}, {"f": CoreFile("", (*parts, 1))}, {})
     needed = 2 * sum(inner) + extra + 1
     shared = (shared * needed)[:needed]
     rows = [{"a": bytes([i % 256]) * row} for i in range(classes)]

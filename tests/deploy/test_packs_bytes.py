@@ -49,7 +49,7 @@ def test_rows_of_labels_belong_to_packs(
         timesteps = torch.from_numpy(sampler_table(own.sampler, "flow", own.steps).timestep)
         exporter("onnx").export(fold(truncate(checkpoint, own, None), own, timesteps), folder, ("fp32",))
         files[classes] = {name: (folder / name).read_bytes() for name in (FP32,)}
-        cores[classes] = make_core(files[classes], len(classes), "fp32", {})[1]
+        cores[classes] = make_core(files[classes], len(classes), "fp32", {}, {})[1]
     core = cores[CLASSES]
     assert ("modulation.y_embed.weight" if modulation == "network" else "modulation.table") in core.tables
     assert core.sha256 == cores[CLASSES[2:3]].sha256

@@ -144,3 +144,46 @@ def test_what_cannot_be_distilled_is_refused(teacher: Checkpoint, distilled: Che
     with pytest.raises(UsageError, match=r"--guidance: got 0\.5, want at least 1"):
         Request(teacher, 0.5)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_later_class_joins_a_distilled_model_that_stays_as_it_is(labels: bool, tmp_path: Path) -> None:
+    """What all classes share and the old ones keep their bytes; the new tailor begins as the teacher's, and learns."""
+    spec = dataclasses.replace(SPEC, num_classes=2, label_embedding=labels)
+    few = dataclasses.replace(spec, step_counts=STEP_COUNTS, inside_guidance=GUIDANCE)
+    save_checkpoint(tmp_path / "few", Checkpoint(few, ("a", "b"), lively(few)), torch.float16)
+    save_checkpoint(tmp_path / "more", Checkpoint(dataclasses.replace(spec, num_classes=3), ("a", "b", "c"), lively(
+        dataclasses.replace(spec, num_classes=3))), torch.float16)  # fmt: skip
+    made = load_checkpoint(
+        distill(tmp_path / "more", tmp_path / "out", onto=tmp_path / "few", images=120, device="cpu")
+    )
+    old, teacher = load_checkpoint(tmp_path / "few"), load_checkpoint(tmp_path / "more")
+    assert (made.class_names, made.spec) == (("a", "b", "c"), dataclasses.replace(few, num_classes=3))
+    for name, tensor in old.tensors.items():
+        new = made.tensors[name]
+        if ".tailors." not in name and name != "y_embed.weight":
+            assert torch.equal(new, tensor), name
+            continue
+        assert torch.equal(new[:2], tensor[:2]), name
+        assert torch.allclose(new[2].float(), teacher.tensors[name][2].float(), atol=0.02), name
+    learned = [
+        n for n in old.tensors if ".tailors." in n and not torch.equal(made.tensors[n][2], teacher.tensors[n][2])
+    ]
+    assert learned
+    if labels:
+        assert torch.equal(made.tensors["y_embed.weight"][-1], old.tensors["y_embed.weight"][-1])
+    assert made.provenance["distilled"]["classes"] == ["c"]
+    assert load_calibration(tmp_path / "out" / CALIBRATION, made.spec).pooled
+
+
+def test_what_cannot_join_is_refused(teacher: Checkpoint, distilled: Checkpoint, tmp_path: Path) -> None:
+    for onto, message in (
+        (teacher.path, "not a distilled model; leave --onto out"),
+        (
+            distilled.path,
+            r"must have its classes \(a, b, c\) and new ones after them; it has a, b, c: adapt the teacher",
+        ),
+    ):
+        with pytest.raises(UsageError, match=message):
+            distill(Path(str(teacher.path)), tmp_path / "out", onto=onto, device="cpu")
+    assert not (tmp_path / "out").exists()

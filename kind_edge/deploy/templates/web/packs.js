@@ -27,6 +27,7 @@ export function takeApart(core, path, file, count) {
       if (typeof part === "number") shared.push(take(part));
       else if ("rows" in part) for (const own of rows) own[part.rows] = take(rowBytes(core.tables[part.rows]));
       else if ("int64" in part) take(8);
+      else if ("metadata" in part) shared.push(take(file.length - at));
       else {
         skipVarint();
         if ("message" in part) walk(part.message);
@@ -45,6 +46,7 @@ export function joinFile(core, path, shared, classes) {
     if (typeof part === "number") return [shared.subarray(at, (at += part))];
     if ("rows" in part) return classes.map((own) => own[part.rows]);
     if ("count" in part) return [varint(classes.length + part.count)];
+    if ("metadata" in part) return [shared.subarray(at)];
     if ("int64" in part) return [new Uint8Array(BigInt64Array.of(BigInt(classes.length + part.int64)).buffer)];
     const inner = part.message.flatMap(write);
     return [varint(inner.reduce((sum, chunk) => sum + chunk.length, 0)), ...inner];
