@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 ARCHITECTURE = "A named architecture instead of a checkpoint: its cost, no solving"
 OF_ARCHITECTURE = {
-    "arch", "num_classes", "rank", "profile", "convention", "precision", "unit", "steps", "guidance", "output", "as_json",
+    "arch", "num_classes", "rank", "profile", "convention", "precision", "unit", "steps", "guidance", "output",
+    "as_json",
 }  # fmt: skip
 """Options that its cost depends on, or that say where it goes."""
 SEVERAL = "More plans than one"
@@ -163,14 +165,18 @@ def plan(
             **written, **choices,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
-    _show(terminal, made, paper, _replay(made, checkpoint, profile, autoencoder), output, as_json)
+    _show(terminal, made, paper, _replay(made, checkpoint, profile, autoencoder, written), output, as_json)
 
 
-def _replay(made: Plan, checkpoint: str | None, profile: str, autoencoder: str | None) -> list[str]:
+def _replay(
+    made: Plan, checkpoint: str | None, profile: str, autoencoder: str | None, written: Mapping[str, Any]
+) -> list[str]:
     """What export must be given beside the plan."""
     words = [checkpoint] if checkpoint else []
     words += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
     words += ["--autoencoder", autoencoder] if autoencoder else []
+    words += ["--formats", ",".join(written["formats"])] if written["formats"] != ["onnx"] else []
+    words += options.coreml_words(written["format_choices"]["coreml"])
     return words + (["--heal", f"{made.resize['heal_s']:.0f}s"] if made.resize else [])
 
 
