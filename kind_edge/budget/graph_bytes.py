@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from kind_edge.budget.deployed import FixedCost, MatrixCost
-from kind_edge.budget.precision import PRECISIONS, Precision
 
 GRAPH_BYTES_PER_OPERATOR = 180
 """Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
@@ -15,11 +14,13 @@ TAILOR_BYTES_PER_OPERATOR = 100
 """The same of a tailor's operators, which have no constants of their own: all gathers are from the same few tables."""
 
 
-def file_bytes(cost: MatrixCost | FixedCost, file_precision: Precision) -> int:
-    """Bytes of a part in the file of that precision, values and graph: rather too much than too little."""
-    own = PRECISIONS[file_precision].operator_bytes
-    each = own or GRAPH_BYTES_PER_OPERATOR
-    if isinstance(cost, MatrixCost) and not own:
+def file_bytes(cost: MatrixCost | FixedCost, operator_bytes: int = 0) -> int:
+    """What a file takes for values and for the graph round them: rather too much than too little.
+
+    `operator_bytes`: of one operator, where the precision of the whole says so.
+    """
+    each = operator_bytes or GRAPH_BYTES_PER_OPERATOR
+    if isinstance(cost, MatrixCost) and not operator_bytes:
         if cost.layer.tailor_rank:
             each = TAILOR_BYTES_PER_OPERATOR
         elif cost.layer.precision == "int8":

@@ -218,13 +218,14 @@ class Deployment:
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": self._file_bytes(cost),
+            "weight_bytes": file_bytes(cost, self._operator_bytes),
             "peak_memory_bytes": memory_bytes,
             "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
 
-    def _file_bytes(self, cost: MatrixCost | FixedCost) -> int:
-        return file_bytes(cost, self.candidate.precision)
+    @property
+    def _operator_bytes(self) -> int:
+        return PRECISIONS[self.candidate.precision].operator_bytes
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
         profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
@@ -251,12 +252,13 @@ class Deployment:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, self.decoder
         precision = self.candidate.precision
-        decoder_bytes = decoder.weight_bytes(precision) + decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
+        whole_bytes = file_bytes(fixed, self._operator_bytes) + decoder.weight_bytes(precision)
+        whole_bytes += decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
             "flops": fixed.flops,
-            "weight_bytes": self._file_bytes(fixed) + decoder_bytes + self.request.spare_bytes,
+            "weight_bytes": whole_bytes + self.request.spare_bytes,
             "peak_memory_bytes": fixed_memory_bytes(fixed, self.evaluations_per_step, decoder),
             "latency_ns": _ns(seconds),
         }
@@ -362,7 +364,8 @@ class Deployment:
         for matrix in self.spec.matrices():
             ranks = self.spec.ranks(matrix.name)
             shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
-            largest += max(map(self._file_bytes, shared)) + self._file_bytes(self.tailors(matrix, ranks.tailor, "fp32"))
+            largest += max(file_bytes(cost, self._operator_bytes) for cost in shared)
+            largest += file_bytes(self.tailors(matrix, ranks.tailor, "fp32"), self._operator_bytes)
         return largest
 
 

@@ -158,6 +158,8 @@ def _provenance(name: str, value: Any) -> str:
         return _flat({key: value[key] for key in _JUDGED if key in value})
     if name == "quality_by_steps" and isinstance(value, Mapping):
         return "; ".join(f"{steps}: {_judged(each)}" for steps, each in value.items() if isinstance(each, Mapping))
+    if name == "tools" and isinstance(value, Mapping):
+        value = {"kind-edge" if key == "kind_edge" else key: item for key, item in value.items()}
     if isinstance(value, Mapping):
         inner = {key: item for key, item in value.items() if not isinstance(item, Mapping | list)}
         return _flat(inner)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -78,6 +78,18 @@ def coreml_choices(
     if "coreml" not in formats and tuple(asked.values()) != _COREML_DEFAULTS:
         raise UsageError("--coreml-...: no Core ML packages are written; add coreml to --formats, or leave that out")
     return asked
+
+
+def coreml_words(choices: Mapping[str, Any]) -> list[str]:
+    """`coreml_choices` as they are asked for."""
+    words: list[str] = []
+    for (name, value), default in zip(choices.items(), _COREML_DEFAULTS, strict=True):
+        if name == "functions":
+            for function, classes in value:
+                words += ["--coreml-function", f"{function}={','.join(classes)}"]
+        elif value != default:
+            words += [f"--coreml-{name}", value]
+    return words
 
 
 def known_profile(text: str | None) -> str | None:

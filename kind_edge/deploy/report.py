@@ -278,7 +278,7 @@ def _conditions(here: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[
     yield "runtime", f"{here['runtime']}, {here['provider']}"
     yield "checkpoint", f"{values['source']['model']}, {values['source']['checkpoint_sha256']}"
     made_by = {**values["tools"], **{name: values[name] for name in ("revision",) if name in values}}
-    yield "made by", ", ".join(f"{name} {version}" for name, version in made_by.items())
+    yield "made by", ", ".join(f"{name.replace('_', '-')} {version}" for name, version in made_by.items())
     yield from lineage_words(values.get("provenance", {"licence": values["licence"]})).items()
 
 

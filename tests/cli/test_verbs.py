@@ -108,10 +108,12 @@ def test_plan_of_a_checkpoint(call: Callable[..., Any], checkpoint: Path, tmp_pa
 def test_what_plan_tells_to_try_next_can_be_pasted(call: Callable[..., Any], checkpoint: Path, tmp_path: Path) -> None:
     """Spaces in names, and a device that only a file knows."""
     board, wanted = tmp_path / "my board.toml", tmp_path / "my plan.json"
-    board.write_text(packaged_text("raspberry-pi-5"), encoding="utf-8")
-    shown = call("plan", checkpoint, "--profile", board, "--steps", 2, "-o", wanted)
+    board.write_text(packaged_text("apple-a18"), encoding="utf-8")
+    formats = ["--formats", "coreml", "--coreml-weights", "int8", "--coreml-function", "all=bag,coat"]
+    shown = call("plan", checkpoint, "--profile", board, "--steps", 2, "--form", "switch", *formats, "-o", wanted)
     command = shlex.split(shown.out.splitlines()[-1].split("next")[1])
-    assert command == ["kind-edge", "export", str(checkpoint), "--profile", str(board), "--plan", str(wanted)]
+    asked = [str(checkpoint), "--profile", str(board), *formats]
+    assert command == ["kind-edge", "export", "--plan", str(wanted), *asked]
 
 
 def _phrases(text: str) -> list[str]:
