@@ -51,7 +51,7 @@ def to_sampler(
         "sampler.one": np.array(1, np.float32),
     }
     body = helper.make_graph(
-        list(_body(source, guided, switches)),
+        list(_body(source, guided)),
         "step",
         [_tensor("row", TensorProto.INT64, []), _tensor("going", TensorProto.BOOL, []), *_carried(shape, "")],
         [_tensor("still", TensorProto.BOOL, []), *_carried(shape, "'")],
@@ -102,7 +102,7 @@ def _ending(decoder: onnx.ModelProto | None) -> Iterator[onnx.NodeProto]:
     yield node("Clip", ["sampler.shifted", "sampler.zero", "sampler.one"], ["image"])
 
 
-def _body(source: onnx.GraphProto, guided: bool, switches: bool) -> Iterator[onnx.NodeProto]:
+def _body(source: onnx.GraphProto, guided: bool) -> Iterator[onnx.NodeProto]:
     """One row of the table: `x` and `direction` to `x'` and `direction'`."""
     node = helper.make_node
     yield node("Gather", ["sampler.coefficients", "row"], ["coefficients"])

@@ -61,8 +61,8 @@ class Case:
             plan = self.matrices[shape.name]
             precision: Any = plan.precision
             shared = left.shared(shape, plan.storage, plan.shared_rank, precision)
-            total += matrix_memory_bytes(shared, precision, batch)
-            total += matrix_memory_bytes(left.tailors(shape, plan.tailor_rank or 0, precision), precision, batch)
+            total += matrix_memory_bytes(shared, batch)
+            total += matrix_memory_bytes(left.tailors(shape, plan.tailor_rank or 0, precision), batch)
         return total
 
     def entries(self) -> list[dict[str, Any]]:

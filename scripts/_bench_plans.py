@@ -112,7 +112,7 @@ def sizes() -> list[dict[str, Any]]:
 
     from kind_edge.budget.cost import deployed_fixed_cost, matrix_cost
     from kind_edge.budget.denoiser_graph import BakedModulation, write
-    from kind_edge.budget.deployed import file_bytes
+    from kind_edge.budget.graph_bytes import GRAPH_BYTES_PER_OPERATOR
     from kind_edge.budget.probe_graph import Layer, Network, random_denoiser
     from kind_edge.budget.whole_model import model_cost
     from kind_edge.exporters.onnx_int8 import quantize_int8
@@ -138,7 +138,7 @@ def sizes() -> list[dict[str, Any]]:
             "model": f"{_SHAPE}, rank {_RANK}, {_STEPS} steps",
             "precision": precision,
             "modulation": modulation,
-            "predicted_bytes": sum(map(file_bytes, parts)),
+            "predicted_bytes": sum(part.weight_bytes + GRAPH_BYTES_PER_OPERATOR * part.operators for part in parts),
         }
         if modulation != "network":
             graph = write(half if modulation == "baked-fp16" else whole)

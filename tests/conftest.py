@@ -226,6 +226,18 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
 
 
 @pytest.fixture(scope="session")
+def fashion_folder() -> Path:
+    """Where the images of Fashion-MNIST lie."""
+    from kind_edge.errors import InputError
+    from kind_edge.training.data import find_fashion_mnist
+
+    try:
+        return find_fashion_mnist()
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def parse_swift() -> Callable[[str], Any]:
     """The syntax tree of Swift source; what is no Swift fails here."""
     import tree_sitter

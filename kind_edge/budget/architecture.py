@@ -179,7 +179,7 @@ def _exact_cost(
     ]
     decoder = decoder_cost(spec)
     weight_bytes = fixed.weight_bytes + sum(matrix.weight_bytes for matrix in matrices) + 4 * decoder.params
-    memory_bytes = sum(matrix_memory_bytes(matrix, precision, per_step) for matrix in matrices)
+    memory_bytes = sum(matrix_memory_bytes(matrix, per_step) for matrix in matrices)
     burst, sustained = (
         image_time(
             steps,

@@ -19,7 +19,6 @@ from kind_edge.model.spec import ModelSpec
 _LEVELS = (512, 512, 256, 128)
 _BLOCKS_PER_LEVEL = 3
 _PIXEL_CHANNELS = 3
-PIXELS_PER_LATENT = 2 ** (len(_LEVELS) - 1)
 
 _SCALE_BYTES = 4
 

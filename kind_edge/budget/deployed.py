@@ -23,15 +23,6 @@ from kind_edge.model.spec import FREQUENCY_WIDTH, Branch, MatrixShape, ModelSpec
 Role = Literal["matmul", "float"]
 """`matmul`: a product with a constant matrix, which int8 quantizes; `float`: all that stays in floating point."""
 
-GRAPH_BYTES_PER_OPERATOR = 180
-"""Names, shapes and attributes of one node in an ONNX file; measured on our own exports, and checked on every file."""
-
-DYNAMIC_BYTES_PER_OPERATOR = 310
-"""The same of the two operators of a product in int8, which are five nodes: a cast and two scales come with them."""
-
-TAILOR_BYTES_PER_OPERATOR = 100
-"""The same of a tailor's operators, which have no constants of their own: all gathers are from the same few tables."""
-
 SCALE_BYTES = 4
 ZERO_POINT_BYTES = 1
 
@@ -351,17 +342,3 @@ def _token_groups(spec: ModelSpec, whole: CostBreakdown, precision: Precision) -
     weights = part.params * values  # the exporter keeps the last product in floating point
     moved = (elements + 5 * final) * values  # product, bias, reshape, transpose, reshape
     yield OperatorGroup("final", "float", part.params, part.flops, weights, weights, moved, 5)
-
-
-def file_bytes(cost: MatrixCost | FixedCost, operator_bytes: int = 0) -> int:
-    """What a file takes for values and for the graph round them: rather too much than too little.
-
-    `operator_bytes`: of one operator, where the precision of the whole says so.
-    """
-    each = operator_bytes or GRAPH_BYTES_PER_OPERATOR
-    if isinstance(cost, MatrixCost) and not operator_bytes:
-        if cost.layer.tailor_rank:
-            each = TAILOR_BYTES_PER_OPERATOR
-        elif cost.layer.precision == "int8":
-            each = DYNAMIC_BYTES_PER_OPERATOR
-    return cost.weight_bytes + cost.operators * each

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 
 from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.deployed import FixedCost, Layer, MatrixCost
-from kind_edge.budget.precision import Precision
 
 RUNTIME_BYTES = 12 * 2**20
 OPERATOR_BYTES = 7 * 2**10
@@ -28,7 +27,7 @@ _HEAP_COPIES = 1.7
 _WIDENED_ALIVE = 1.0
 
 
-def matrix_memory_bytes(cost: MatrixCost, precision: Precision, batch: int = 1) -> int:
+def matrix_memory_bytes(cost: MatrixCost, batch: int = 1) -> int:
     """What one part of a matrix adds to the peak: its learngene, or its tailors."""
     layer, total = cost.layer, cost.operators * OPERATOR_BYTES
     pieces = list(_pieces(layer))

@@ -8,7 +8,7 @@ and its tailors each have a rank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, cast
@@ -29,7 +29,7 @@ from kind_edge.budget.cost import (
     runs_on_one_thread,
 )
 from kind_edge.budget.decoder import DecoderCost, decoder_cost
-from kind_edge.budget.deployed import GRAPH_BYTES_PER_OPERATOR, file_bytes
+from kind_edge.budget.graph_bytes import GRAPH_BYTES_PER_OPERATOR, file_bytes
 from kind_edge.budget.image_time import Teacher, image_time
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.plan import MatrixPlan, Modulation, Storage, dropped_branches
@@ -206,7 +206,7 @@ class Deployment:
         """One part of a matrix in the solver's units."""
         profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
         seconds = matrix_latency_s(cost, profile, unit, precision, sustained, self.evaluations_per_step)
-        return self._costs(cost, seconds, matrix_memory_bytes(cost, precision, self.evaluations_per_step))
+        return self._costs(cost, seconds, matrix_memory_bytes(cost, self.evaluations_per_step))
 
     def branch_costs(self, kind: Branch) -> dict[str, int]:
         """What a kept branch of one block costs beside its matrices, in the solver's units."""
@@ -218,14 +218,13 @@ class Deployment:
     def _costs(self, cost: MatrixCost | FixedCost, seconds: float, memory_bytes: int) -> dict[str, int]:
         return {
             "flops": cost.flops,
-            "weight_bytes": file_bytes(cost, self._operator_bytes),
+            "weight_bytes": self._file_bytes(cost),
             "peak_memory_bytes": memory_bytes,
             "latency_ns": _ns(seconds * self.request.sampling.evaluations),
         }
 
-    @property
-    def _operator_bytes(self) -> int:
-        return PRECISIONS[self.candidate.precision].operator_bytes
+    def _file_bytes(self, cost: MatrixCost | FixedCost) -> int:
+        return file_bytes(cost, self.candidate.precision)
 
     def _fixed_latency_s(self, fixed: FixedCost) -> float:
         profile, unit, sustained = self.profile, self.candidate.unit, not self.request.burst
@@ -252,13 +251,12 @@ class Deployment:
         """Everything that is not chosen, in the solver's units: the fixed parts, the decoder, the runtime."""
         fixed, decoder = self.fixed, self.decoder
         precision = self.candidate.precision
-        whole_bytes = file_bytes(fixed, self._operator_bytes) + decoder.weight_bytes(precision)
-        whole_bytes += decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
+        decoder_bytes = decoder.weight_bytes(precision) + decoder.graph_operators(precision) * GRAPH_BYTES_PER_OPERATOR
         seconds = self._fixed_latency_s(fixed) * self.request.sampling.evaluations
         seconds += self.decoder_latency_s(not self.request.burst)
         return {
             "flops": fixed.flops,
-            "weight_bytes": whole_bytes + self.request.spare_bytes,
+            "weight_bytes": self._file_bytes(fixed) + decoder_bytes + self.request.spare_bytes,
             "peak_memory_bytes": fixed_memory_bytes(fixed, self.evaluations_per_step, decoder),
             "latency_ns": _ns(seconds),
         }
@@ -323,7 +321,7 @@ class Deployment:
         seconds += fixed_latency_s(fixed_timed, profile, unit, sustained, batch)
         decoder = self.decoder.whole or self.decoder
         decoder_s = decoder.latency_s(profile, unit, timed, sustained)
-        memory_bytes = sum(matrix_memory_bytes(matrix, "fp32", batch) for matrix in matrices)
+        memory_bytes = sum(matrix_memory_bytes(matrix, batch) for matrix in matrices)
         return {
             "params": params,
             "flops": fixed.flops + sum(matrix.flops for matrix in matrices),
@@ -364,20 +362,8 @@ class Deployment:
         for matrix in self.spec.matrices():
             ranks = self.spec.ranks(matrix.name)
             shared = (self.shared(matrix, kind, ranks.learngene, "fp32") for kind in ("dense", "factored"))
-            largest += max(file_bytes(cost, self._operator_bytes) for cost in shared)
-            largest += file_bytes(self.tailors(matrix, ranks.tailor, "fp32"), self._operator_bytes)
+            largest += max(map(self._file_bytes, shared)) + self._file_bytes(self.tailors(matrix, ranks.tailor, "fp32"))
         return largest
-
-
-def decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
-    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
-    if not source.decoders:
-        yield None
-    for decoder in source.decoders:
-        yield decoder
-        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
-        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
-            return
 
 
 def limit_name(cost: str) -> str:

@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from kind_edge.budget.decoder import DecoderCost
 from kind_edge.budget.plan import Modulation
 from kind_edge.budget.precision import PRECISIONS, Precision, precisions_of
-from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling, Source, decoder_choices
+from kind_edge.budget.problem import Candidate, Deployment, Request, Sampling, Source
 from kind_edge.budget.solver import LOSS
 from kind_edge.errors import UsageError
 from kind_edge.model.spec import Form
@@ -74,7 +75,7 @@ def ways(source: Source, request: Request) -> list[Way]:
         Way(dataclasses.replace(each, decoder=decoder), candidate)
         for each in settled
         for candidate in candidates(each)
-        for decoder in decoder_choices(source, each, candidate)
+        for decoder in _decoder_choices(source, each, candidate)
     ]
     found = [modulated for way in each_way for modulated in _modulated(source, way)]
     if request.precision == "auto" and not source.decoders:
@@ -126,3 +127,14 @@ def written_precisions(request: Request, candidate: Candidate) -> tuple[Precisio
     """fp32 and int8 side by side; what was asked for by name, or chosen for another unit than a CPU, alone."""
     planned = candidate.precision in PLANNED_PRECISIONS and request.precision != "fp32"
     return PLANNED_PRECISIONS if planned else (candidate.precision,)
+
+
+def _decoder_choices(source: Source, request: Request, candidate: Candidate) -> Iterator[DecoderCost | None]:
+    """The decoder in one piece; and in tiles, which take longer, where the dense model with the whole is too large."""
+    if not source.decoders:
+        yield None
+    for decoder in source.decoders:
+        yield decoder
+        deployment = Deployment(source.spec, dataclasses.replace(request, decoder=decoder), candidate)
+        if deployment.dense()["peak_memory_bytes"] <= deployment.limits()["peak_memory_bytes"]:
+            return

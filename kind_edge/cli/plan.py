@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -165,29 +164,25 @@ def plan(
             **written, **choices,
         )  # fmt: skip
     paper = _paper_row(checkpoint or options.SHIPPED, made, profile) if convention == "paper" else None
-    _show(terminal, made, paper, _replay(made, checkpoint, profile, autoencoder, written), output, as_json)
-
-
-def _replay(
-    made: Plan, checkpoint: str | None, profile: str, autoencoder: str | None, written: Mapping[str, Any]
-) -> list[str]:
-    """What export must be given beside the plan."""
-    words = [checkpoint] if checkpoint else []
-    words += ["--profile", profile] if made.profile not in options.packaged_profiles() else []
-    words += ["--autoencoder", autoencoder] if autoencoder else []
-    words += ["--formats", ",".join(written["formats"])] if written["formats"] != ["onnx"] else []
-    words += options.coreml_words(written["format_choices"]["coreml"])
-    return words + (["--heal", f"{made.resize['heal_s']:.0f}s"] if made.resize else [])
+    if (warning := quality_view.predicted_warning(made)) is not None:
+        terminal.say_warning(warning)
+    beside = {
+        "--profile": profile if made.profile not in options.packaged_profiles() else None,
+        "--autoencoder": autoencoder,
+        "--formats": ",".join(wanted) if wanted != ["onnx"] else None,
+    }
+    told = [checkpoint, *(word for flag, value in beside.items() if value for word in (flag, value))]
+    told += options.coreml_words(coreml)
+    _show(terminal, made, paper, [word for word in told if word], output, as_json)
 
 
 def _show(
     terminal: Terminal, made: Plan, paper: PaperRow | None, replay: list[str], output: Path | None, as_json: bool
 ) -> None:
+    """`replay`: what export must be given beside the plan."""
     from kind_edge.cli.plan_view import print_plan
 
     values = made.to_dict()
-    if (warning := quality_view.predicted_warning(made)) is not None:
-        terminal.say_warning(warning)
     if output is not None:
         write_text(output, json.dumps(values, indent=2) + "\n")
     if as_json:
@@ -200,7 +195,8 @@ def _show(
     terminal.out.print()
     if output is not None:
         terminal.line(Text.assemble(("  written  ", "dim"), str(output)))
-        terminal.next("export", "--plan", str(output), *replay)
+        heal = ["--heal", f"{made.resize['heal_s']:.0f}s"] if made.resize else []
+        terminal.next("export", *replay, "--plan", str(output), *heal)
 
 
 def write_text(path: Path, text: str) -> None:

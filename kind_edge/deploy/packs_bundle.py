@@ -185,14 +185,14 @@ def _fill(old: Path, new: Path, manifest: Manifest, joined: Joined, on_stage: On
 def copy_files(old: Path, new: Path, manifest: Manifest, joined: Joined) -> None:
     """The joined model files, their reference, and what stays as it is."""
     for name, content in joined.models.items():
-        write_file(new / name, content)
+        _write(new / name, content)
     assemble.save_reference(new, joined.reference)
     for name in manifest.files:
         if name.startswith(_STAY) and name not in joined.models:
-            write_file(new / name, (old / name).read_bytes())
+            _write(new / name, (old / name).read_bytes())
 
 
-def write_file(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
@@ -259,7 +259,7 @@ def write_core(
         return None
     sampling = {"sampler": plan.sampler, "steps": plan.steps, "guidance": plan.strength}
     text, core = make_core(files, len(plan.classes), plan.precision, sampling, weights)
-    write_file(folder / CORE_FILE, text)
+    _write(folder / CORE_FILE, text)
     return {"core": core.sha256, "order": list(plan.classes)}
 
 
@@ -271,15 +271,15 @@ def write_packs(folder: Path, values: Mapping[str, Any], reference: Mapping[str,
     told = file_metadata(values["provenance"])
     packs = class_packs(core, files, manifest.classes, reference, core.sha256, told)
     for pack, name in zip(packs, pack_names(manifest.classes).values(), strict=True):
-        write_file(folder / PACKS_FOLDER / name, pack_bytes(pack, core))
+        _write(folder / PACKS_FOLDER / name, pack_bytes(pack, core))
     bare = join(folder, manifest, core, reference, remove=manifest.classes)
     with tempfile.TemporaryDirectory(prefix="kind-edge-") as temporary:
         with writing_bundle(Path(temporary, "core")) as new:
             for name in (CORE_FILE, *(name for name in hash_files(folder) if name.startswith(_STAY))):
                 if not name.startswith(f"{PACKS_FOLDER}/") or name == CORE_FILE:
-                    write_file(new / name, (folder / name).read_bytes())
+                    _write(new / name, (folder / name).read_bytes())
             for name, content in bare.models.items():
-                write_file(new / name, content)
+                _write(new / name, content)
             assemble.save_reference(new, bare.reference)
             (new / NOTICE).write_text(notice(values), encoding="utf-8")
             # Not what was measured, nor by which commit: the same weights give the same core.

@@ -23,7 +23,7 @@ from kind_edge.deploy.cut import quality_of, timesteps_of
 from kind_edge.deploy.manifest import MANIFEST_NAME, Manifest
 from kind_edge.deploy.merge import class_indices, fold, truncate
 from kind_edge.deploy.packs import Core
-from kind_edge.deploy.packs_bundle import class_packs, copy_files, write_file
+from kind_edge.deploy.packs_bundle import class_packs, copy_files
 from kind_edge.deploy.packs_file import ClassPack, pack_bytes, pack_names
 from kind_edge.deploy.packs_join import core_of, join
 from kind_edge.deploy.packs_recipe import make_core
@@ -34,7 +34,7 @@ from kind_edge.deploy.replay import check_planned
 from kind_edge.deploy.request import OpenedModel, open_model
 from kind_edge.deploy.verify import load_reference, verify_models
 from kind_edge.errors import InputError, UsageError
-from kind_edge.model.checkpoint import Checkpoint
+from kind_edge.model.checkpoint import Checkpoint, write_file
 from kind_edge.model.one_thread import one_thread
 from kind_edge.model.provenance import file_metadata
 from kind_edge.model.spec import Ranks
@@ -133,9 +133,17 @@ def make_packs(
         Path(output, file): pack_bytes(pack, core) for file, pack in zip(pack_names(names).values(), packs, strict=True)
     }
     for path, content in files.items():
-        write_file(path, content)
+        _write(path, content)
     sizes = {str(path): len(content) for path, content in files.items()}
     return MadePacks(core.sha256, names, sizes, core.row_bytes, report, quality_of(opened, plan, truncated))
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error}); make room, or choose another place") from error
 
 
 def _wanted(model: OpenedModel, manifest: Manifest, classes: Sequence[str] | None) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ CONTROL_FLOW = frozenset({"cpu", "cuda", "tensorrt"})
 """Providers that run ONNX's Loop. The others take single nodes of its body at best, and the state goes back and forth
 in every step; OpenVINO's takes the Loop, but cannot load one whose body reads weights of the outer graph, as ours."""
 
-_PLUGINS: Mapping[str, str] = MappingProxyType({
+PLUGINS: Mapping[str, str] = MappingProxyType({
     "openvino": "onnxruntime_ep_openvino",
     "qnn": "onnxruntime_qnn",
     "webgpu": "onnxruntime_ep_webgpu",
@@ -82,7 +82,7 @@ def resolve_provider(provider: str) -> str:
 def plugin_device(name: str) -> Any | None:
     """What a registered plug-in of that (long) name runs on; None for a provider that is built in."""
     runtime = require_onnxruntime()
-    if short_name(name) not in _PLUGINS or not hasattr(runtime, "get_ep_devices"):
+    if short_name(name) not in PLUGINS or not hasattr(runtime, "get_ep_devices"):
         return None
     kinds = {device.device.type.name: device for device in runtime.get_ep_devices() if device.ep_name == name}
     return next((kinds[kind] for kind in _DEVICE_TYPES if kind in kinds), None)
@@ -95,7 +95,7 @@ def plugin_options(name: str) -> dict[str, str]:
     """
     if short_name(name) != "qnn":
         return {}
-    backend = {"backend_path": str(importlib.import_module(_PLUGINS["qnn"]).get_qnn_htp_path())}
+    backend = {"backend_path": str(importlib.import_module(PLUGINS["qnn"]).get_qnn_htp_path())}
     return {**backend, **_SIMULATED_NPU} if is_simulated(name) else backend
 
 
@@ -111,7 +111,7 @@ def is_simulated(name: str) -> bool:
 
 def _find_plugin(runtime: ModuleType, name: str) -> bool:
     """Make a provider known that an installed plug-in package brings; False if there is no such package."""
-    package = _PLUGINS.get(short_name(name))
+    package = PLUGINS.get(short_name(name))
     if package is None or importlib.util.find_spec(package) is None:
         return False
     refusals: tuple[type[Exception], ...] = (ImportError, OSError, *runtime_errors(runtime))

@@ -116,7 +116,9 @@ def _watching(model: DiT, collect: Callable[[str, GatedLinear], RemovableHandle]
 
 
 def _with_ridge(covariance: Tensor) -> Tensor:
-    return covariance + RIDGE * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
+    """No direction matters more than another where all is zero, as at the outputs of a model that was never trained."""
+    size = covariance.diagonal().mean()
+    return covariance + (RIDGE * size if size > 0 else 1.0) * torch.eye(len(covariance), dtype=covariance.dtype)
 
 
 def calibrate_on_images(model: DiT, images: Tensor, labels: Tensor, seed: int = 0) -> Calibration:

@@ -22,7 +22,7 @@ NONE = DecoderCost(0, 0, 0)
 def predicted(precision: Precision, batch: int) -> int:
     fixed = deployed_fixed_cost(SPEC, 2, 4, True, precision)
     dense = [matrix_cost(SPEC, matrix, "dense", 0, 0, 0, precision) for matrix in SPEC.matrices()]
-    return fixed_memory_bytes(fixed, batch, NONE) + sum(matrix_memory_bytes(one, precision, batch) for one in dense)
+    return fixed_memory_bytes(fixed, batch, NONE) + sum(matrix_memory_bytes(one, batch) for one in dense)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux")
@@ -38,13 +38,13 @@ def test_the_peak_is_as_predicted(precision: Precision, batch: int, tmp_path: Pa
 
 def test_small_weights_stay_in_the_heap() -> None:
     small, large = (matrix_cost(SPEC, MatrixShape("q", n, n), "dense", 0, 0, 0, "fp32") for n in (128, 512))
-    per_byte = [matrix_memory_bytes(cost, "fp32") / cost.weight_bytes for cost in (small, large)]
+    per_byte = [matrix_memory_bytes(cost) / cost.weight_bytes for cost in (small, large)]
     assert per_byte[0] > 1.5 > 1.05 > per_byte[1] >= 1
 
 
 def test_tailors_count_for_every_row() -> None:
     tailors = matrix_cost(SPEC, MatrixShape("q", 512, 512), "dropped", 0, 8, 10, "int8")
-    one, two = (matrix_memory_bytes(tailors, "int8", batch) for batch in (1, 2))
+    one, two = (matrix_memory_bytes(tailors, batch) for batch in (1, 2))
     assert two - one == 4 * 8 * (512 + 512)
     nothing = matrix_cost(SPEC, MatrixShape("q", 512, 512), "dropped", 0, 0, 0, "int8")
-    assert matrix_memory_bytes(nothing, "int8") == 0
+    assert matrix_memory_bytes(nothing) == 0

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from kind_edge.budget.deployed import GRAPH_BYTES_PER_OPERATOR, TAILOR_BYTES_PER_OPERATOR, deployed_fixed_cost
+from kind_edge.budget.deployed import deployed_fixed_cost
+from kind_edge.budget.graph_bytes import GRAPH_BYTES_PER_OPERATOR
 from kind_edge.budget.loss import LossModel
 from kind_edge.budget.menu import rank_levels
 from kind_edge.budget.plan import Plan
@@ -241,7 +242,7 @@ def test_figures_equal_a_recount_from_the_matrices(
     sampling = GUIDED if form == "switch" else UNGUIDED
     made = plan(form=form, classes=classes, sampling=sampling, max_flops=max_flops, precision="fp32")
     fixed = deployed_fixed_cost(checkpoint.spec, len(classes), 4, True, "fp32")
-    flops, params, operators, of_tailors = fixed.flops, fixed.params, fixed.operators, 0
+    flops, params, operators = fixed.flops, fixed.params, fixed.operators
     for shape in checkpoint.spec.matrices():
         chosen, n, m = made.matrices[shape.name], shape.outputs, shape.inputs
         shared = {"dense": n * m, "factored": (n + m) * chosen.shared_rank, "dropped": 0}[chosen.storage]
@@ -249,11 +250,10 @@ def test_figures_equal_a_recount_from_the_matrices(
         flops += 2 * checkpoint.spec.tokens * (shared + tailor)
         params += shared + len(classes) * tailor
         operators += {"dense": 1, "factored": 2 if chosen.shared_rank else 0, "dropped": 0}[chosen.storage]
-        of_tailors += 5 if tailor else 0  # a transpose, two products, one sum, and a share of the gathers
+        operators += 5 if tailor else 0  # a transpose, two products, one sum, and a share of the gathers
     assert made.flops == flops
     assert made.params == params
-    graph = GRAPH_BYTES_PER_OPERATOR * operators + TAILOR_BYTES_PER_OPERATOR * of_tailors
-    assert made.weight_bytes == 4 * params + graph
+    assert made.weight_bytes == 4 * params + GRAPH_BYTES_PER_OPERATOR * operators
     plain = fold(truncate(checkpoint, made, calibration), made, torch.arange(4.0))
     assert made.params == sum(parameter.numel() for parameter in plain.parameters())
 

@@ -8,17 +8,7 @@ from typing import Any
 
 import pytest
 
-from kind_edge.errors import InputError
 from kind_edge.model.checkpoint import load_checkpoint
-from kind_edge.training.data import find_fashion_mnist
-
-
-@pytest.fixture(scope="module")
-def fashion() -> Path:
-    try:
-        return find_fashion_mnist()
-    except InputError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -26,8 +16,8 @@ def model(tmp_path: Path, make_checkpoint_folder: Callable[..., Path]) -> Path:
     return make_checkpoint_folder(tmp_path / "model", image_size=28, patch_size=7, depth=1)
 
 
-def test_what_is_said(call: Callable[..., Any], model: Path, fashion: Path, tmp_path: Path) -> None:
-    common = ("adapt", model, "--data", fashion, "-o", tmp_path / "out", "--device", "cpu")
+def test_what_is_said(call: Callable[..., Any], model: Path, fashion_folder: Path, tmp_path: Path) -> None:
+    common = ("adapt", model, "--data", fashion_folder, "-o", tmp_path / "out", "--device", "cpu")
     refused = call(*common, "--classes", "dress,sneaker")
     assert (refused.code, refused.out) == (2, "")
     assert "the model knows 'sneaker' already" in refused.err
@@ -42,9 +32,9 @@ def test_what_is_said(call: Callable[..., Any], model: Path, fashion: Path, tmp_
 
 
 @pytest.mark.slow
-def test_it_exports(call: Callable[..., Any], model: Path, fashion: Path, tmp_path: Path) -> None:
+def test_it_exports(call: Callable[..., Any], model: Path, fashion_folder: Path, tmp_path: Path) -> None:
     classes = ("--classes", "dress", "--device", "cpu", "--images", 240)
-    assert call("adapt", model, "--data", fashion, "-o", tmp_path / "out", *classes).code == 0
+    assert call("adapt", model, "--data", fashion_folder, "-o", tmp_path / "out", *classes).code == 0
     limits = ("--classes", "dress,bag", "--max-flops", "60%", "--steps", 2, "--precision", "fp32")
     bundle = call(
         "export", tmp_path / "out", "--profile", "snapdragon8g3", *limits, "-o", tmp_path / "b", "--json"

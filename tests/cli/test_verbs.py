@@ -113,7 +113,7 @@ def test_what_plan_tells_to_try_next_can_be_pasted(call: Callable[..., Any], che
     shown = call("plan", checkpoint, "--profile", board, "--steps", 2, "--form", "switch", *formats, "-o", wanted)
     command = shlex.split(shown.out.splitlines()[-1].split("next")[1])
     asked = [str(checkpoint), "--profile", str(board), *formats]
-    assert command == ["kind-edge", "export", "--plan", str(wanted), *asked]
+    assert command == ["kind-edge", "export", *asked, "--plan", str(wanted)]
 
 
 def _phrases(text: str) -> list[str]:
@@ -147,7 +147,7 @@ def test_inspect_a_checkpoint(call: Callable[..., Any], checkpoint: Path) -> Non
     assert values["kind"] == "checkpoint"
     assert values["ranks"] == {"learngene": [12, 12], "tailor": [2, 2]}
     assert values["provenance"] == {"seed": 0}
-    weights = {name: size for name, size in values["parts"].items() if name != "sensitivity"}
+    weights = {name: size for name, size in values["parts"].items() if name not in ("sensitivity", "calibration")}
     assert sum(weights.values()) == 4 * values["parameters"]  # float32
     shown = call("inspect", checkpoint).out
     assert "learngene 12, tailor 2" in shown

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from kind_edge.budget.cost import branch_fixed_cost, deployed_fixed_cost, matrix_cost, model_cost
-from kind_edge.budget.deployed import GRAPH_BYTES_PER_OPERATOR
+from kind_edge.budget.graph_bytes import GRAPH_BYTES_PER_OPERATOR
 from kind_edge.budget.plan import MatrixPlan, Plan, check_replayable, full_rank
 from kind_edge.deploy.assemble import predict_here_ms
 from kind_edge.deploy.graph_facts import graph_facts

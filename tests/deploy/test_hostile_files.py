@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from kind_edge.bounded import ARRAYS_BYTES, MAX_MEMBERS, parse_json, parse_toml, read_bytes, read_npz, safe_members
+from kind_edge.bounded import ARRAYS_BYTES, MAX_MEMBERS, parse_json, parse_toml, read_bytes, read_npz
 from kind_edge.budget.influence import read_sensitivity
 from kind_edge.budget.plan import read_plan
 from kind_edge.budget.profile import load_profile
@@ -214,11 +214,6 @@ def zip_of(path: Path, compression: int = zipfile.ZIP_DEFLATED, **members: bytes
         for name, content in members.items():
             archive.writestr(name, content)
     return path
-
-
-def members_of(path: Path) -> object:
-    with zipfile.ZipFile(path) as archive:
-        return safe_members(archive, str(path))
 
 
 def npy_header(shape: tuple[int, ...], descr: str = "<f4") -> bytes:

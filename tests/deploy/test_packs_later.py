@@ -101,8 +101,9 @@ def test_it_joins_to_what_a_new_export_would_be(
     told = changed.manifest.raw["provenance"]["later"]
     assert told == {NEW: read_pack(hat).told}
     assert (told[NEW]["checkpoint_sha256"], told[NEW]["model_license"]) == (model.sha256, LICENCE)
-    words = f"Later class hat\n  licence {LICENCE}, hats (licence not stated, sha256 cdcdcdcdcdcd)"
-    assert words in (bundle / "NOTICE").read_text()
+    notice = (bundle / "NOTICE").read_text()
+    assert f"Later class hat\n  licence {LICENCE}, Fashion-MNIST (licence MIT" in notice
+    assert f"hats (licence not stated, sha256 cdcdcdcdcdcd), sha256 {model.sha256[:12]}\n" in notice
     with pytest.raises(UsageError, match=r"classes of other checkpoints \(hat\)"):
         pipeline.verify(bundle, tiny_folder)
     assert "later" not in change_bundle(bundle, remove=[NEW]).manifest.raw["provenance"]

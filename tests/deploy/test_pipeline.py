@@ -247,10 +247,10 @@ def test_a_file_that_turns_out_too_large_is_solved_again(
     tmp_path: Path, make_checkpoint_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The prediction is made too small on purpose; the second plan leaves room for what the first file showed."""
-    import kind_edge.budget.deployed as deployed
+    import kind_edge.budget.graph_bytes as graph_bytes
 
     folder = make_checkpoint_folder(tmp_path / "model", depth=1, width=32, learngene_rank=12)
-    monkeypatch.setattr(deployed, "GRAPH_BYTES_PER_OPERATOR", 20)
+    monkeypatch.setattr(graph_bytes, "GRAPH_BYTES_PER_OPERATOR", 20)
     asked: dict[str, Any] = {"profile": DEVICE, "classes": ["bag"], "precision": "fp32", "form": "single"}
     limit = pipeline.plan(folder, **asked).weight_bytes + 1000
     stages: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from kind_edge.deploy.placement import (
     summary,
     trace,
 )
-from kind_edge.deploy.providers import CONTROL_FLOW, PROVIDERS, resolve_provider, short_name
+from kind_edge.deploy.providers import CONTROL_FLOW, PLUGINS, PROVIDERS, resolve_provider, short_name
 from kind_edge.errors import GateError, UsageError
 
 TRACES = Path(__file__).with_name("traces")
@@ -138,8 +139,9 @@ def test_a_loop_is_refused_where_no_control_flow_is(provider: str) -> None:
 )  # fmt: skip
 def test_a_missing_provider_is_named_with_its_package(provider: str, package: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    if PROVIDERS[provider] in onnxruntime.get_available_providers():
-        pytest.skip(f"this onnxruntime has {provider}")
+    installed = provider in PLUGINS and importlib.util.find_spec(PLUGINS[provider])
+    if installed or PROVIDERS[provider] in onnxruntime.get_available_providers():
+        pytest.skip(f"{provider} is installed here")
     with pytest.raises(UsageError, match=f"'{provider}' is not in the .*; available here: .*cpu.*{package}"):
         resolve_provider(provider)
     assert short_name(PROVIDERS[provider]) == short_name(provider.upper()) == provider

@@ -10,7 +10,8 @@ import onnx
 import pytest
 import torch
 
-from kind_edge.budget.deployed import GRAPH_BYTES_PER_OPERATOR, TAILOR_BYTES_PER_OPERATOR, deployed_fixed_cost
+from kind_edge.budget.deployed import deployed_fixed_cost
+from kind_edge.budget.graph_bytes import GRAPH_BYTES_PER_OPERATOR, TAILOR_BYTES_PER_OPERATOR
 from kind_edge.budget.plan import MatrixPlan, Plan, check_replayable
 from kind_edge.budget.precision import PRECISIONS, denoiser_path
 from kind_edge.deploy.inspection import inspect

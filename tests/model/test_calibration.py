@@ -22,6 +22,7 @@ from kind_edge.model.calibration import (
     save_calibration,
 )
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint
+from kind_edge.model.dit import DiT, initialise
 from kind_edge.model.gated_linear import ClassGate, GatedLinear
 
 MakeCheckpoint = Callable[..., Checkpoint]
@@ -106,6 +107,9 @@ def test_outputs_are_weighed_unless_ranks_nest(make_checkpoint: MakeCheckpoint, 
     assert {name: len(c) for name, c in calibration.outputs.items()} == {
         shape.name: shape.outputs for shape in checkpoint.spec.matrices()
     }
+    fresh = initialise(DiT(checkpoint.spec), seed=0)  # its last layer is zero, so the prediction sees nothing
+    outputs = calibrate_on_images(fresh, IMAGES[:8], LABELS[:8]).outputs
+    assert all(torch.equal(c, torch.eye(len(c), dtype=c.dtype)) for c in outputs.values())
     nested = dataclasses.replace(checkpoint, spec=dataclasses.replace(checkpoint.spec, nested=True))
     assert calibrate_on_images(nested.model(), IMAGES[:8], LABELS[:8]).outputs == {}
     assert calibrate_on_samples(nested.model(), per_class=1, steps=2).outputs == {}

@@ -24,16 +24,9 @@ from kind_edge.training.data import (
 )
 
 
-def installed_folder() -> Path:
-    try:
-        return find_fashion_mnist()
-    except InputError as error:
-        pytest.skip(str(error))
-
-
 @pytest.fixture(scope="module")
-def data() -> FashionMNIST:
-    return load_fashion_mnist(installed_folder())
+def data(fashion_folder: Path) -> FashionMNIST:
+    return load_fashion_mnist(fashion_folder)
 
 
 def test_arrays_are_what_the_docstring_says(data: FashionMNIST) -> None:
@@ -46,15 +39,14 @@ def test_arrays_are_what_the_docstring_says(data: FashionMNIST) -> None:
 
 
 def test_the_users_cache_comes_first_and_other_compression_is_welcome(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fashion_folder: Path
 ) -> None:
-    installed = installed_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache_folder().mkdir(parents=True)
     for name in FILE_NAMES:
-        (cache_folder() / name).symlink_to(installed / name)
+        (cache_folder() / name).symlink_to(fashion_folder / name)
     (cache_folder() / FILE_NAMES[3]).unlink()
-    recompressed = gzip.compress(gzip.decompress((installed / FILE_NAMES[3]).read_bytes()), compresslevel=1)
+    recompressed = gzip.compress(gzip.decompress((fashion_folder / FILE_NAMES[3]).read_bytes()), compresslevel=1)
     (cache_folder() / FILE_NAMES[3]).write_bytes(recompressed)
 
     assert find_fashion_mnist() == cache_folder() == tmp_path / "kind-edge" / "fashion-mnist"
@@ -85,10 +77,9 @@ def test_missing_files_are_named_with_the_way_to_get_them(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("damage", ["one bit", "cut short", "not gzip"])
-def test_damage_is_refused_with_the_files_name(tmp_path: Path, damage: str) -> None:
-    installed = installed_folder()
+def test_damage_is_refused_with_the_files_name(tmp_path: Path, damage: str, fashion_folder: Path) -> None:
     for name in FILE_NAMES:
-        shutil.copy(installed / name, tmp_path / name)
+        shutil.copy(fashion_folder / name, tmp_path / name)
     victim = tmp_path / "train-labels-idx1-ubyte.gz"
     content = bytearray(gzip.decompress(victim.read_bytes()))
     content[1_000] ^= 1

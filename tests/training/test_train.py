@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from kind_edge.deploy.reference import load_heldout
-from kind_edge.errors import InputError, UsageError
+from kind_edge.errors import UsageError
 from kind_edge.model.calibration import load_calibration
 from kind_edge.model.checkpoint import CALIBRATION, load_checkpoint
 from kind_edge.training.config import TrainConfig, preset
-from kind_edge.training.data import CLASS_NAMES, DATA_SHA256, find_fashion_mnist, load_fashion_mnist
+from kind_edge.training.data import CLASS_NAMES, DATA_SHA256, load_fashion_mnist
 from kind_edge.training.loop import Progress
 from kind_edge.training.state import STATE
 from kind_edge.training.train import pick_device, train
@@ -25,15 +25,7 @@ CONFIG = dataclasses.replace(SMOKE, images=6 * SMOKE.batch_size, nested_share=0.
 
 
 @pytest.fixture(scope="module")
-def images() -> Path:
-    try:
-        return find_fashion_mnist()
-    except InputError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(fashion_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Interrupted after three steps of six and resumed."""
 
     def interrupt(progress: Progress) -> None:
@@ -42,11 +34,11 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("run") / "model"
     with pytest.raises(KeyboardInterrupt):
-        train(CONFIG, folder, data=images, device="cpu", on_progress=interrupt)
+        train(CONFIG, folder, data=fashion_folder, device="cpu", on_progress=interrupt)
     assert [path.name for path in folder.iterdir()] == [STATE]
     with pytest.raises(UsageError, match="add --resume to go on"):
-        train(CONFIG, folder, data=images, device="cpu")
-    assert train(CONFIG, folder, data=images, device="cpu", resume=True) == folder
+        train(CONFIG, folder, data=fashion_folder, device="cpu")
+    assert train(CONFIG, folder, data=fashion_folder, device="cpu", resume=True) == folder
     return folder
 
 
@@ -63,37 +55,39 @@ def test_it_leaves_a_checkpoint_in_fp16(trained: Path) -> None:
     assert provenance["recommended"].keys() == {"steps", "guidance", "sampler"}
 
 
-def test_it_leaves_what_planning_needs(trained: Path, images: Path) -> None:
+def test_it_leaves_what_planning_needs(trained: Path, fashion_folder: Path) -> None:
     calibration = load_calibration(trained / CALIBRATION, CONFIG.spec)
     for covariance in calibration.pooled.values():
         assert torch.linalg.eigvalsh(covariance).min() > -1e-3 * covariance.diagonal().mean()
     heldout = load_heldout(trained, CONFIG.spec)
     assert heldout is not None
     assert heldout.labels.bincount().tolist() == [50] * 10
-    test_images = torch.from_numpy(load_fashion_mnist(images).test_images)
+    test_images = torch.from_numpy(load_fashion_mnist(fashion_folder).test_images)
     pixels = ((heldout.images + 1) * 127.5).round().to(torch.uint8)
     assert torch.equal(pixels[heldout.labels == 9][0, 0], test_images[0])  # the first test image is an ankle-boot
 
 
-def test_the_same_run_in_one_go_gives_the_same_weights(trained: Path, images: Path, tmp_path: Path) -> None:
-    whole = load_checkpoint(train(CONFIG, tmp_path / "whole", data=images, device="cpu"))
+def test_the_same_run_in_one_go_gives_the_same_weights(trained: Path, fashion_folder: Path, tmp_path: Path) -> None:
+    whole = load_checkpoint(train(CONFIG, tmp_path / "whole", data=fashion_folder, device="cpu"))
     for name, tensor in load_checkpoint(trained).tensors.items():
         assert torch.equal(tensor, whole.tensors[name]), name
 
 
-def test_a_dense_model_needs_no_calibration(images: Path, tmp_path: Path) -> None:
+def test_a_dense_model_needs_no_calibration(fashion_folder: Path, tmp_path: Path) -> None:
     spec = CONFIG.spec.dense()
     config = dataclasses.replace(CONFIG, images=SMOKE.batch_size, spec=spec)
-    train(config, tmp_path, data=images, device="cpu")
+    train(config, tmp_path, data=fashion_folder, device="cpu")
     assert not (tmp_path / CALIBRATION).exists()
     assert load_checkpoint(tmp_path).spec == spec
 
 
 @pytest.mark.parametrize("changes", [{"num_classes": 9}, {"image_size": 14}, {"channels": 3}])
-def test_a_model_that_the_images_do_not_fit_is_refused(changes: dict[str, int], images: Path, tmp_path: Path) -> None:
+def test_a_model_that_the_images_do_not_fit_is_refused(
+    changes: dict[str, int], fashion_folder: Path, tmp_path: Path
+) -> None:
     config = dataclasses.replace(CONFIG, spec=dataclasses.replace(CONFIG.spec, **changes))
     with pytest.raises(UsageError, match="Fashion-MNIST has"):
-        train(config, tmp_path / "run", data=images, device="cpu")
+        train(config, tmp_path / "run", data=fashion_folder, device="cpu")
     assert not (tmp_path / "run").exists()
 
 

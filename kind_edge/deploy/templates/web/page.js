@@ -7,7 +7,12 @@ const form = $("controls");
 const [picker, runner, draw, stop, progress, status, gallery] = [
   "class", "runs-on", "draw", "stop", "progress", "status", "gallery",
 ].map($);
-const manifest = await fetch("manifest.json").then((response) => response.json());
+const manifest = await fetch("manifest.json")
+  .then((response) => response.json())
+  .catch((error) => {
+    say(`manifest.json cannot be read: ${error.message}. Copy the folder again.`, true);
+    throw error;
+  });
 const opened = new Map(); // "int8/cpu" -> model
 const packs = []; // bytes of what was added
 let running;
@@ -87,8 +92,10 @@ function parts(choice) {
 async function paint() {
   running = new AbortController();
   const { signal } = running;
-  draw.disabled = true;
   stop.disabled = false;
+  if (document.activeElement === draw) stop.focus(); // a disabled button loses the keyboard's place
+  draw.disabled = true;
+  advance(0, 1);
   gallery.replaceChildren();
   gallery.setAttribute("aria-busy", "true");
   try {
@@ -98,6 +105,7 @@ async function paint() {
     say(signal.aborted ? "Stopped." : error.message, !signal.aborted);
   } finally {
     draw.disabled = false;
+    if (document.activeElement === stop) draw.focus();
     stop.disabled = true;
     gallery.setAttribute("aria-busy", "false");
   }
