@@ -1,7 +1,7 @@
 """A checkpoint is a folder: config.json and model.safetensors (sharded with an index when large). Never pickle.
 
-Beside them, both optional: calibration.safetensors (input covariances) and heldout.safetensors (images that training
-never saw, for measuring what truncation costs).
+Beside them, both optional: calibration.safetensors (covariances at both sides of every matrix) and heldout.safetensors
+(images that training never saw, for measuring what truncation costs).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -202,11 +203,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file so that `path` is either the old one or the whole new one, whatever happens.
 
+    Several processes may write it at once: the last one's stays.
+
     Raises:
         UsageError: the disk has no room for it, or refuses it; `path` is as it was.
     """
-    temporary = path.with_name(path.name + ".partial")
-    temporary.unlink(missing_ok=True)  # of a process that was killed while it wrote
+    temporary = _temporary(path)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     free = shutil.disk_usage(path.parent).free
     kept = f"; the earlier {path.name} is untouched" if path.exists() else ""
@@ -232,9 +234,19 @@ def write_text(path: Path, text: str) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all: under a temporary name, then renamed. Raises `OSError`."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = _temporary(path)
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    """Beside `path`, of this writer alone: of two with one name, the first would rename what the second has begun."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def partial_files(path: Path) -> list[Path]:
+    """What processes that were killed while they wrote `path` have left; or are writing now."""
+    return list(path.parent.glob(f"{path.name}.*.partial"))

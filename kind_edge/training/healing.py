@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kind_edge.errors import InputError
-from kind_edge.model.checkpoint import Checkpoint, read_metadata, read_tensors, write_tensors
+from kind_edge.model.checkpoint import Checkpoint, partial_files, read_metadata, read_tensors, write_tensors
 from kind_edge.model.dit import DiT
 from kind_edge.model.gated_linear import GatedLinear
 from kind_edge.model.names import SHARED
@@ -304,6 +304,8 @@ def _save(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in partial_files(path):  # by a process that was killed; a healing has one writer
+        left.unlink()
     tensors = {name: parameter.detach() for name, parameter in learning.items()}
     for name, parameter in learning.items():
         moments = optimizer.state.get(parameter, {})  # none before the first step

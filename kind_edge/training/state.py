@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kind_edge.errors import InputError, UsageError
-from kind_edge.model.checkpoint import read_metadata, read_tensors, write_tensors
+from kind_edge.model.checkpoint import partial_files, read_metadata, read_tensors, write_tensors
 from kind_edge.model.dit import DiT, initialise
 from kind_edge.training.batches import part_layout
 from kind_edge.training.config import TrainConfig
@@ -125,6 +125,8 @@ def save_state(
     """
     tensors = _tensors(state)
     if state.processes.rank == 0:
+        for left in partial_files(folder / STATE):  # by a process that was killed; a run has one writer
+            left.unlink()
         numbers = {"step": state.step, "seconds": state.seconds, "loss": state.loss}
         metadata = {key: repr(value) for key, value in numbers.items()}
         metadata |= {"stage": "second" if whole else "first", "config": json.dumps(_identity(whole or config, choices))}

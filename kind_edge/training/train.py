@@ -24,6 +24,7 @@ from kind_edge.model.checkpoint import (
     HELDOUT_IMAGES,
     HELDOUT_LATENTS,
     Checkpoint,
+    partial_files,
     save_checkpoint,
     write_tensors,
 )
@@ -73,7 +74,7 @@ def is_begun(output: Path, resume: bool, on_note: Callable[[str], None] = lambda
     if resume and (output / STATE).exists():
         return True
     held = {path.name for path in output.iterdir()} if output.exists() else set()
-    if held - {f"{STATE}.partial"}:  # what a kill in the first save leaves behind
+    if held - {path.name for path in partial_files(output / STATE)}:  # what a kill in the first save leaves behind
         fault = f"--resume: {output} holds no run to continue, but other files" if resume else f"{output} is not empty"
         begun = not resume and STATE in held
         raise UsageError(f"{fault}; {'add --resume to go on with the run in it' if begun else 'choose another -o'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from kind_edge.model.checkpoint import (
     load_checkpoint,
     save_checkpoint,
     stored_dtype,
+    write_file,
+    write_tensors,
 )
 from kind_edge.model.shipped import find_model
 
@@ -66,6 +69,25 @@ def test_round_trip_is_bit_exact(
     assert_same(load_checkpoint(tmp_path / "again"), once)
     assert checkpoint_hash(tmp_path / "again") == checkpoint_hash(tmp_path)
     assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    "write", [lambda path: write_tensors(path, {"a": torch.zeros(3)}), lambda path: write_file(path, b"text")]
+)
+def test_two_may_write_one_file_at_once(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As two processes that measure one model: the second writes all of it before the first has renamed its own."""
+    replace = os.replace
+
+    def with_another(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        write(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", with_another)
+    write(tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_saving_over_a_sharded_one_leaves_no_stale_shards(

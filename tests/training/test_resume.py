@@ -128,9 +128,11 @@ def test_a_job_that_is_killed_before_its_first_save_begins_anew(
         job.kill()
     assert f"nothing has been saved in {tmp_path / 'out'} yet; the run begins" in said[0]
     assert not list((tmp_path / "out").iterdir())
-    (tmp_path / "out" / f"{STATE}.partial").write_bytes(b"cut short")  # had it been killed within the first save
+    left = tmp_path / "out" / f"{STATE}.01234567.partial"
+    left.write_bytes(b"cut short")  # had it been killed within the first save
     (tmp_path / "run.toml").write_text(common.format("images = 12"))
     assert main(command) == 0, capsys.readouterr().err
     assert load_checkpoint(tmp_path / "out").provenance["images_seen"] == 12
+    assert not left.exists()
     assert main([*command[:-1]]) == 2
     assert "add --resume to go on with the run in it" in capsys.readouterr().err
