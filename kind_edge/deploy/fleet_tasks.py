@@ -77,7 +77,7 @@ class Open:
 
 @dataclass(frozen=True)
 class MeasureSensitivity:
-    """Measure what cuts cost, and keep it -> None."""
+    """Measure what plans need to know of the model, and keep it -> None."""
 
 
 @dataclass(frozen=True)

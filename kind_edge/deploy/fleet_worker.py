@@ -63,7 +63,7 @@ class Worker:
             case Open():
                 return self._opened()
             case MeasureSensitivity():
-                _ = self.model.sensitivity
+                _ = self.model.calibration, self.model.sensitivity
                 return None
             case MakePlans():
                 self._look_again()
@@ -94,12 +94,17 @@ class Worker:
             "sensitivity": hashlib.sha256(table.to_json().encode()).hexdigest() if table else None,
             "autoencoder": model.autoencoder.sha256 if model.autoencoder else None,
         }
-        return Opened(model.name, model.checkpoint.class_names, fingerprint, table is not None)
+        return Opened(model.name, model.checkpoint.class_names, fingerprint, self._is_measured())
 
     def _look_again(self) -> None:
         """Another worker may have measured the model since it was opened here."""
-        if self.model.stored_sensitivity is None and "sensitivity" not in vars(self.model):
+        if not self._is_measured():
             del self.model
+
+    def _is_measured(self) -> bool:
+        model = self.model
+        sensitivity, calibration = model.stored_sensitivity is not None, model.stored_calibration is not None
+        return (sensitivity or "sensitivity" in vars(model)) and (calibration or "calibration" in vars(model))
 
     def _asked(self, job: Job) -> tuple[DeviceProfile, Request]:
         choices: Choices = {**self.order.choices, "classes": job.classes}  # type: ignore[typeddict-item]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,9 +81,10 @@ def output_covariances(model: DiT, batches: Batches, seed: int = 0) -> dict[str,
 
     with _watching(model, collect), torch.enable_grad():
         for x, *conditions in batches:
-            prediction = model(x.detach().requires_grad_(), *conditions)
+            x = x.detach().requires_grad_()
+            prediction = model(x, *conditions)
             noise = torch.randn(prediction.shape, generator=generator)
-            torch.autograd.backward(prediction, noise.to(prediction))
+            torch.autograd.grad(prediction, x, noise.to(prediction))  # leaves no gradient in the model
     return found.means()
 
 
@@ -171,7 +172,7 @@ def trajectory_inputs(
     counts = spec.step_counts or (steps,)
     wanted = torch.arange(spec.num_classes).repeat(per_class)
     if images is not None and images < len(wanted):
-        wanted = wanted[torch.arange(images) * len(wanted) // images]
+        wanted = wanted.sort().values[torch.arange(images) * len(wanted) // images]
     for count, classes in itertools.product(counts, wanted.split(64)):
         walk = denoiser(model, count, 1.0 if spec.inside_guidance is None else spec.inside_guidance)
 
@@ -196,6 +197,11 @@ def calibrate_on_inputs(model: DiT, seen: Sequence[Inputs]) -> Calibration:
 
 
 def save_calibration(path: Path, calibration: Calibration) -> None:
+    write_tensors(path, _packed(calibration), {"source": calibration.source})
+
+
+def _packed(calibration: Calibration) -> dict[str, Tensor]:
+    """As they are stored."""
     tensors: dict[str, Tensor] = {}
     for branch in BRANCHES:
         for name, covariance in getattr(calibration, branch).items():
@@ -203,26 +209,27 @@ def save_calibration(path: Path, calibration: Calibration) -> None:
             rows, columns = torch.tril_indices(len(covariance), len(covariance))
             tensors[f"{name}.{branch}.covariance"] = (covariance / scale)[rows, columns].half()
             tensors[f"{name}.{branch}.scale"] = scale.float().reshape(1)
-    write_tensors(path, tensors, {"source": calibration.source})
+    return tensors
 
 
 def keep_calibration(calibration: Calibration, checkpoint: Checkpoint) -> Calibration:
-    """Beside the checkpoint for the next time, and as it comes back from there, so that every time is like the first.
+    """Beside the checkpoint for the next time; as it comes back from there, so that every time is like the first.
 
-    Where it cannot be written it holds for this process.
+    Where it cannot be written it holds for this process, and is the same.
     """
-    if checkpoint.path is None:
-        return calibration
-    try:
-        save_calibration(checkpoint.path / CALIBRATION, calibration)
-    except (UsageError, OSError):
-        return calibration
-    return load_calibration(checkpoint.path / CALIBRATION, checkpoint.spec)
+    stored = _unpacked(_packed(calibration), checkpoint.spec, CALIBRATION)
+    if checkpoint.path is not None:
+        with suppress(UsageError, OSError):
+            save_calibration(checkpoint.path / CALIBRATION, calibration)
+    return stored
 
 
 def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
     """Read covariances back; a file of another model is an `InputError`."""
-    tensors = read_tensors(path)
+    return _unpacked(read_tensors(path), spec, str(path))
+
+
+def _unpacked(tensors: Mapping[str, Tensor], spec: ModelSpec, where: str) -> Calibration:
     found: dict[str, dict[str, Tensor]] = {branch: {} for branch in BRANCHES}
     for branch in BRANCHES:
         kept = any(name.endswith(f".{branch}.covariance") for name in tensors)
@@ -230,19 +237,19 @@ def load_calibration(path: Path, spec: ModelSpec) -> Calibration:
             continue
         for shape in spec.matrices():
             size = shape.outputs if branch == "outputs" else shape.inputs
-            found[branch][shape.name] = _covariance(path, tensors, f"{shape.name}.{branch}", size)
+            found[branch][shape.name] = _covariance(where, tensors, f"{shape.name}.{branch}", size)
     return Calibration(found["pooled"], found["null"], "stored with the checkpoint", found["outputs"])
 
 
-def _covariance(path: Path, tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
+def _covariance(where: str, tensors: Mapping[str, Tensor], name: str, size: int) -> Tensor:
     """One of them [size, size], float64."""
     packed, scale = (tensors.get(f"{name}.{part}") for part in ("covariance", "scale"))
     wanted = size * (size + 1) // 2
     if packed is None or scale is None or packed.shape != (wanted,) or scale.shape != (1,):
         got = "nothing" if packed is None else f"shape {tuple(packed.shape)}"
-        raise InputError(f"{path}: {name}: file has {got}, model wants {wanted} values")
+        raise InputError(f"{where}: {name}: file has {got}, model wants {wanted} values")
     if not (torch.isfinite(packed).all() and torch.isfinite(scale).all() and scale > 0):
-        raise InputError(f"{path}: {name}: holds NaN or infinity; remove the file or calibrate anew")
+        raise InputError(f"{where}: {name}: holds NaN or infinity; remove the file or calibrate anew")
     rows, columns = torch.tril_indices(size, size)
     covariance = torch.zeros(size, size, dtype=torch.float64)
     covariance[rows, columns] = packed.double() * scale.double()

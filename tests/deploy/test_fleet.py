@@ -26,12 +26,23 @@ from kind_edge.deploy.bundle import read_manifest, verify_hashes
 from kind_edge.deploy.fleet import Fleet, export_many
 from kind_edge.deploy.fleet_crew import Crew
 from kind_edge.deploy.fleet_schedule import Schedule
-from kind_edge.deploy.fleet_tasks import Failure, Finish, Job, MakeFiles, MakePlans, Open, Order, Task
+from kind_edge.deploy.fleet_tasks import (
+    Failure,
+    Finish,
+    Job,
+    MakeFiles,
+    MakePlans,
+    MeasureSensitivity,
+    Open,
+    Order,
+    Task,
+)
 from kind_edge.deploy.fleet_worker import Worker
 from kind_edge.deploy.made import Made, Measured
 from kind_edge.deploy.quality import Healing
 from kind_edge.deploy.report import write_report
 from kind_edge.errors import NoPlanError, UsageError
+from kind_edge.model.checkpoint import CALIBRATION
 
 Contents = Callable[[Path], dict[str, bytes]]
 SETS = {"both": ["shirt", "bag"]}
@@ -117,6 +128,18 @@ def test_what_is_stated_of_a_model_makes_its_bundles_others(tiny_folder: Path, t
     (folder / "config.json").write_text(json.dumps(config))
     after = Worker(order, lambda _: None, lambda *_: None).do(Open()).fingerprint
     assert {name for name in before if before[name] != after[name]} == {"provenance"}
+
+
+def test_what_is_measured_of_a_model_changes_nothing_the_next_time(tiny_folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    (model / CALIBRATION).unlink()
+    order = Order(str(model), ("onnx",), {}, {})
+    worker, later = (Worker(order, lambda _: None, lambda *_: None) for _ in range(2))
+    assert not worker.do(Open()).measured
+    worker.do(MeasureSensitivity())
+    opened = worker.do(Open())
+    assert opened.measured
+    assert opened == later.do(Open())
 
 
 def test_a_worker_that_died_at_rest_fails_its_next_task_alone(tiny_folder: Path) -> None:

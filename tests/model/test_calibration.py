@@ -17,9 +17,11 @@ from kind_edge.model.calibration import (
     calibrate_on_images,
     calibrate_on_samples,
     covariances,
+    keep_calibration,
     load_calibration,
     output_covariances,
     save_calibration,
+    trajectory_inputs,
 )
 from kind_edge.model.checkpoint import CALIBRATION, Checkpoint
 from kind_edge.model.dit import DiT, initialise
@@ -110,6 +112,7 @@ def test_outputs_are_weighed_unless_ranks_nest(make_checkpoint: MakeCheckpoint, 
     fresh = initialise(DiT(checkpoint.spec), seed=0)  # its last layer is zero, so the prediction sees nothing
     outputs = calibrate_on_images(fresh, IMAGES[:8], LABELS[:8]).outputs
     assert all(torch.equal(c, torch.eye(len(c), dtype=c.dtype)) for c in outputs.values())
+    assert all(parameter.grad is None for parameter in fresh.parameters())
     nested = dataclasses.replace(checkpoint, spec=dataclasses.replace(checkpoint.spec, nested=True))
     assert calibrate_on_images(nested.model(), IMAGES[:8], LABELS[:8]).outputs == {}
     assert calibrate_on_samples(nested.model(), per_class=1, steps=2).outputs == {}
@@ -163,3 +166,23 @@ def test_without_images_the_models_own_samples_do(objective: str, make_checkpoin
         assert torch.linalg.eigvalsh(covariance).min() > 0
         assert torch.equal(covariance, again.pooled[name])
         assert torch.equal(own.null[name], again.null[name])
+
+
+def test_what_is_kept_is_the_same_whether_or_not_it_can_be(
+    calibration: Calibration, tmp_path: Path, make_checkpoint: MakeCheckpoint
+) -> None:
+    """It is rounded as in the file, so that a plan does not depend on who may write where."""
+    kept, held = (
+        keep_calibration(calibration, dataclasses.replace(make_checkpoint(), path=path))
+        for path in (tmp_path, tmp_path / "gone")
+    )
+    again = load_calibration(tmp_path / CALIBRATION, make_checkpoint().spec)
+    for name, covariance in calibration.pooled.items():
+        assert torch.equal(kept.pooled[name], held.pooled[name])
+        assert torch.equal(kept.pooled[name], again.pooled[name])
+        assert not torch.equal(kept.pooled[name], covariance)
+
+
+def test_few_walks_are_of_as_many_classes(make_checkpoint: MakeCheckpoint) -> None:
+    seen = trajectory_inputs(make_checkpoint(depth=1).model(), steps=1, images=4)
+    assert len(torch.cat([classes for _, _, classes in seen]).unique()) == 4
