@@ -104,7 +104,7 @@ def make(
         terminal.json(made.to_dict())
         return
     _print_made(terminal, made)
-    terminal.line(f"  next        kind-edge pack add {bundle} {' '.join(made.files)}")
+    terminal.next("pack", "add", bundle, *made.files, column=12)
 
 
 @app.command("list")

@@ -129,13 +129,14 @@ def make_packs(
         packs = _packs(opened, plan, truncated, core, manifest.models[manifest.default_model].wide_operators)
         on_stage("verifying")
         report = _proven(folder, manifest, core, packs)
+    quality = quality_of(opened, plan, truncated)
     files = {
         Path(output, file): pack_bytes(pack, core) for file, pack in zip(pack_names(names).values(), packs, strict=True)
     }
     for path, content in files.items():
         _write(path, content)
     sizes = {str(path): len(content) for path, content in files.items()}
-    return MadePacks(core.sha256, names, sizes, core.row_bytes, report, quality_of(opened, plan, truncated))
+    return MadePacks(core.sha256, names, sizes, core.row_bytes, report, quality)
 
 
 def _write(path: Path, content: bytes) -> None:
