@@ -41,8 +41,8 @@ def webgpu_nodes(model: onnx.ModelProto) -> onnx.ModelProto | None:
     nodes: list[onnx.NodeProto] = []
     made: dict[str, onnx.TensorProto] = {}
     for node in model.graph.node:
-        if _is_wide(node) and (node.input[1:] or node.input[0] in types):
-            nodes += _tree(node, _sizes(node, constants, types), made)
+        if _is_wide(node) and (sizes := _sizes(node, constants, types)):
+            nodes += _tree(node, sizes, made)
         elif _is_plain_attention(node) and node.input[0] in types:
             nodes += _products(node, types[node.input[0]], made)
         else:
@@ -61,10 +61,14 @@ def _is_wide(node: onnx.NodeProto) -> bool:
 
 def _is_plain_attention(node: onnx.NodeProto) -> bool:
     """Of queries, keys and values [B, N, D], all with as many heads and the usual scale: what both operators are."""
-    given = {each.name: helper.get_attribute_value(each) for each in node.attribute}
+    given = _attributes(node)
     heads = given.pop("q_num_heads", None)
     plain = len(node.input) == 3 and len(node.output) == 1 and given.pop("kv_num_heads", None) == heads
     return node.op_type == "Attention" and not node.domain and heads is not None and plain and not given
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 
 def _types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
@@ -77,10 +81,14 @@ def _types(model: onnx.ModelProto) -> dict[str, onnx.TypeProto.Tensor]:
 def _sizes(
     node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto], types: Mapping[str, onnx.TypeProto.Tensor]
 ) -> list[int]:
-    """What a Split cuts its axis into."""
+    """What a Split cuts its axis into; nothing where only running it would tell, or of one from before opset 13."""
+    given, known = _attributes(node), types.get(node.input[0])
     if len(node.input) > 1:
-        return [int(size) for size in numpy_helper.to_array(constants[node.input[1]])]
-    total = types[node.input[0]].shape.dim[helper.get_node_attr_value(node, "axis")].dim_value
+        sizes = constants.get(node.input[1])
+        return [] if sizes is None else [int(size) for size in numpy_helper.to_array(sizes)]
+    total = known.shape.dim[given.get("axis", 0)].dim_value if known and "split" not in given else 0
+    if not total:
+        return []
     piece = -(-total // len(node.output))  # the last one is smaller where it does not come out even
     return [min(piece, total - at) for at in range(0, total, piece)]
 
@@ -89,24 +97,25 @@ def _products(
     node: onnx.NodeProto, queries: onnx.TypeProto.Tensor, made: dict[str, onnx.TensorProto]
 ) -> Iterator[onnx.NodeProto]:
     """softmax((q d^-1/2) k^T) v of every head; constants go into `made`."""
+    name = node.output[0]  # a node need not have one of its own
     heads, width = helper.get_node_attr_value(node, "q_num_heads"), queries.shape.dim[-1].dim_value
     dtype = helper.tensor_dtype_to_np_dtype(queries.elem_type)
     apart, together = (_constant("sizes", np.array(sizes), made) for sizes in ([0, 0, heads, -1], [0, 0, -1]))
     scale = _constant("scale", np.array((width // heads) ** -0.5, dtype), made)
 
     def add(kind: str, inputs: Sequence[str], what: str, **attributes: Any) -> onnx.NodeProto:
-        return helper.make_node(kind, inputs, [f"{node.name}.{what}"], f"{node.name}.{what}", **attributes)
+        return helper.make_node(kind, inputs, [f"{name}.{what}"], f"{name}.{what}", **attributes)
 
     orders = {"q": [0, 2, 1, 3], "k": [0, 2, 3, 1], "v": [0, 2, 1, 3]}
     yield add("Mul", [node.input[0], scale], "scaled")
-    for value, (part, order) in zip([f"{node.name}.scaled", *node.input[1:]], orders.items(), strict=True):
+    for value, (part, order) in zip([f"{name}.scaled", *node.input[1:]], orders.items(), strict=True):
         yield add("Reshape", [value, apart], f"{part}.apart")
-        yield add("Transpose", [f"{node.name}.{part}.apart"], part, perm=order)
-    yield add("MatMul", [f"{node.name}.q", f"{node.name}.k"], "scores")
-    yield add("Softmax", [f"{node.name}.scores"], "shares", axis=-1)
-    yield add("MatMul", [f"{node.name}.shares", f"{node.name}.v"], "mixed")
-    yield add("Transpose", [f"{node.name}.mixed"], "back", perm=[0, 2, 1, 3])
-    yield helper.make_node("Reshape", [f"{node.name}.back", together], node.output, node.name)
+        yield add("Transpose", [f"{name}.{part}.apart"], part, perm=order)
+    yield add("MatMul", [f"{name}.q", f"{name}.k"], "scores")
+    yield add("Softmax", [f"{name}.scores"], "shares", axis=-1)
+    yield add("MatMul", [f"{name}.shares", f"{name}.v"], "mixed")
+    yield add("Transpose", [f"{name}.mixed"], "back", perm=[0, 2, 1, 3])
+    yield helper.make_node("Reshape", [f"{name}.back", together], node.output, node.name)
 
 
 def _constant(what: str, values: NDArray[Any], made: dict[str, onnx.TensorProto]) -> str:
@@ -127,7 +136,7 @@ def _tree(node: onnx.NodeProto, sizes: Sequence[int], made: dict[str, onnx.Tenso
     widths = [sum(sizes[at : at + per_branch]) for at in starts]
     names = [leaf[0] if len(leaf) == 1 else f"{leaf[0]}.to.{leaf[-1]}" for leaf in branches]
     constant = _constant("sizes", np.array(widths), made)
-    axis = helper.get_node_attr_value(node, "axis")
+    axis = _attributes(node).get("axis", 0)
     yield helper.make_node("Split", [node.input[0], constant], names, node.name, axis=axis)
     for at, name, branch in zip(starts, names, branches, strict=True):
         if len(branch) > 1:

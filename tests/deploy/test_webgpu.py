@@ -79,6 +79,28 @@ def test_a_denoiser_computes_the_same(exported_bundle: Path, precision: str) -> 
     np.testing.assert_allclose(found, wanted, atol=1e-5 if precision == "fp32" else 2e-2)
 
 
+def test_files_of_others_are_changed_where_their_shapes_say_how() -> None:
+    """Nodes without names, more than one Attention, a Split whose sizes only running it would tell."""
+    pieces = [f"piece.{i}" for i in range(8)]
+    nodes = [
+        helper.make_node("Attention", ["x", "x", "x"], ["once"], q_num_heads=2, kv_num_heads=2),
+        helper.make_node("Attention", ["once", "x", "once"], ["twice"], q_num_heads=2, kv_num_heads=2),
+        helper.make_node("Constant", [], ["sizes"], value_ints=[1] * 8),
+        helper.make_node("Split", ["twice", "sizes"], pieces, axis=2),
+    ]
+    graph = helper.make_graph(
+        nodes, "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 8])],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, 1]) for name in pieces],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    changed, x = for_webgpu(model), np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+    assert [node.op_type for node in changed.graph.node].count("Softmax") == 2
+    assert list(changed.graph.node)[-2:] == nodes[-2:]
+    for before, after in zip(run(model, {"x": x}), run(changed, {"x": x}), strict=True):
+        np.testing.assert_allclose(before, after, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("onnxruntime_ep_webgpu") is None, reason="no onnxruntime-ep-webgpu on this machine")
 @pytest.mark.skipif(not SWIFTSHADER.exists(), reason="no Vulkan driver in software: scripts/fetch-chromium brings one")
