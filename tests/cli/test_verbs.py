@@ -113,7 +113,7 @@ def test_what_plan_tells_to_try_next_can_be_pasted(call: Callable[..., Any], che
     shown = call("plan", checkpoint, "--profile", board, "--steps", 2, "--form", "switch", *formats, "-o", wanted)
     command = shlex.split(shown.out.splitlines()[-1].split("next")[1])
     asked = [str(checkpoint), "--profile", str(board), *formats]
-    assert command == ["kind-edge", "export", *asked, "--plan", str(wanted)]
+    assert command == ["kind-edge", "export", "--plan", str(wanted), *asked]
 
 
 def _phrases(text: str) -> list[str]:
