@@ -60,6 +60,9 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
         yield "price", _price(plan, name, price)
     if plan.time:
         yield "time", time_words(plan.time)
+    if "max_latency" not in plan.limits and plan.sustained_image_latency_s > _dense_latency_s(plan):
+        cause = "as a matrix with tailors is several products"
+        yield "slower", f"than the dense model, {cause}; --max-latency 100% asks for no slower"
     yield from coreml_words(plan.coreml)
     if plan.teacher_time:
         longer = plan.teacher_time["image_s"] / plan.time["image_s"]
@@ -121,15 +124,18 @@ def _limits(plan: Plan) -> str:
     return ", ".join(texts)
 
 
+def _dense_latency_s(plan: Plan) -> float:
+    return plan.dense["latency_ns"] / 1e9
+
+
 def _costs(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
     dense = plan.dense
-    latency_s = dense.get("latency_ns", 0.0) / 1e9
     rows = (
         ("parameters", plan.params, dense.get("params"), tables.amount),
         ("FLOPs per evaluation", plan.flops, dense.get("flops"), format_flops),
         ("model file", plan.weight_bytes, dense.get("weight_bytes"), tables.size),
         ("peak memory", plan.peak_memory_bytes, dense.get("peak_memory_bytes"), tables.size),
-        ("one image, sustained", plan.sustained_image_latency_s, latency_s or None, format_seconds),
+        ("one image, sustained", plan.sustained_image_latency_s, _dense_latency_s(plan), format_seconds),
         ("one image, at first", plan.image_latency_s, None, format_seconds),
     )
     for name, own, whole, write in rows:
