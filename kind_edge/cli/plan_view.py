@@ -60,9 +60,10 @@ def _choices(plan: Plan) -> Iterator[tuple[str, Cell]]:
         yield "price", _price(plan, name, price)
     if plan.time:
         yield "time", time_words(plan.time)
-    if "max_latency" not in plan.limits and plan.sustained_image_latency_s > _dense_latency_s(plan):
-        cause = "as a matrix with tailors is several products"
-        yield "slower", f"than the dense model, {cause}; --max-latency 100% asks for no slower"
+    dense_s = _dense_latency_s(plan)
+    if dense_s and "max_latency" not in plan.limits and plan.sustained_image_latency_s > dense_s:
+        cause = ", as a matrix with tailors is several products" if plan.form == "switch" else ""
+        yield "slower", f"than the dense model{cause}; --max-latency 100% asks for no slower"
     yield from coreml_words(plan.coreml)
     if plan.teacher_time:
         longer = plan.teacher_time["image_s"] / plan.time["image_s"]
@@ -124,8 +125,9 @@ def _limits(plan: Plan) -> str:
     return ", ".join(texts)
 
 
-def _dense_latency_s(plan: Plan) -> float:
-    return plan.dense["latency_ns"] / 1e9
+def _dense_latency_s(plan: Plan) -> float | None:
+    """None where a plan from elsewhere does not say."""
+    return plan.dense["latency_ns"] / 1e9 if "latency_ns" in plan.dense else None
 
 
 def _costs(plan: Plan) -> Iterator[tuple[str, str, str, str]]:
