@@ -50,10 +50,11 @@ def open_session(
     if device is not None:
         options.add_provider_for_devices([device], plugin_options(name))
     model = _for_webgpu(path) if name == PROVIDERS["webgpu"] else str(path)
+    refusals: tuple[type[Exception], ...] = (RuntimeError, *runtime_errors(runtime))  # plug-ins raise the plain one
     chosen: dict[str, Any] = {"providers": [name]} if device is None else {"enable_fallback": 0}
     try:
         session = runtime.InferenceSession(model, options, **chosen)
-    except (*runtime_errors(runtime), RuntimeError) as error:
+    except refusals as error:
         if _NOT_STARTED in str(error):
             why = str(error).strip().rsplit(" was false. ", 1)[-1]
             raise UsageError(
