@@ -166,7 +166,7 @@ def _change(
 
 def _print_made(terminal: Terminal, made: MadePacks) -> None:
     terminal.out.print(tables.heading("Class packs", f"for core {made.core_sha256[:12]}"))
-    terminal.out.print(tables.facts((file, tables.size(size)) for file, size in made.files.items()))
+    terminal.out.print(tables.facts((Path(file).name, tables.size(size)) for file, size in made.files.items()))
     terminal.out.print(tables.heading("Proven", "the bundle's model files with these classes alone"))
     rows = [
         (

@@ -115,7 +115,7 @@ def test_a_stopped_export_keeps_what_was_learned_and_no_bundle(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unwritten(*arguments: Any) -> SimpleNamespace:
-        return SimpleNamespace(cut=arguments[-1], model_bytes=0, values={"models": {}})
+        return SimpleNamespace(cut=arguments[-1], model_bytes=0, package_bytes=0, values={"models": {}})
 
     def stop(now: HealingProgress) -> None:
         if now.step == 4:

@@ -39,22 +39,27 @@ def bundle(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     return made_once("web", make) / "out"
 
 
-@contextmanager
-def chromium(*flags: str) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def driver() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
+    with sync_playwright() as running:
+        yield running
+
+
+@contextmanager
+def chromium(driver: Any, *flags: str) -> Iterator[Any]:
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None and "CI" not in os.environ:
         pytest.skip("no Chromium on this machine: scripts/fetch-chromium brings it")
-    with sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=found, args=["--no-sandbox", *flags])
-        yield running
-        running.close()
+    running = driver.chromium.launch(executable_path=found, args=["--no-sandbox", *flags])
+    yield running
+    running.close()
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
+def browser(driver: Any) -> Iterator[Any]:
+    with chromium(driver) as running:
         yield running
 
 
@@ -117,7 +122,7 @@ def test_pictures_are_those_of_python(bundle: Path, page: Any) -> None:
                 assert np.abs(reference - found).max() / 2 < 1e-3
 
 
-def test_draws_on_webgpu_what_python_draws(tiny_folder: Path, tmp_path: Path) -> None:
+def test_draws_on_webgpu_what_python_draws(tiny_folder: Path, tmp_path: Path, driver: Any) -> None:
     """On Chromium's own GPU in software; of a small model, as each of its evaluations takes long."""
     choices: dict[str, Any] = {"classes": ["shirt", "bag"], "formats": ["web"], "steps": 2}
     export(tiny_folder, profile="snapdragon8g3", output=tmp_path / "b", **choices)
@@ -131,7 +136,7 @@ def test_draws_on_webgpu_what_python_draws(tiny_folder: Path, tmp_path: Path) ->
         const ort = await import("/runtime/ort.webgpu.min.mjs");
         (await ort.env.webgpu.device).destroy();
     }"""
-    with served(tmp_path / "b") as url, chromium("--enable-unsafe-webgpu") as browser, fresh_page(browser) as page:
+    with served(tmp_path / "b") as url, chromium(driver, "--enable-unsafe-webgpu") as gpu, fresh_page(gpu) as page:
         page.goto(url)
         page.wait_for_selector("#draw:not([disabled])")
         if not page.evaluate("async () => Boolean(await navigator.gpu?.requestAdapter())"):
