@@ -191,13 +191,13 @@ def missing_bytes(plan: Plan, model_bytes: int, package_bytes: int, last: bool) 
         ("the model file takes", model_bytes, plan.weight_bytes, plan.limits.get("max_size", float("inf"))),
         ("the Core ML packages take", package_bytes, int(plan.coreml.get("app_bytes", 0)), package_limit),
     )
-    whose = "--max-size" if "max_size" in plan.limits else "the store's limit"
+    whose = "--max-size" if "max_size" in plan.limits else "the store"
     short = [0]
     for what, size, predicted, limit in written:
         if size > limit and last:
             raise GateError(
-                f"{whose}: {what} {format_bytes(size)}, {format_bytes(size - limit)} over it and more than was predicted; "
-                f"plan again with --max-size {int(limit - (size - predicted)) // 1024}KiB, "
+                f"{whose}: {what} {format_bytes(size)}, {format_bytes(size - limit)} over the limit and more than "
+                f"was predicted; plan again with --max-size {int(limit - (size - predicted)) // 1024}KiB, "
                 "or give export the limit itself in place of --plan: then it plans until the file fits"
             )
         if size > limit:
