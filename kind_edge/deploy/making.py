@@ -25,7 +25,7 @@ from kind_edge.deploy.bundle import write_manifest
 from kind_edge.deploy.cut import Cut
 from kind_edge.deploy.decoder import decoder_facts, planned_decoder
 from kind_edge.deploy.made import Made, Measured, runnable
-from kind_edge.deploy.merge import class_indices, fold
+from kind_edge.deploy.merge import fold
 from kind_edge.deploy.model_files import recorded
 from kind_edge.deploy.packs_bundle import write_core
 from kind_edge.deploy.packs_make import shared_weights
@@ -108,7 +108,7 @@ def make_models(model: OpenedModel, plan: Plan, folder: Path, formats: Formats, 
     truncated = cut.truncated
     if cut.healed:
         save_checkpoint(folder / HEALED, truncated, stored_dtype(model.checkpoint))
-    own = model.heldout.of_classes(class_indices(model.checkpoint, plan.classes)) if model.heldout else None
+    own = model.heldout_of(plan.classes)
     plain = fold(truncated, plan, timesteps)
     plain.origin = dataclasses.replace(plain.origin, autoencoder=model.autoencoder)
     stage("exporting")

@@ -231,7 +231,7 @@ def _packs(model: OpenedModel, plan: Plan, truncated: Checkpoint, core: Core, wi
         )
     with one_thread():
         images = make_images(truncated, plan, model.autoencoder, every_class=True)
-        own = model.heldout.of_classes(class_indices(model.checkpoint, plan.classes)) if model.heldout else None
+        own = model.heldout_of(plan.classes)
         reference = make_reference(truncated, plan.form, timesteps, own) | images
     told = file_metadata(plain.origin.lineage())
     return list(class_packs(made, files, plan.classes, reference, core.sha256, told))

@@ -290,6 +290,6 @@ def _fresh_reference(
         truncated = load_checkpoint(folder / HEALED)
     else:
         truncated = truncated_by(stored, at_planned_size(model, stored))
-    own = model.heldout.of_classes(class_indices(model.checkpoint, stored.classes)) if model.heldout else None
+    own = model.heldout_of(stored.classes)
     points = make_reference(truncated, stored.form, torch.from_numpy(table.timestep), own, seed=1)
     return points | make_images(truncated, stored, model.autoencoder, seed=1)

@@ -92,6 +92,10 @@ class OpenedModel:
         keep_sensitivity(measured, self.checkpoint.path)
         return measured
 
+    def heldout_of(self, classes: tuple[str, ...]) -> Heldout | None:
+        """The held-out images of these classes; None where the checkpoint came without any."""
+        return self.heldout.of_classes(class_indices(self.checkpoint, classes)) if self.heldout else None
+
 
 def _walks(spec: ModelSpec) -> int:
     """How many images are drawn to calibrate on."""
